@@ -1,0 +1,309 @@
+"""What a backbone's name means, and the module that it means. torch, timm and torchvision are imported when needed."""
+
+import contextlib
+import inspect
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from dvn_cli.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+SOURCES = ("timm", "torchvision")
+
+FAMILIES = {
+    "convnext": "convnext_tiny",
+    "deit": "deit_small_patch16_224",
+    "deit_small": "deit_small_patch16_224",
+    "deit_tiny": "deit_tiny_patch16_224",
+    "densenet": "densenet121",
+    "efficientnet": "efficientnet_b0",
+    "efficientnetv2": "efficientnetv2_rw_s",
+    "inception": "inception_v3",
+    "mixer": "mixer_b16_224",
+    "mnasnet": "mnasnet_100",
+    "mobilenet": "mobilenetv3_large_100",
+    "mobilenetv2": "mobilenetv2_100",
+    "mobilenetv3": "mobilenetv3_large_100",
+    "mobilenetv3_large": "mobilenetv3_large_100",
+    "mobilenetv3_small": "mobilenetv3_small_100",
+    "regnet": "regnety_008",
+    "regnetx": "regnetx_008",
+    "regnety": "regnety_008",
+    "resnet": "resnet50",
+    "resnext": "resnext50_32x4d",
+    "resnext50": "resnext50_32x4d",
+    "shufflenet": "shufflenet_v2_x1_0",
+    "squeezenet": "squeezenet1_1",
+    "swin": "swin_tiny_patch4_window7_224",
+    "vgg": "vgg16_bn",
+    "vit": "vit_small_patch16_224",
+    "vit_base": "vit_base_patch16_224",
+    "vit_small": "vit_small_patch16_224",
+    "vit_tiny": "vit_tiny_patch16_224",
+    "wide_resnet": "wide_resnet50_2",
+    "wrn": "wrn_32_4",
+}
+"""The usual member of each family whose bare name people type."""
+
+IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class BackboneSpec:
+    """All that it takes to build a backbone, as a checkpoint records it.
+
+    Attributes:
+        source: `timm` (the paper's own backbones among them) or `torchvision`.
+        name: The name there.
+        num_classes: Outputs of the classifier.
+        in_chans: Channels of the images.
+        input_size: Height and width of the images in pixels.
+    """
+
+    source: str
+    name: str
+    num_classes: int
+    in_chans: int = 3
+    input_size: tuple[int, int] = (224, 224)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return asdict(self) | {"input_size": list(self.input_size)}
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "BackboneSpec":
+        """The inverse of `to_dict`.
+
+        Raises:
+            InputError: A field is missing, unknown or of the wrong type.
+        """
+        try:
+            height, width = fields["input_size"]
+            spec = cls(**{**fields, "input_size": (int(height), int(width))})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"not the description of a backbone: {dict(fields)}") from error
+        if spec.source not in SOURCES:
+            raise InputError(f"backbones come from {' or '.join(SOURCES)}, not from '{spec.source}'")
+        return spec
+
+    def build(self, device: "str | torch.device | None" = None) -> "nn.Module":
+        """Builds the module, randomly initialised and in eval mode; on the device `meta` it holds no data.
+
+        Raises:
+            InputError: The installed timm or torchvision has no such model, or cannot build it for these images.
+        """
+        import torch
+
+        library = LIBRARIES[self.source]
+        if not library.has(self.name):
+            raise InputError(f"the installed {self.source} has no model '{self.name}'")
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            try:
+                module = library.build(self)
+            except (AssertionError, ValueError) as error:  # how both libraries refuse a size
+                raise InputError(f"{self.name} cannot be built for {_images(self)}: {first_line(error)}") from error
+        return module.eval()
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or its kind where there is none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def resolve(
+    name: str,
+    num_classes: int | None = None,
+    in_chans: int | None = None,
+    input_size: tuple[int, int] | None = None,
+) -> BackboneSpec:
+    """Returns what a name means: timm's name, the paper's (`wrn_32_4`), torchvision's, or a family's usual member.
+
+    `timm/NAME` and `torchvision/NAME` force one of the two. The name of the result differs from the one asked where
+    that was a family's or had a prefix.
+
+    Args:
+        name: The name.
+        num_classes: Outputs of the classifier; the model's own by default.
+        in_chans: Channels of the images; the model's own by default.
+        input_size: Height and width in pixels; the model's own by default.
+
+    Raises:
+        InputError: No such model, or it takes no such images or number of classes.
+    """
+    prefix, slash, bare = name.partition("/")
+    libraries = {prefix: LIBRARIES[prefix]} if slash and prefix in LIBRARIES else LIBRARIES
+    wanted = bare if libraries is not LIBRARIES else name
+    member = FAMILIES.get(wanted, wanted)
+    found = (
+        library.default(model) for model in (wanted, member) for library in libraries.values() if library.has(model)
+    )
+    spec = next(found, None)
+    if spec is None:
+        known = [*FAMILIES, *(model for library in libraries.values() for model in library.names())]
+        raise InputError(f"unknown backbone '{name}'{did_you_mean(wanted, known)}")
+    if num_classes is None and spec.num_classes < 1:
+        raise InputError(f"{spec.name} comes without a classifier: give the number of classes")
+    if num_classes is not None and num_classes < 2:
+        raise InputError(f"a classifier needs at least 2 classes, not {num_classes}")
+    if in_chans is not None and in_chans < 1:
+        raise InputError(f"images have at least 1 channel, not {in_chans}")
+    if input_size is not None and min(input_size) < 1:
+        raise InputError(f"images have at least 1x1 pixels, not {input_size[0]}x{input_size[1]}")
+    asked = replace(
+        spec,
+        num_classes=num_classes or spec.num_classes,
+        in_chans=in_chans or spec.in_chans,
+        input_size=input_size or spec.input_size,
+    )
+    if (asked.in_chans, asked.input_size) != (spec.in_chans, spec.input_size):
+        _try_images(asked)
+    return asked
+
+
+def _images(spec: BackboneSpec) -> str:
+    return f"images of {spec.in_chans}x{spec.input_size[0]}x{spec.input_size[1]}"
+
+
+def _try_images(spec: BackboneSpec) -> None:
+    """Raises InputError where the backbone cannot take images of the spec's size, found out on the meta device."""
+    import torch
+
+    module = spec.build("meta")
+    try:
+        with torch.no_grad():
+            module(torch.empty(2, spec.in_chans, *spec.input_size, device="meta"))
+    except NotImplementedError:  # an operator that does not run on the meta device says nothing about the size
+        return
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise InputError(f"{spec.name} cannot take {_images(spec)}: {first_line(error)}") from error
+
+
+def classifier_tensors(spec: BackboneSpec) -> dict[str, int]:
+    """Returns every tensor of a backbone that grows with the number of classes, and its dimension of classes.
+
+    Found by building the backbone for two numbers of classes, without data.
+    """
+    shapes = {name: tensor.shape for name, tensor in spec.build("meta").state_dict().items()}
+    wider = replace(spec, num_classes=spec.num_classes + 1).build("meta").state_dict()
+    return {
+        name: next(dim for dim, size in enumerate(shape) if size != wider[name].shape[dim])
+        for name, shape in shapes.items()
+        if shape != wider[name].shape
+    }
+
+
+def preprocessing(spec: BackboneSpec) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Returns mean and standard deviation per channel, of pixels in 0..1, that a backbone's weights were trained with.
+
+    None where it has none of its own (the paper's backbones, other channels than its weights): then the data's count.
+    """
+    mean_std = LIBRARIES[spec.source].mean_std(spec.name)
+    return mean_std if mean_std is not None and len(mean_std[0]) == spec.in_chans else None
+
+
+def timm_cfg(name: str) -> Any:
+    """What timm notes about a model and its weights (`timm.models.PretrainedCfg`)."""
+    from timm.models import get_pretrained_cfg
+
+    return get_pretrained_cfg(name, allow_unregistered=False)
+
+
+def timm_options(spec: BackboneSpec) -> dict[str, Any]:
+    """The arguments that make `timm.create_model` build what a spec describes."""
+    options: dict[str, Any] = {"num_classes": spec.num_classes, "in_chans": spec.in_chans}
+    if timm_cfg(spec.name).fixed_input_size:  # a model built for one size
+        options["img_size"] = spec.input_size
+    return options
+
+
+class Timm:
+    """timm's models, and the paper's, which are registered there."""
+
+    def names(self) -> list[str]:
+        import timm
+
+        return timm.list_models()
+
+    def has(self, name: str) -> bool:
+        """Raises InputError for a model that timm has with a pretrained tag that it has not."""
+        from timm import models
+
+        from dvn_cli.backbones import paper
+
+        if paper.register(name):
+            return True
+        if not models.is_model(name):
+            return False
+        try:  # a deprecated alias has no configuration
+            return models.get_pretrained_cfg(name) is not None
+        except RuntimeError as error:  # its way to say that the tag is unknown
+            tags = models.list_pretrained(f"{models.get_arch_name(name)}.*")
+            raise InputError(f"timm has no weights '{name}'{did_you_mean(name, tags)}") from error
+
+    def default(self, name: str) -> BackboneSpec:
+        cfg = timm_cfg(name)
+        channels, height, width = cfg.input_size
+        return BackboneSpec("timm", name, cfg.num_classes, channels, (height, width))
+
+    def build(self, spec: BackboneSpec) -> "nn.Module":
+        import timm
+
+        return timm.create_model(spec.name, **timm_options(spec))
+
+    def mean_std(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+        cfg = timm_cfg(name)
+        return (cfg.mean, cfg.std) if cfg.mean and cfg.std else None
+
+
+class Torchvision:
+    """torchvision's classifiers."""
+
+    def names(self) -> list[str]:
+        from torchvision import models
+
+        return models.list_models(module=models)
+
+    def has(self, name: str) -> bool:
+        return name in self.names()
+
+    def default(self, name: str) -> BackboneSpec:
+        from torchvision import models
+
+        weights = models.get_model_weights(name).DEFAULT
+        crop = weights.transforms().crop_size
+        return BackboneSpec("torchvision", name, len(weights.meta["categories"]), 3, (crop[0], crop[-1]))
+
+    def parameters(self, name: str) -> set[str]:
+        """The arguments that the model's class takes; its builder hands on all but a few."""
+        from torchvision import models
+
+        return set(inspect.signature(get_type_hints(models.get_model_builder(name))["return"]).parameters)
+
+    def build(self, spec: BackboneSpec) -> "nn.Module":
+        from torchvision import models
+
+        if spec.in_chans != 3:
+            raise InputError(f"torchvision's {spec.name} takes 3 channels, not {spec.in_chans}; timm's models take any")
+        height, width = spec.input_size
+        parameters = self.parameters(spec.name)
+        if "image_size" in parameters and height != width:
+            raise InputError(f"torchvision's {spec.name} takes square images, not {height}x{width}")
+        options = {"aux_logits": False, "init_weights": True, "image_size": height, "input_size": (height, width)}
+        taken = {key: value for key, value in options.items() if key in parameters}
+        return models.get_model_builder(spec.name)(weights=None, num_classes=spec.num_classes, **taken)
+
+    def mean_std(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        from torchvision import models
+
+        if "transform_input" in self.parameters(name):
+            # Its weights want pixels in -1..1, to which torchvision converts ImageNet's inside the model, if so built.
+            return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+        transforms = models.get_model_weights(name).DEFAULT.transforms()
+        return tuple(transforms.mean), tuple(transforms.std)
+
+
+LIBRARIES: dict[str, Timm | Torchvision] = {"timm": Timm(), "torchvision": Torchvision()}

@@ -1,0 +1,82 @@
+"""`dvn slice`: standalone files of single networks, cut without torch."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dvn_cli import checkpoint as checkpoints
+from dvn_cli.errors import InputError
+
+FORMATS = ("safetensors",)
+
+
+def slice_command(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `dvn partition` or `dvn train`.")] = Path(
+        "dvn.safetensors"
+    ),
+    task: Annotated[str | None, typer.Option(help="A task, by name or by number from 1.")] = None,
+    level: Annotated[int | None, typer.Option(help="A level of the task, from 1.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every task and level, each in a file of its own.")] = False,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output",
+            "-o",
+            help="File or existing folder, with --all a folder. Default: STEM-taskT-levelL.safetensors, or the folder "
+            "STEM-slices, in the working directory, STEM being the checkpoint's name.",
+        ),
+    ] = None,
+    file_format: Annotated[str, typer.Option("--format", help=f"Of the files: {', '.join(FORMATS)}.")] = FORMATS[0],
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Cut the network of a task and level out of a checkpoint, into a file that needs nothing else."""
+    if file_format not in FORMATS:
+        raise InputError(f"there is no format '{file_format}'; --format takes {', '.join(FORMATS)}")
+    header = checkpoints.read_checkpoint(checkpoint)
+    tasks = header.metadata["tasks"]
+    files: dict[tuple[int, int], Path] = {}
+    if every and task is None and level is None:
+        folder = output or Path(f"{checkpoint.stem}-slices")
+        for number, entry in enumerate(tasks, 1):
+            for depth in range(1, len(entry["levels"]) + 1):
+                files[number, depth] = folder / _name(checkpoint, number, depth)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to the folder '{folder}': {error.strerror}") from None
+    elif not every and task is not None and level is not None:
+        number = checkpoints.find_task(header.metadata, task)
+        depth = checkpoints.check_level(header.metadata, number, level)
+        name = _name(checkpoint, number, depth)
+        files[number, depth] = Path(name) if output is None else output / name if output.is_dir() else output
+    else:
+        raise InputError("which network? Give `--task T --level L` for one of them, or `--all` for every one")
+
+    results = []
+    for (number, depth), file in files.items():
+        counts = checkpoints.slice_file(header, number, depth, file)
+        entry = tasks[number - 1]
+        result = {
+            "file": str(file),
+            "task": number,
+            "name": entry["name"],
+            "level": depth,
+            "units": checkpoints.kept_units(entry, depth),
+            "params": counts.params,
+            "bytes": file.stat().st_size,
+        }
+        results.append(result)
+        if not as_json:
+            units = ", ".join(map(str, result["units"]))
+            typer.echo(
+                f"{file}  {entry['name']}  level {depth} of {len(entry['levels'])}  units {units}  "
+                f"{counts.params:,} parameters  {result['bytes'] / 1e6:,.2f} MB"
+            )
+    if as_json:
+        typer.echo(json.dumps({"checkpoint": str(checkpoint), "slices": results}, indent=2))
+
+
+def _name(checkpoint: Path, task: int, level: int) -> str:
+    return f"{checkpoint.stem}-task{task}-level{level}.safetensors"

@@ -1,0 +1,7 @@
+"""Where a task's images come from and how they are batched."""
+
+from dvn_cli.data.batches import Split, batch_count, batches
+from dvn_cli.data.spec import DataSpec
+from dvn_cli.data.task import TaskData, load_task, load_test
+
+__all__ = ["DataSpec", "Split", "TaskData", "batch_count", "batches", "load_task", "load_test"]

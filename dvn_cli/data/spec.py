@@ -1,0 +1,101 @@
+"""The data of one task, as a recipe's YAML and a checkpoint's metadata describe it."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+
+Kind = Literal["digits", "torchvision", "folder", "hf"]
+Augmentation = Literal["none", "crop", "crop-flip"]
+
+_TAKES: dict[str, set[str]] = {
+    "digits": set(),
+    "torchvision": {"name", "path", "subset", "test_split"},
+    "folder": {"path", "test_split"},
+    "hf": {"name", "path", "image", "label", "subset", "test_split"},
+}
+"""Of the fields that say where images are, those that each kind of source takes."""
+
+
+class DataSpec(BaseModel):
+    """Where a task's images come from, which of them, and how they are prepared. `model_dump()` is JSON."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: Kind = Field(
+        description="digits: the handwritten digits that come with dvn; torchvision: one of torchvision.datasets; folder:"
+        " a folder of images, PATH/train/CLASS/* and PATH/test/CLASS/*; hf: Hugging Face parquet files"
+    )
+    name: str | None = Field(
+        default=None,
+        description="torchvision: the data set, such as CIFAR10; hf: the one on the hub, such as user/name",
+    )
+    path: str | None = Field(
+        default=None,
+        description="a local folder, relative to the recipe's or to the working directory: folder, the images; hf, the "
+        "parquet files (in place of name); torchvision, where the data set lies or is downloaded to",
+    )
+    image: str | None = Field(default=None, description="hf: the column of images; the only one by default")
+    label: str | None = Field(default=None, description="hf: the column of classes; the only one by default")
+    subset: str | None = Field(
+        default=None, description="hf: the configuration or sub-folder; torchvision: the split of EMNIST and its like"
+    )
+    test_split: str | None = Field(
+        default=None, description="the split to test on; by default test, else validation, valid or val"
+    )
+    classes: str | list[int | str] | None = Field(
+        default=None,
+        description="the classes to keep, in order: names, indices from 0, or ranges such as 0-4; all of them",
+    )
+    groups: dict[str, str | list[int | str]] | None = Field(
+        default=None, description="in place of classes: each new class and the old ones that it is made of"
+    )
+    train_images: PositiveInt | None = Field(
+        default=None, description="use only so many images of train, the validation share included; all by default"
+    )
+    test_images: PositiveInt | None = Field(default=None, description="use only so many images of test; all by default")
+    validation: float = Field(default=0.1, ge=0, lt=1, description="the share of train held out to choose by")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, description="of the choice of the images to hold out and of those that limits keep"
+    )
+    size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+        default=None, description="resize to so many pixels, or to [height, width]; as they are by default"
+    )
+    augment: Augmentation = Field(
+        default="none",
+        description="crop: shift at random by up to `pad` pixels; crop-flip: mirror half of them as well",
+    )
+    pad: PositiveInt = Field(default=4, description="pixels of black around an image before it is cropped at random")
+    mean: list[float] | None = Field(
+        default=None, description="per channel, of pixels in 0..1, subtracted; that of the training images by default"
+    )
+    std: list[PositiveFloat] | None = Field(
+        default=None, description="per channel, of pixels in 0..1, divided by; that of the training images by default"
+    )
+
+    @model_validator(mode="after")
+    def _fields_of_the_source(self) -> "DataSpec":
+        takes = _TAKES[self.source]
+        given = {field for field in set.union(*_TAKES.values()) if getattr(self, field) is not None}
+        if given - takes:
+            allowed = ", ".join(sorted(takes)) or "none of them"
+            raise ValueError(f"source {self.source} takes no {sorted(given - takes)[0]} (it takes: {allowed})")
+        if self.source == "hf" and (self.name is None) == (self.path is None):
+            raise ValueError("source hf needs either name (on the hub) or path (a local folder)")
+        for source, needed in (("torchvision", "name"), ("folder", "path")):
+            if self.source == source and getattr(self, needed) is None:
+                raise ValueError(f"source {source} needs {needed}")
+        if self.classes is not None and self.groups is not None:
+            raise ValueError("give classes or groups, not both")
+        return self
+
+    @property
+    def height_width(self) -> tuple[int, int] | None:
+        """The size to resize to, or None."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+
+def locate(path: str, base: Path | None) -> Path:
+    """Returns the path, a relative one below `base` if it is there, else below the working directory."""
+    expanded = Path(path).expanduser()
+    return base / expanded if base is not None and (base / expanded).exists() else expanded

@@ -1,0 +1,189 @@
+"""The data of one task: its classes chosen, its splits made, its normalisation known."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dvn_cli.data import sources
+from dvn_cli.data.batches import Split, batches
+from dvn_cli.data.spec import DataSpec
+from dvn_cli.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True, eq=False)
+class TaskData:
+    """A task's images in memory.
+
+    Attributes:
+        spec: What they were made from.
+        classes: Names, in the order of the labels.
+        input_size: Height and width in pixels.
+        mean: Per channel, of pixels in 0..1.
+        std: Per channel, of pixels in 0..1.
+        train: To learn from.
+        validation: Held out from train to choose by; None where the recipe wants none.
+        test: To report on, and for nothing else.
+    """
+
+    spec: DataSpec
+    classes: tuple[str, ...]
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    train: Split
+    validation: Split | None
+    test: Split
+
+    def train_batches(
+        self, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """One shuffled, augmented pass over train; see `batches`."""
+        return batches(
+            self.train,
+            batch_size,
+            mean=self.mean,
+            std=self.std,
+            device=device,
+            generator=generator,
+            augment=self.spec.augment,
+            pad=self.spec.pad,
+        )
+
+
+def load_task(spec: DataSpec, *, channels: int = 3, base: Path | None = None) -> TaskData:
+    """Reads the data of a task.
+
+    The images held out of train are drawn from the whole data set, before classes are chosen: with the same seed and
+    share, an image that one task chooses by is not one that another task of the data set learns from.
+
+    Args:
+        spec: What to read.
+        channels: Of the images, 1 or 3; grey and colour are converted.
+        base: The folder that relative paths start from, before the working directory.
+
+    Raises:
+        InputError: Something that `spec` names is not there, or too little is left: fewer than 2 classes, no images.
+        DvnError: It cannot be downloaded.
+    """
+    train_source = _read(spec, True, channels, base)
+    test, classes = load_test(spec, channels=channels, base=base)
+    if tuple(train_source.images.shape[2:]) != tuple(test.images.shape[2:]):
+        sizes = " and ".join("x".join(map(str, images.shape[2:])) for images in (train_source.images, test.images))
+        raise InputError(f"train and test images have different sizes ({sizes}): set size")
+    selection = _selection(spec, train_source.class_names)
+    if tuple(selection) != classes:
+        raise InputError("train and test have different classes: name those to keep with classes")
+    new_label = _relabelled(selection, len(train_source.class_names))[train_source.labels.numpy()]
+    order = sources.stratified_order(train_source.strata.numpy(), spec.seed)
+    held_out = np.zeros(len(order), dtype=bool)
+    held_out[order[: round(spec.validation * len(order))]] = True
+    order = order[new_label[order] >= 0]
+    validation, train = order[held_out[order]], order[~held_out[order]]
+    if spec.train_images is not None and spec.train_images < len(order):
+        validation = validation[: round(spec.validation * spec.train_images)]
+        train = train[: spec.train_images - len(validation)]
+    if len(train) == 0 or (len(validation) == 0 and spec.validation > 0):
+        raise InputError(
+            f"{len(train) + len(validation)} images are too few to train on and to hold out a share of "
+            f"{spec.validation:g}; give more, or set validation to 0"
+        )
+    learnt = _split(train_source, new_label, train)
+    mean, std = _mean_std(learnt.images)
+    return TaskData(
+        spec=spec,
+        classes=classes,
+        input_size=(learnt.images.shape[2], learnt.images.shape[3]),
+        mean=_per_channel("mean", spec.mean, channels) or mean,
+        std=_per_channel("std", spec.std, channels) or std,
+        train=learnt,
+        validation=_split(train_source, new_label, validation) if len(validation) else None,
+        test=test,
+    )
+
+
+def load_test(spec: DataSpec, *, channels: int = 3, base: Path | None = None) -> tuple[Split, tuple[str, ...]]:
+    """Reads only the test images of a task, and the names of its classes. Arguments and errors as `load_task`."""
+    source = _read(spec, False, channels, base)
+    selection = _selection(spec, source.class_names)
+    new_label = _relabelled(selection, len(source.class_names))[source.labels.numpy()]
+    order = sources.stratified_order(source.strata.numpy(), spec.seed)
+    order = order[new_label[order] >= 0]
+    if len(order) == 0:
+        raise InputError(f"no test images of the classes {', '.join(list(selection)[:5])}")
+    return _split(source, new_label, order[: spec.test_images]), tuple(selection)
+
+
+def _read(spec: DataSpec, train: bool, channels: int, base: Path | None) -> sources.Images:
+    return sources.read(sources.Request.of(spec, channels, base), train)
+
+
+def _selection(spec: DataSpec, names: Sequence[str]) -> dict[str, list[int]]:
+    """Each class of the task, in order, and the indices of the source's classes that it is made of."""
+    if spec.groups is not None:
+        selection = {name: _indices(members, names) for name, members in spec.groups.items()}
+    else:
+        chosen = range(len(names)) if spec.classes is None else _indices(spec.classes, names)
+        selection = {names[index]: [index] for index in chosen}
+    indices = [index for members in selection.values() for index in members]
+    twice = next((index for index in indices if indices.count(index) > 1), None)
+    if twice is not None:
+        raise InputError(f"class '{names[twice]}' is named twice")
+    if len(selection) < 2:
+        raise InputError(f"a task needs at least 2 classes, not {len(selection)}")
+    return selection
+
+
+def _indices(asked: str | list[int | str], names: Sequence[str]) -> list[int]:
+    """Indices of classes given by name, by index or as a range of indices `first-last`, in the order given."""
+    indices: list[int] = []
+    for item in [asked] if isinstance(asked, str) else asked:
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(item))
+        if isinstance(item, str) and item in names:
+            indices.append(names.index(item))
+        elif match is None:
+            few = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise InputError(f"no class '{item}'{did_you_mean(item, names)}; there are {len(names)}: {few}")
+        else:
+            first, last = int(match[1]), int(match[2] or match[1])
+            if first > last or last >= len(names):
+                raise InputError(f"no classes '{item}': they are numbered 0 to {len(names) - 1}")
+            indices.extend(range(first, last + 1))
+    return indices
+
+
+def _relabelled(selection: Mapping[str, list[int]], count: int) -> np.ndarray:
+    """For each of the source's classes the task's label, or -1."""
+    new = np.full(count, -1, dtype=np.int64)
+    for label, members in enumerate(selection.values()):
+        new[members] = label
+    return new
+
+
+def _split(source: sources.Images, new_label: np.ndarray, chosen: np.ndarray) -> Split:
+    chosen = np.sort(chosen)
+    images = source.images if len(chosen) == len(source.images) else source.images[torch.from_numpy(chosen)]
+    return Split(images, torch.from_numpy(new_label[chosen]))
+
+
+def _mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of uint8 images, in units of 255; a constant channel has deviation 1."""
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = (share * values).sum()
+        deviation = float((share * (values - mean) ** 2).sum().sqrt())
+        means.append(float(mean))
+        deviations.append(deviation or 1.0)
+    return tuple(means), tuple(deviations)
+
+
+def _per_channel(what: str, values: list[float] | None, channels: int) -> tuple[float, ...] | None:
+    if values is not None and len(values) != channels:
+        raise InputError(f"{what} has {len(values)} values for images of {channels} channels")
+    return None if values is None else tuple(values)

@@ -1,0 +1,1 @@
+"""Graphs of backbones: trace, label, narrow. Nothing here knows about tasks."""

@@ -1,0 +1,328 @@
+"""Which channel every element of every activation belongs to.
+
+A graph is run on integers instead of numbers. Each index of each dimension of each parameter gets a label of its own;
+operators that move data are run on the labels as they are, pointwise operators unite the labels of their operands, and
+contractions and normalisations have a rule each (`rules`). What is united in the end is one class: channels that can
+only be kept or dropped together.
+
+An activation carries *layers* of labels. A layer is an integer tensor with as many dimensions as the activation, of
+size 1 wherever the label does not vary, so that an image of any size costs no more than its channels. An element is
+kept when its labels in all layers are kept; almost everything has one layer, weights have one for each dimension.
+Label 0 is kept always.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from dvn_cli.errors import InputError
+from dvn_cli.graph.trace import Traced, hint, is_inplace, shape_of
+
+
+class Classes:
+    """Labels and which of them are one class (union-find over integers, whole arrays at a time)."""
+
+    def __init__(self) -> None:
+        self._parent = np.zeros(1, dtype=np.int64)
+        self._produced: list[np.ndarray] = []
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def fresh(self, count: int) -> Tensor:
+        """Returns `count` labels that are in use nowhere, shape (count,)."""
+        start = len(self._parent)
+        self._parent = np.concatenate([self._parent, np.arange(start, start + count)])
+        return torch.arange(start, start + count)
+
+    def find(self, labels: Tensor) -> Tensor:
+        """Returns each label's class: the least label in it."""
+        roots = labels.numpy()
+        while True:
+            above = self._parent[roots]
+            if np.array_equal(above, roots):
+                return torch.from_numpy(above)
+            roots = above
+
+    def unite(self, a: Tensor, b: Tensor) -> None:
+        """Makes the labels at the same place (after broadcasting) one class."""
+        left, right = (t.reshape(-1).numpy() for t in torch.broadcast_tensors(a, b))
+        while True:
+            left, right = (self.find(torch.from_numpy(t)).numpy() for t in (left, right))
+            differ = left != right
+            if not differ.any():
+                return
+            left, right = left[differ], right[differ]
+            np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
+
+    def mark_produced(self, labels: Tensor) -> None:
+        """Notes that a contraction with a parameter makes these channels: only such can be divided among units."""
+        self._produced.append(labels.reshape(-1).numpy())
+
+    def roots(self) -> np.ndarray:
+        """The class of every label, shape (number of labels,)."""
+        return self.find(torch.arange(len(self))).numpy()
+
+    def produced(self) -> np.ndarray:
+        """For each label whether it is the root of a class with a channel that a parameter makes."""
+        result = np.zeros(len(self), dtype=bool)
+        if self._produced:
+            result[self.find(torch.from_numpy(np.concatenate(self._produced))).numpy()] = True
+        return result
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of one tensor.
+
+    Attributes:
+        shape: of the tensor, at batch size `EXAMPLE_BATCH`.
+        layers: see the module; none means that every element is kept always.
+    """
+
+    shape: tuple[int, ...]
+    layers: tuple[Tensor, ...] = ()
+
+    def vary(self, layer: Tensor) -> tuple[int, ...]:
+        return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
+
+
+@dataclass
+class Call:
+    """One operator of a graph, as its rule sees it.
+
+    Attributes:
+        name: the operator's base name: `aten.add_.Tensor` is `add`.
+        args: the arguments by the names of the operator's schema, defaults filled in.
+    """
+
+    node: fx.Node
+    name: str
+    args: dict[str, Any]
+    labeller: "Labeller"
+
+    @cached_property
+    def shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of the outputs."""
+        value = self.node.meta["val"]
+        return [shape_of(v) for v in (value if isinstance(value, tuple | list) else [value])]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.shapes[0]
+
+    def labels(self, argument: str) -> Labels:
+        found = self.optional(argument)
+        if found is None:
+            raise self.refuse(f"without its argument {argument}")
+        return found
+
+    def optional(self, argument: str) -> Labels | None:
+        """The labels of a tensor argument, None where it is absent."""
+        node = self.args.get(argument)
+        return self.labeller.env[node] if isinstance(node, fx.Node) else None
+
+    def tensors(self) -> list[Labels]:
+        """The labels of all tensor arguments, in order, lists of tensors included."""
+        nodes = [n for n in torch.utils._pytree.tree_leaves(list(self.args.values())) if isinstance(n, fx.Node)]
+        return [v for v in (self.labeller.env[n] for n in nodes) if isinstance(v, Labels)]
+
+    def number(self, argument: str) -> Any:
+        """An argument that is no tensor: integers, lists of integers (symbolic ones are replaced by numbers)."""
+        return fx.node.map_arg(self.args[argument], lambda node: self.labeller.env[node])
+
+    def dims(self, argument: str = "dim", of: str = "self") -> list[int]:
+        """A `dim` argument as a list of numbers from 0; None means all."""
+        value, rank = self.number(argument), len(self.labels(of).shape)
+        if value is None or value == []:
+            return list(range(rank))
+        return [dim % rank for dim in ([value] if isinstance(value, int) else value)]
+
+    def refuse(self, why: str = "") -> InputError:
+        """The refusal of a model, by the operator and the module that stands in the way."""
+        stack = self.node.meta.get("nn_module_stack") or {}
+        path, kind = list(stack.values())[-1] if stack else ("", "")
+        kind = kind if isinstance(kind, str) else kind.__name__
+        where = f" in {path.removeprefix('L__self__.').removeprefix('L[self].') or 'the model'}" if path else ""
+        where += f" ({kind.rpartition('.')[2]})" if kind else ""
+        return InputError(f"operator {self.node.target}{where} is not supported{' ' + why if why else ''}")
+
+
+def base_name(target: object) -> str:
+    """`aten.add_.Tensor` -> `add`: the operator without its overload, in-place or not."""
+    packet = getattr(target, "overloadpacket", None)
+    name = packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
+    return name if name.startswith("_") and name.endswith("__") else name.rstrip("_")
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """The arguments of an aten call by the names of its schema, defaults filled in."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    given = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments}
+
+
+@dataclass
+class Labeller:
+    """Runs graphs of one module on labels.
+
+    Attributes:
+        units: how many units there will be. What can be divided along one dimension or another (heads or the
+            dimensions of each head) is divided where this number fits.
+        sources: for each tensor that the graphs read (by its name in the module, or its placeholder's name where the
+            module's state_dict does not hold it) the labels of its indices, a vector for each dimension.
+        output: labels of the classes, a vector; None when the classes cannot be told apart.
+    """
+
+    units: int
+    classes: Classes = field(default_factory=Classes)
+    sources: dict[str, list[Tensor]] = field(default_factory=dict)
+    output: Tensor | None = None
+    env: dict[fx.Node, Any] = field(default_factory=dict)
+
+    def run(self, traced: Traced) -> dict[fx.Node, Any]:
+        """Labels every node of a graph; graphs of the same module share the labels of its tensors.
+
+        Returns:
+            For each node its `Labels` (a list for several outputs), or the number that it stands for.
+
+        Raises:
+            InputError: an operator has no rule, or its rule cannot tell which channels belong together.
+        """
+        from dvn_cli.graph.rules import apply
+
+        self.traced, env = traced, self.env
+        self.depends: set[fx.Node] = set()
+        self._values: dict[fx.Node, Any] = {}
+        for node in traced.graph.nodes:
+            key = str(node.target)
+            if node.op == "placeholder" and key == traced.input:
+                self.depends.add(node)
+                env[node] = Labels(shape_of(node.meta["val"]))
+            elif node.op == "placeholder":
+                env[node] = self._source(traced.names.get(key, key), tuple(traced.sources[key].shape))
+            elif node.op == "output":
+                self._finish(env[node.args[0]])
+            elif node.op == "call_function":
+                if any(n in self.depends for n in node.all_input_nodes):
+                    self.depends.add(node)
+                env[node] = self._call(node, apply)
+            else:
+                raise InputError(f"the graph has a node that is not supported: {node.format_node()}")
+        return {node: env[node] for node in traced.graph.nodes if node.op != "output"}
+
+    def _call(self, node: fx.Node, apply: Any) -> Any:
+        value = node.meta.get("val")
+        if isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
+            return hint(value) if isinstance(value, int | torch.SymInt) else value
+        if base_name(node.target) == "getitem":
+            source, index = node.args
+            return self.env[source][index]
+        if not hasattr(node.target, "_schema"):
+            raise Call(node, str(node.target), {}, self).refuse()
+        call = Call(node, base_name(node.target), bind(node), self)
+        result = apply(self, call)
+        for labels, shape in zip(result if isinstance(result, list) else [result], call.shapes, strict=True):
+            if labels.shape != shape:  # a rule that is wrong must not go unseen
+                raise call.refuse(f"(its rule gives shape {labels.shape}, the graph {shape})")
+        return result
+
+    def _source(self, name: str, shape: tuple[int, ...]) -> Labels:
+        if name not in self.sources:
+            self.sources[name] = [
+                self.classes.fresh(n) if n > 1 else torch.zeros(n, dtype=torch.int64) for n in shape
+            ]
+        return from_vectors(shape, dict(enumerate(self.sources[name])))
+
+    def _finish(self, labels: Labels) -> None:
+        vectors = self.separate(labels, prefer=[len(labels.shape) - 1])
+        classes = vectors.pop(len(labels.shape) - 1, None)
+        for vector in vectors.values():
+            self.pin(vector)
+        if classes is not None and self.output is not None:
+            self.classes.unite(classes, self.output)
+        self.output = classes
+
+    # What rules are made of
+
+    def value(self, node: Any) -> Any:
+        """The value of what depends on no parameter and not on the input, such as a table of indices."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in self._values:
+            key = str(node.target)
+            if node.op == "placeholder" and key in self.traced.sources:
+                self._values[node] = self.traced.sources[key].detach()
+            elif node in self.depends or node.op != "call_function" or is_inplace(node):
+                raise Call(node, key, {}, self).refuse("as an index: it depends on the input")
+            elif isinstance(self.env[node], int):
+                self._values[node] = self.env[node]
+            else:
+                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.value)
+                self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._values[node]
+
+    def pin(self, labels: Tensor) -> None:
+        """Keeps these always."""
+        self.classes.unite(labels, torch.zeros(1, dtype=torch.int64))
+
+    def compress(self, labels: Tensor) -> Tensor | None:
+        """A layer with size 1 wherever its classes do not vary; None when that is everywhere (then it is pinned)."""
+        for dim in range(labels.ndim):
+            if labels.shape[dim] > 1 and labels.stride(dim) == 0:
+                labels = labels.narrow(dim, 0, 1)
+        labels = self.classes.find(labels.contiguous())
+        for dim in range(labels.ndim):
+            first = labels.narrow(dim, 0, 1)
+            if labels.shape[dim] > 1 and bool((labels == first).all()):
+                labels = first
+        if labels.numel() > 1:
+            return labels
+        self.pin(labels)
+        return None
+
+    def refresh(self, labels: Labels) -> Labels:
+        """The same labels by the classes of now."""
+        return Labels(labels.shape, tuple(x for x in map(self.compress, labels.layers) if x is not None))
+
+    def separate(self, labels: Labels, prefer: Sequence[int] = (), avoid: Iterable[int] = ()) -> dict[int, Tensor]:
+        """Labels as one vector for each dimension; unites what varies along several dimensions jointly.
+
+        Of several dimensions the one that stays is the first of `prefer`, else (not in `avoid`, where there is a
+        choice) the first whose size the number of units divides, else the largest: whole heads where they can be
+        divided among the units, dimensions of every head otherwise.
+        """
+        vectors: dict[int, Tensor] = {}
+        for layer in self.refresh(labels).layers:
+            varying = labels.vary(layer)
+            candidates = [d for d in varying if d not in avoid] or list(varying)
+            stay = next(
+                (d for d in [*prefer, *(c for c in candidates if layer.shape[c] % self.units == 0)] if d in varying),
+                max(candidates, key=lambda d: layer.shape[d]),
+            )
+            least = layer.movedim(stay, 0).flatten(1).amin(1) if layer.ndim > 1 else layer
+            self.classes.unite(layer.movedim(stay, -1), least)
+            if stay in vectors:
+                self.classes.unite(least, vectors[stay])
+            vectors[stay] = least
+        return {dim: self.classes.find(vector) for dim, vector in vectors.items()}
+
+    def unite_all(self, vectors: Sequence[Tensor]) -> None:
+        for vector in vectors[1:]:
+            self.classes.unite(vectors[0], vector)
+
+
+def from_vectors(shape: tuple[int, ...], vectors: Mapping[int, Tensor]) -> Labels:
+    """Labels with one layer for each dimension that has a vector (of length 1 or the dimension's size)."""
+    rank = len(shape)
+    layers = [
+        vector.reshape([-1 if d == dim else 1 for d in range(rank)])
+        for dim, vector in vectors.items()
+        if vector.numel() > 1 and bool(vector.any())
+    ]
+    return Labels(shape, tuple(layers))

@@ -1,0 +1,476 @@
+"""What each operator does to labels: the one table that a new operator is added to.
+
+Three things need no rule of their own: operators that only move data are run on the labels, pointwise operators
+(`torch.Tag.pointwise`) unite the labels of their operands, and factories make new ones. What is in no table is refused.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dvn_cli.graph.labels import Call, Labeller, Labels, base_name, from_vectors
+
+Rule = Callable[[Labeller, Call], Labels | list[Labels]]
+RULES: dict[str, Rule] = {}
+
+# Run on labels as they are; `is_view` operators need not be named.
+MOVES = {
+    *("alias", "clone", "contiguous", "flatten", "flip", "narrow", "permute", "ravel", "reshape", "roll", "rot90"),
+    *("squeeze", "tile", "repeat", "repeat_interleave", "select", "slice", "movedim", "moveaxis", "swapaxes"),
+    *("unflatten", "unsqueeze", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "chunk", "tensor_split"),
+    *("_unsafe_view", "view", "transpose", "t", "split", "split_with_sizes", "unbind", "expand", "unfold"),
+}
+# Move data to the shape of another tensor.
+RESHAPES = {"expand_as", "reshape_as", "view_as"}
+# Give every element its own value without mixing elements, but carry no pointwise tag.
+POINTWISE = {"dropout", "alpha_dropout", "feature_dropout", "hardswish", "log_sigmoid", "type_as", "to", "_to_copy"}
+POINTWISE |= {"bernoulli", "detach", "lift_fresh_copy", "fill", "zero", "masked_fill", "isnan", "where"}
+# Make a tensor that takes nothing but its shape (and type) from others.
+FACTORIES = {"arange", "empty", "eye", "full", "linspace", "new_empty", "new_full", "new_ones", "new_zeros", "ones"}
+FACTORIES |= {"rand", "randn", "zeros", "scalar_tensor"}
+FACTORIES_LIKE = {"empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like"}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Enters a function as the rule of these operators (base names: no overload, no trailing underscore)."""
+
+    def enter(function: Rule) -> Rule:
+        for name in names:
+            assert name not in RULES, name
+            RULES[name] = function
+        return function
+
+    return enter
+
+
+def kind_of(target: Any) -> str:
+    """`rule`, `move`, `reshape`, `pointwise`, `factory` or `` (unknown) for an operator."""
+    name = base_name(target)
+    if name in RULES:
+        return "rule"
+    if name in POINTWISE or torch.Tag.pointwise in getattr(target, "tags", ()):
+        return "pointwise"
+    if name in RESHAPES:
+        return "reshape"
+    if name in MOVES or getattr(target, "is_view", False):
+        return "move"
+    return "factory" if name in FACTORIES | FACTORIES_LIKE else ""
+
+
+def apply(labeller: Labeller, call: Call) -> Labels | list[Labels]:
+    """Labels of the outputs of one operator; a list where it has several."""
+    kind = kind_of(call.node.target)
+    if kind == "rule":
+        return RULES[call.name](labeller, call)
+    if kind == "pointwise":
+        return pointwise(labeller, call.tensors(), call.shape)
+    if kind == "reshape":
+        return move(labeller, call.labels("self"), lambda t: torch.ops.aten.reshape(t.contiguous(), list(call.shape)))
+    if kind == "move":
+        return _move(labeller, call)
+    if kind == "factory":
+        return from_vectors(
+            call.shape, {d: labeller.classes.fresh(n) for d, n in enumerate(call.shape) if n > 1}
+        )
+    raise call.refuse()
+
+
+# Data that moves
+
+
+def move(labeller: Labeller, labels: Labels, function: Callable[[Tensor], Any]) -> Any:
+    """Runs `function` on every layer. A tensor without layers is run too, for the shapes that come out."""
+    layers = labeller.refresh(labels).layers or (torch.zeros([1] * len(labels.shape), dtype=torch.int64),)
+    results = [function(layer.expand(labels.shape)) for layer in layers]
+    if isinstance(results[0], Tensor):
+        return _gathered(labeller, results)
+    return [_gathered(labeller, list(outputs)) for outputs in zip(*results, strict=True)]
+
+
+def _gathered(labeller: Labeller, layers: Sequence[Tensor]) -> Labels:
+    return labeller.refresh(Labels(tuple(layers[0].shape), tuple(layers)))
+
+
+def _move(labeller: Labeller, call: Call) -> Any:
+    names = list(call.args)
+    others = {name: call.number(name) for name in names[1:]}
+    if call.name in ("view", "_unsafe_view"):  # layers are expanded, so only a reshape can look at them so
+        return move(labeller, call.labels(names[0]), lambda t: t.reshape(call.shape))
+    return move(labeller, call.labels(names[0]), lambda t: call.node.target(t, **others))
+
+
+@rule("cat", "concat", "concatenate")
+def _cat(labeller: Labeller, call: Call) -> Labels:
+    parts = [labeller.env[node] for node in call.args["tensors"]]
+    return joined(labeller, [p for p in parts if p.shape != (0,)], call.number("dim") % len(call.shape), call.shape)
+
+
+@rule("stack")
+def _stack(labeller: Labeller, call: Call) -> Labels:
+    dim = call.number("dim") % len(call.shape)
+    parts = [move(labeller, labeller.env[n], lambda t: t.unsqueeze(dim)) for n in call.args["tensors"]]
+    return joined(labeller, parts, dim, call.shape)
+
+
+def joined(labeller: Labeller, parts: Sequence[Labels], dim: int, shape: tuple[int, ...]) -> Labels:
+    """Along `dim` labels follow one another, along all other dimensions they are united."""
+    vectors = [labeller.separate(part) for part in parts]
+    result = {}
+    for d in {d for v in vectors for d in v}:
+        found = [v.get(d, torch.zeros(p.shape[d], dtype=torch.int64)) for v, p in zip(vectors, parts, strict=True)]
+        if d == dim:
+            result[d] = torch.cat(found)
+        else:
+            labeller.unite_all(found)
+            result[d] = labeller.classes.find(found[0])
+    return from_vectors(shape, result)
+
+
+@rule("pad", "constant_pad_nd")
+def _pad(labeller: Labeller, call: Call) -> Labels:
+    """Zeros may stand for any channel: padding along channels gets new labels. Copied margins move."""
+    labels, amounts, rank = call.labels("self"), call.number("pad"), len(call.shape)
+    vectors = labeller.separate(labels)
+    for i in range(0, len(amounts), 2):
+        dim = rank - 1 - i // 2
+        if dim not in vectors:
+            continue
+        if call.args.get("mode", "constant") != "constant" or min(amounts[i : i + 2]) < 0:
+            labeller.pin(vectors.pop(dim))
+        else:
+            before, after = (labeller.classes.fresh(n) for n in amounts[i : i + 2])
+            vectors[dim] = torch.cat([before, vectors[dim], after])
+    return from_vectors(call.shape, vectors)
+
+
+@rule("index")
+def _index(labeller: Labeller, call: Call) -> Labels:
+    indices = [None if i is None else labeller.value(i) for i in call.args["indices"]]
+    return move(labeller, call.labels("self"), lambda t: torch.ops.aten.index.Tensor(t.contiguous(), indices))
+
+
+@rule("index_select")
+def _index_select(labeller: Labeller, call: Call) -> Labels:
+    dim, index = call.number("dim"), labeller.value(call.args["index"])
+    return move(labeller, call.labels("self"), lambda t: t.index_select(dim, index))
+
+
+@rule("meshgrid")
+def _meshgrid(labeller: Labeller, call: Call) -> list[Labels]:
+    return [from_vectors(shape, {}) for shape in call.shapes]
+
+
+# Operators that work on every element, or on every channel, by itself
+
+
+def pointwise(labeller: Labeller, operands: Sequence[Labels], shape: tuple[int, ...]) -> Labels:
+    """Unites the labels of operands that are broadcast together.
+
+    An operand that has its full size along a dimension and no label there is kept whole, and so is what it meets.
+    """
+    rank = len(shape)
+    aligned = []
+    for operand in map(labeller.refresh, operands):
+        front = (1,) * (rank - len(operand.shape))
+        aligned.append(Labels(front + operand.shape, tuple(x.reshape(front + x.shape) for x in operand.layers)))
+
+    layers: list[Tensor] = []
+    joint = {x.vary(layer) for x in aligned for layer in x.layers if len(x.vary(layer)) > 1}
+    for dims in joint:
+        found = [next((y for y in x.layers if x.vary(y) == dims), None) for x in aligned]
+        same = all(
+            sum(bool(set(x.vary(y)) & set(dims)) for y in x.layers) == 1 if layer is not None
+            else all(x.shape[d] == 1 for d in dims)
+            for x, layer in zip(aligned, found, strict=True)
+        )  # fmt: skip
+        if same:
+            present = [layer for layer in found if layer is not None]
+            labeller.unite_all(present)
+            layers.append(present[0])
+            aligned = [
+                Labels(x.shape, tuple(y for y in x.layers if x.vary(y) != dims)) for x in aligned
+            ]
+            done = set(dims)
+            aligned = [Labels(tuple(1 if d in done else n for d, n in enumerate(x.shape)), x.layers) for x in aligned]
+
+    vectors = [labeller.separate(x) for x in aligned]
+    result = {}
+    for dim in {d for v in vectors for d in v}:
+        present = [
+            v.get(dim, torch.zeros(1, dtype=torch.int64)) for v, x in zip(vectors, aligned, strict=True)
+            if x.shape[dim] > 1
+        ]  # fmt: skip
+        present.sort(key=len, reverse=True)
+        labeller.unite_all(present)
+        result[dim] = labeller.classes.find(present[0])
+    single = from_vectors(shape, result)
+    return labeller.refresh(Labels(shape, (*layers, *single.layers)))
+
+
+@rule("prelu")
+def _prelu(labeller: Labeller, call: Call) -> Labels:
+    labels = call.labels("self")
+    _unite_channels(labeller, labels, [call.labels("weight")] if max(call.labels("weight").shape) > 1 else [])
+    return labels
+
+
+@rule("glu")
+def _glu(labeller: Labeller, call: Call) -> Labels:
+    dim = call.number("dim")
+    halves = move(labeller, call.labels("self"), lambda t: t.chunk(2, dim))
+    return pointwise(labeller, halves, call.shape)
+
+
+@rule("softmax", "_softmax", "log_softmax", "cumsum", "normalize")
+def _along(labeller: Labeller, call: Call) -> Labels:
+    """Over channels they are taken over those that are kept; where in a head or which head is not their choice."""
+    labels, dims = call.labels("self"), call.dims()
+    vectors = labeller.separate(labels, avoid=dims)
+    if call.name == "cumsum" and dims[0] in vectors:
+        labeller.pin(vectors.pop(dims[0]))
+    return from_vectors(labels.shape, vectors)
+
+
+@rule(
+    *("max_pool1d", "max_pool2d", "max_pool3d", "max_pool2d_with_indices", "avg_pool1d", "avg_pool2d", "avg_pool3d"),
+    *("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "_adaptive_avg_pool2d", "lp_pool2d"),
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d", "upsample_linear1d"),
+    *("_upsample_bicubic2d_aa", "_upsample_bilinear2d_aa"),
+)
+def _spatial(labeller: Labeller, call: Call) -> Labels | list[Labels]:
+    """Every channel (dimension 1) by itself; positions cannot be dropped."""
+    labels = call.optional("self") or call.labels("input")
+    vectors = labeller.separate(labels, prefer=[1, 0])
+    for dim in [d for d in vectors if d > 1]:
+        labeller.pin(vectors.pop(dim))
+    outputs = [from_vectors(shape, vectors) for shape in call.shapes]
+    return outputs if isinstance(call.node.meta["val"], tuple | list) else outputs[0]
+
+
+@rule("mean", "sum", "amax", "amin", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "logsumexp", "norm")
+def _reduce(labeller: Labeller, call: Call) -> Labels | list[Labels]:
+    """Over channels they are taken over those that are kept."""
+    return reduced(labeller, call, call.labels("self"), call.dims() if "dim" in call.args else call.dims("__all__"))
+
+
+@rule("max", "min", "argmax")
+def _reduce_max(labeller: Labeller, call: Call) -> Labels | list[Labels]:
+    if "other" in call.args:
+        return pointwise(labeller, call.tensors(), call.shape)
+    dims = call.dims() if "dim" in call.args else list(range(len(call.labels("self").shape)))
+    return reduced(labeller, call, call.labels("self"), dims)
+
+
+def reduced(labeller: Labeller, call: Call, labels: Labels, dims: Sequence[int]) -> Labels | list[Labels]:
+    vectors = labeller.separate(labels, avoid=dims)
+    kept = [d for d in range(len(labels.shape)) if d not in dims]
+    outputs = []
+    for shape in call.shapes:
+        place = {d: (d if len(shape) == len(labels.shape) else kept.index(d)) for d in kept}
+        outputs.append(from_vectors(shape, {place[d]: v for d, v in vectors.items() if d in place}))
+    return outputs if isinstance(call.node.meta["val"], tuple | list) else outputs[0]
+
+
+# Normalisations
+
+
+def _unite_channels(labeller: Labeller, labels: Labels, affine: Sequence[Labels | None], first: int = 1) -> None:
+    """Unites vectors of parameters with the dimensions of `labels` that they belong to, from `first` on."""
+    vectors = labeller.separate(labels, prefer=[first])
+    for parameter in affine:
+        if parameter is not None:
+            for dim, vector in labeller.separate(parameter).items():
+                labeller.classes.unite(vector, vectors.get(first + dim, torch.zeros(1, dtype=torch.int64)))
+
+
+@rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
+def _batch_norm(labeller: Labeller, call: Call) -> Labels:
+    labels = call.labels("input")
+    _unite_channels(
+        labeller, labels, [call.optional(a) for a in ("weight", "bias", "running_mean", "running_var")]
+    )
+    return labeller.refresh(labels)
+
+
+@rule("layer_norm", "rms_norm")
+def _layer_norm(labeller: Labeller, call: Call) -> Labels:
+    labels = call.labels("input")
+    first = len(labels.shape) - len(call.number("normalized_shape"))
+    vectors = labeller.separate(labels)
+    for name in ("weight", "bias"):
+        parameter = call.optional(name)
+        if parameter is not None:
+            for dim, vector in labeller.separate(parameter).items():
+                labeller.classes.unite(vector, vectors.get(first + dim, torch.zeros(1, dtype=torch.int64)))
+    return from_vectors(labels.shape, vectors)
+
+
+@rule("group_norm")
+def _group_norm(labeller: Labeller, call: Call) -> Labels:
+    labels, groups = call.labels("input"), call.number("num_groups")
+    _unite_channels(labeller, labels, [call.optional("weight"), call.optional("bias")])
+    vectors = labeller.separate(labels, prefer=[1])
+    if groups > 1 and 1 in vectors:
+        split_groups(labeller, groups, [vectors[1]])
+    return labeller.refresh(labels)
+
+
+def split_groups(labeller: Labeller, groups: int, sides: Sequence[Tensor]) -> bool:
+    """Unites channels so that groups stay groups: whole groups are divided, or every group alike.
+
+    Args:
+        sides: labels of the channels, a vector for each side of the operator (input, output), all in `groups` runs.
+
+    Returns:
+        Whether groups are divided among the units; otherwise the channels of each group are, at the same places.
+    """
+    units, sizes = labeller.units, [len(side) // groups for side in sides]
+    whole = groups % units == 0 or max(sizes) == 1 or (groups >= units and any(n % units for n in sizes))
+    for side in sides:
+        table = side.reshape(groups, -1)
+        labeller.classes.unite(table, table[:, :1] if whole else table[:1])
+    if whole:
+        labeller.unite_all([side.reshape(groups, -1)[:, 0] for side in sides])
+    return whole
+
+
+# Contractions
+
+
+def contract(
+    labeller: Labeller, call: Call, operands: Sequence[tuple[Labels, Sequence[str]]], output: Sequence[str]
+) -> Labels:
+    """A sum of products, written as in einsum: each operand with a letter for each of its dimensions.
+
+    A letter is one dimension wherever it stands; a sum over it is taken over what is kept. What a parameter alone
+    contributes to the output is a channel that it makes.
+    """
+    found: dict[str, list[Tensor]] = {}
+    for labels, letters in operands:
+        last = [len(letters) - 1] if len(letters) > 2 and letters[-1] not in output and _is_linear(operands) else []
+        vectors = labeller.separate(labels, prefer=last)
+        for dim, letter in enumerate(letters):
+            if labels.shape[dim] > 1:
+                zeros = torch.zeros(labels.shape[dim], dtype=torch.int64)
+                found.setdefault(letter, []).append(vectors.get(dim, zeros))
+    for vectors_of in found.values():
+        labeller.unite_all(vectors_of)
+    return from_vectors(
+        call.shape,
+        {dim: labeller.classes.find(found[letter][0]) for dim, letter in enumerate(output) if letter in found},
+    )
+
+
+def _is_linear(operands: Sequence[tuple[Labels, Sequence[str]]]) -> bool:
+    return len(operands[1][1]) == 2
+
+
+@rule("linear")
+def _linear(labeller: Labeller, call: Call) -> Labels:
+    x, weight = call.labels("input"), call.labels("weight")
+    batch = [f"b{d}" for d in range(len(x.shape) - 1)]
+    out = labeller.separate(weight).get(0)
+    if out is not None:
+        labeller.classes.mark_produced(out)
+        _add_bias(labeller, call, out)
+    return contract(labeller, call, [(x, [*batch, "k"]), (weight, ["j", "k"])], [*batch, "j"])
+
+
+def _add_bias(labeller: Labeller, call: Call, out: Tensor) -> None:
+    bias = call.optional("bias")
+    if bias is not None:
+        zeros = torch.zeros(1, dtype=torch.int64)
+        labeller.classes.unite(out, labeller.separate(bias).get(0, zeros))
+
+
+@rule("matmul", "bmm", "mm")
+def _matmul(labeller: Labeller, call: Call) -> Labels:
+    a, b = call.tensors()
+    if len(a.shape) < 2 or len(b.shape) < 2:
+        raise call.refuse("with a vector")
+    rank = len(call.shape)
+    letters = [f"b{d}" for d in range(rank - 2)]
+    left = [*letters[rank - len(a.shape) :], "i", "k"]
+    right = [*letters[rank - len(b.shape) :], "k", "j"]
+    return contract(labeller, call, [(a, left), (b, right)], [*letters, "i", "j"])
+
+
+@rule("einsum")
+def _einsum(labeller: Labeller, call: Call) -> Labels:
+    equation = call.number("equation").replace(" ", "")
+    if "." in equation or "->" not in equation:
+        raise call.refuse(f"as '{equation}'")
+    left, output = equation.split("->")
+    operands = [labeller.env[node] for node in call.args["tensors"]]
+    return contract(labeller, call, list(zip(operands, left.split(","), strict=True)), output)
+
+
+@rule("scaled_dot_product_attention")
+def _attention(labeller: Labeller, call: Call) -> Labels:
+    query, key, value, mask = (call.labels("query"), call.labels("key"), call.labels("value"), call.optional("attn_mask"))
+    if call.number("enable_gqa"):
+        raise call.refuse("with enable_gqa")
+    rank = len(query.shape)
+    batch = [f"b{d}" for d in range(rank - 2)]
+    scores = Labels((*query.shape[:-1], key.shape[-2]))
+    inner = Call(call.node, call.name, call.args, labeller)
+    inner.shapes = [scores.shape]
+    scores = contract(labeller, inner, [(query, [*batch, "i", "k"]), (key, [*batch, "s", "k"])], [*batch, "i", "s"])
+    if mask is not None:
+        scores = pointwise(labeller, [scores, mask], scores.shape)
+    return contract(labeller, call, [(scores, [*batch, "i", "s"]), (value, [*batch, "s", "j"])], [*batch, "i", "j"])
+
+
+@rule("conv1d", "conv2d", "conv3d", "convolution")
+def _conv(labeller: Labeller, call: Call) -> Labels:
+    if call.args.get("transposed"):
+        return _convolution(labeller, call, call.number("groups"), weight_in=0, weight_out=1)
+    return _convolution(labeller, call, call.number("groups"), weight_in=1, weight_out=0)
+
+
+@rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+def _conv_transpose(labeller: Labeller, call: Call) -> Labels:
+    return _convolution(labeller, call, call.number("groups"), weight_in=0, weight_out=1)
+
+
+def _convolution(labeller: Labeller, call: Call, groups: int, weight_in: int, weight_out: int) -> Labels:
+    x, weight = call.labels("input"), call.labels("weight")
+    vectors = labeller.separate(x, prefer=[1])
+    rows = labeller.separate(weight, prefer=[weight_out, weight_in])
+    for where in (vectors, rows):
+        for dim in [d for d in where if d > 1]:  # positions, and the places of a kernel, cannot be dropped
+            labeller.pin(where.pop(dim))
+
+    def vector(found: dict[int, Tensor], labels: Labels, dim: int) -> Tensor:
+        return found.get(dim, torch.zeros(labels.shape[dim], dtype=torch.int64))
+
+    channels, w_in, w_out = vector(vectors, x, 1), vector(rows, weight, weight_in), vector(rows, weight, weight_out)
+    if groups == 1:
+        labeller.classes.unite(channels, w_in)
+        out = w_out
+    else:
+        out = _grouped(labeller, groups, channels, w_in, w_out, transposed=weight_in == 0)
+    labeller.classes.mark_produced(w_out)
+    _add_bias(labeller, call, out)
+    return from_vectors(call.shape, {**vectors, 1: labeller.classes.find(out)})
+
+
+def _grouped(
+    labeller: Labeller, groups: int, channels: Tensor, w_in: Tensor, w_out: Tensor, transposed: bool
+) -> Tensor:
+    """The weight has all channels of one side, and those of one group on the other. Returns the output's labels."""
+    inside = w_out if transposed else w_in  # the dimension that counts within a group
+    count = len(inside) * groups
+    repeated = inside.repeat(groups)
+    out = labeller.classes.fresh(count) if transposed else w_out
+    side = out if transposed else channels
+    if split_groups(labeller, groups, [channels, out]):
+        labeller.pin(inside)
+    else:
+        labeller.classes.unite(side, repeated)
+    if transposed:
+        labeller.classes.unite(channels, w_in)
+        labeller.classes.mark_produced(out)
+    return out

@@ -1,0 +1,132 @@
+"""From a module to an aten graph whose parameters are inputs (`torch.export`, training IR)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx, nn
+
+from dvn_cli.errors import InputError
+
+EXAMPLE_BATCH = 2  # any number that torch.export does not specialise (0 and 1 it does)
+
+
+@dataclass(frozen=True)
+class Traced:
+    """An aten graph in which everything that it reads is a placeholder.
+
+    `sources` maps a placeholder's name to the tensor behind it: parameters, buffers and constants; `names` maps it to
+    the tensor's name in the module, for those that are in the module's `state_dict`. The rest are constants. The graph
+    has one further placeholder, `input`, of shape (batch, channels, height, width), and returns one tensor.
+    """
+
+    graph: fx.Graph
+    input: str
+    sources: Mapping[str, Tensor]
+    names: Mapping[str, str]
+
+    @property
+    def parameters(self) -> set[str]:
+        """Names in the module of the sources that are parameters."""
+        return {name for key, name in self.names.items() if isinstance(self.sources[key], nn.Parameter)}
+
+
+def hint(value: object) -> int:
+    """The concrete number behind an int or a symbolic one (the batch is `EXAMPLE_BATCH`)."""
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)  # type: ignore[call-overload]
+
+
+def shape_of(value: Tensor) -> tuple[int, ...]:
+    return tuple(hint(size) for size in value.shape)
+
+
+def trace(module: nn.Module, input_shape: tuple[int, int, int], train: bool) -> Traced:
+    """Exports `module` in train or eval mode at a dynamic batch size; the module's own mode stays as it was.
+
+    Args:
+        module: a classifier whose forward takes one tensor (batch, channels, height, width).
+        input_shape: channels, height, width.
+        train: whether dropout and batch statistics are on in the graph.
+
+    Raises:
+        InputError: torch.export cannot trace the module.
+    """
+    parameter = next(module.parameters())
+    example = torch.zeros(EXAMPLE_BATCH, *input_shape, device=parameter.device, dtype=parameter.dtype)
+    was = {m: m.training for m in module.modules()}
+    module.train(train)
+    try:
+        program = torch.export.export(
+            module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+        )
+    except Exception as error:  # torch.export raises anything at all, from deep inside the module
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(f"{type(module).__name__} cannot be exported at {input_shape}: {first[:200]}") from error
+    finally:
+        for m, mode in was.items():
+            m.training = mode
+    return _normalise(program, module)
+
+
+def _normalise(program: torch.export.ExportedProgram, module: nn.Module) -> Traced:
+    signature = program.graph_signature
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(program.graph, copies)
+    while isinstance(result, tuple | list):  # a dict-like or several outputs: the first is the classifier's
+        result = result[0]
+    if not isinstance(result, fx.Node):
+        raise InputError(f"{type(module).__name__} does not return a tensor")
+    graph.output(result)
+    for node in list(graph.nodes):
+        if node.op == "call_function" and "assert" in str(node.target):
+            graph.erase_node(node)
+    persistent = set(module.state_dict(keep_vars=True))
+    owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    _keep_what_matters(graph, {key: name.rpartition(".")[0] for key, name in owners.items()})
+    state: dict[str, Tensor] = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    sources: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
+    input_name = ""
+    for node in graph.find_nodes(op="placeholder"):
+        key = str(node.target)
+        if key in owners:
+            sources[key] = state[owners[key]]
+            if owners[key] in persistent:
+                names[key] = owners[key]
+        elif key in signature.inputs_to_lifted_tensor_constants:
+            sources[key] = program.constants[signature.inputs_to_lifted_tensor_constants[key]]
+        else:
+            input_name = key
+    return Traced(graph, input_name, sources, names)
+
+
+def _keep_what_matters(graph: fx.Graph, modules: Mapping[str, str]) -> None:
+    """Removes what the result does not depend on (auxiliary heads), but keeps writes to running statistics.
+
+    `num_batches_tracked += 1` has no reader: such a write stays when another tensor of the same module is needed.
+
+    Args:
+        graph: changed in place.
+        modules: for each placeholder that holds a module's tensor, the module's path.
+    """
+    nodes = list(graph.nodes)
+    needed: set[fx.Node] = {nodes[-1]}
+    for node in reversed(nodes):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    alive = {modules[str(node.target)] for node in needed if node.op == "placeholder" and str(node.target) in modules}
+    for node in nodes:
+        if node not in needed and is_inplace(node) and not node.users:
+            target = node.all_input_nodes[0]
+            if target in needed or modules.get(str(target.target)) in alive:
+                needed.update((node, *node.all_input_nodes))
+    for node in reversed(nodes):
+        if node not in needed:
+            graph.erase_node(node)
+
+
+def is_inplace(node: fx.Node) -> bool:
+    """Whether the operator writes to its first argument, by its schema."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.arguments and schema.arguments[0].alias_info and schema.arguments[0].is_write)

@@ -1,0 +1,154 @@
+"""Names to modules."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from dvn_cli.backbones import BackboneSpec, classifier_tensors, preprocessing, registry, resolve
+from dvn_cli.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "member"),
+    [
+        ("resnet50", "timm", "resnet50"),  # torchvision has it too
+        ("resnet50.a1_in1k", "timm", "resnet50.a1_in1k"),
+        ("wrn_20_1", "timm", "wrn_20_1"),
+        ("googlenet", "torchvision", "googlenet"),
+        ("torchvision/resnet50", "torchvision", "resnet50"),
+        ("timm/resnet50", "timm", "resnet50"),
+        ("resnet", "timm", "resnet50"),
+        ("torchvision/resnet", "torchvision", "resnet50"),
+        ("squeezenet", "torchvision", "squeezenet1_1"),
+    ],
+)
+def test_order_of_meanings(name, source, member):
+    spec = resolve(name)
+    assert (spec.source, spec.name) == (source, member)
+
+
+@pytest.mark.parametrize("family", registry.FAMILIES)
+def test_every_family_has_a_usual_member_that_is_no_family(family):
+    assert resolve(family).name == registry.FAMILIES[family]
+    assert registry.FAMILIES[family] not in registry.FAMILIES
+
+
+def test_defaults_are_the_models_own():
+    assert resolve("inception_v3").input_size == (299, 299)
+    assert resolve("torchvision/efficientnet_b1").input_size == (240, 240)
+    assert resolve("vit_small_patch16_224.augreg_in21k").num_classes == 21843
+    assert resolve("wrn_32_4") == BackboneSpec("timm", "wrn_32_4", 100, 3, (32, 32))
+    assert resolve("resnet18", 7, 1, (64, 48)) == BackboneSpec("timm", "resnet18", 7, 1, (64, 48))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("resnet-50",), "did you mean 'resnet50'"),
+        (("resnet50.a1_in2k",), "did you mean 'resnet50.a1_in1k'"),
+        (("torchvision/wrn_32_4",), "unknown backbone"),
+        (("timm/googlenet",), "unknown backbone 'timm/googlenet'"),
+        (("vit_tiny_patch16_224_in21k",), "unknown backbone"),  # timm has it only as a deprecated alias
+        (("resnet_43",), "8m"),
+        (("vit_small_patch14_dinov2",), "without a classifier"),
+        (("resnet18", 1), "at least 2 classes, not 1"),
+        (("resnet18", 10, 0), "at least 1 channel"),
+        (("resnet18", 10, 3, (0, 8)), "1x1"),
+        (("torchvision/resnet18", 10, 1), "takes 3 channels, not 1"),
+        (("torchvision/vit_b_16", 10, 3, (32, 48)), "square"),
+        (("torchvision/vit_b_16", 10, 3, (20, 20)), "patch size"),
+        (("densenet121", 10, 3, (8, 8)), "cannot take images of 3x8x8"),
+    ],
+)
+def test_what_cannot_be_is_said_in_one_line(arguments, message):
+    with pytest.raises(InputError, match=message) as caught:
+        resolve(*arguments)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["wrn_8_1", "vit_tiny", "torchvision/shufflenet_v2_x0_5"])
+def test_build_random_and_eval(name):
+    spec = resolve(name, 5, input_size=(32, 32))
+    module = spec.build()
+    assert not module.training
+    assert module(torch.randn(2, spec.in_chans, *spec.input_size)).shape == (2, 5)
+    empty = spec.build("meta")
+    assert all(tensor.is_meta for tensor in empty.state_dict().values())
+    assert {n: t.shape for n, t in empty.state_dict().items()} == {n: t.shape for n, t in module.state_dict().items()}
+
+
+def test_models_built_for_a_size_are_built_for_the_one_asked():
+    assert resolve("vit_tiny", 10, 1, (32, 48)).build("meta").pos_embed.shape[1] == 2 * 3 + 1
+    assert resolve("torchvision/vit_b_16", 10, 3, (32, 32)).build("meta").encoder.pos_embedding.shape[1] == 2 * 2 + 1
+
+
+@pytest.mark.parametrize("name", ["googlenet", "torchvision/inception_v3"])
+def test_auxiliary_heads_are_off(name, recwarn):
+    names = resolve(name).build("meta").state_dict()
+    assert not any(name.lower().startswith("aux") for name in names)
+    assert not recwarn.list
+
+
+def test_classifier_tensors():
+    assert classifier_tensors(resolve("wrn_8_1")) == {"fc.weight": 0, "fc.bias": 0}
+    assert classifier_tensors(resolve("torchvision/squeezenet1_1")) == {
+        "classifier.1.weight": 0,
+        "classifier.1.bias": 0,
+    }
+    two_heads = classifier_tensors(resolve("deit_tiny_distilled_patch16_224"))
+    assert set(two_heads) == {"head.weight", "head.bias", "head_dist.weight", "head_dist.bias"}
+
+
+def test_preprocessing():
+    assert preprocessing(resolve("resnet50")) == registry.IMAGENET_MEAN_STD
+    assert preprocessing(resolve("torchvision/resnet50")) == registry.IMAGENET_MEAN_STD
+    assert preprocessing(resolve("wrn_32_4")) is None
+    assert preprocessing(resolve("resnet18", in_chans=1)) is None
+
+
+def test_preprocessing_stands_in_for_the_conversion_inside_a_model():
+    from torchvision import models
+
+    pixels = torch.rand(2, 3, 4, 4)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in registry.IMAGENET_MEAN_STD)
+    with torch.device("meta"):
+        published = models.googlenet(weights=None, transform_input=True, init_weights=False, aux_logits=False)
+    own_mean, own_std = (torch.tensor(v).view(1, 3, 1, 1) for v in preprocessing(resolve("googlenet")))
+    torch.testing.assert_close((pixels - own_mean) / own_std, published._transform_input((pixels - mean) / std))
+
+
+def test_spec_survives_json():
+    spec = BackboneSpec("timm", "wrn_14_2", 10, 1, (8, 16))
+    assert BackboneSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"source": "keras", "name": "resnet50", "num_classes": 10, "input_size": [8, 8]},
+        {"source": "timm", "name": "resnet50", "num_classes": 10, "input_size": 8},
+        {"source": "timm", "name": "resnet50", "num_classes": 10, "input_size": [8, 8], "colour": "red"},
+    ],
+)
+def test_what_is_no_spec_is_refused(fields):
+    with pytest.raises(InputError):
+        BackboneSpec.from_dict(fields)
+
+
+def test_a_name_that_the_installed_library_lacks():
+    with pytest.raises(InputError, match="has no model 'resnet9000'"):
+        BackboneSpec("timm", "resnet9000", 10).build()
+
+
+def test_a_fresh_process_builds_from_a_description_and_imports_nothing_before():
+    code = (
+        "import sys; from dvn_cli.backbones import BackboneSpec; assert not {'torch', 'timm'} & set(sys.modules);"
+        "print(len(BackboneSpec('timm', 'wrn_14_5', 10).build('meta').state_dict()))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "80"
+    )
