@@ -1,0 +1,32 @@
+"""dvn: Deep Virtual Networks, several tasks and several memory budgets in one set of weights.
+
+Kim, Ahn, Torr, Oh, "Deep Virtual Networks for Memory Efficient Inference of Multiple Tasks", CVPR 2019.
+"""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import os
+
+    from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+
+__all__ = ["load"]
+
+
+def load(path: "str | os.PathLike[str]") -> "DeepVirtualNetwork | VirtualNetwork":
+    """Returns what a file holds, in eval mode on the CPU.
+
+    Args:
+        path: a slice (then one network, an ordinary `nn.Module` whose `state_dict` has the backbone's own names), or a
+            checkpoint (then all of them: `load(path).virtual_network(task, level)`).
+
+    Raises:
+        InputError: missing, truncated or foreign file, or one that the installed libraries build another backbone for.
+
+    Example:
+        >>> network = dvn_cli.load("dvn-task2-level1.safetensors")  # doctest: +SKIP
+        >>> logits = network(images)  # doctest: +SKIP
+    """
+    from dvn_cli import network  # torch and timm, only when there is something to load
+
+    return network.load(path)

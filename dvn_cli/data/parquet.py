@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvn_cli.data.sources import Images, Request, first_present, stack
+from dvn_cli.data.sources import TEST_SPLITS, TRAIN_SPLITS, Images, Request, first_present, stack
 from dvn_cli.errors import DvnError, InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def _files(request: Request) -> dict[str, list[Path]]:
     plain_text/test/0000.parquet); the parts before that are its subset.
     """
     root = _root(request)
-    known = {*request.splits(True), *request.splits(False)}
+    known = {*TRAIN_SPLITS, *TEST_SPLITS, *request.splits(train=False)}
     subsets: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(root.rglob("*.parquet")):
         parts = path.relative_to(root).parts

@@ -244,13 +244,14 @@ def _parameters(name: str) -> set[str]:
     """The arguments of a torchvision data set, those that it hands on to its base included."""
     from torchvision import datasets
 
-    item = getattr(datasets, name)
-    own = (
-        [vars(cls)["__init__"] for cls in inspect.getmro(item) if "__init__" in vars(cls)]
-        if inspect.isclass(item)
-        else []
-    )
-    return {parameter for init in own for parameter in inspect.signature(init).parameters}
+    parameters: set[str] = set()
+    for cls in inspect.getmro(getattr(datasets, name)) if inspect.isclass(getattr(datasets, name)) else ():
+        if "__init__" in vars(cls):
+            own = inspect.signature(vars(cls)["__init__"]).parameters
+            parameters |= set(own)
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in own.values()):
+                break
+    return parameters
 
 
 def _construct(name: str, options: dict[str, Any], choices: list[dict[str, Any]]) -> Any:

@@ -23,8 +23,8 @@ class DataSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Kind = Field(
-        description="digits: the handwritten digits that come with dvn; torchvision: one of torchvision.datasets; folder:"
-        " a folder of images, PATH/train/CLASS/* and PATH/test/CLASS/*; hf: Hugging Face parquet files"
+        description="digits: the handwritten digits that come with dvn; torchvision: one of torchvision.datasets; "
+        "folder: images, PATH/train/CLASS/* and PATH/test/CLASS/*; hf: Hugging Face parquet files"
     )
     name: str | None = Field(
         default=None,

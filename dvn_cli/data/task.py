@@ -125,17 +125,17 @@ def _read(spec: DataSpec, train: bool, channels: int, base: Path | None) -> sour
 def _selection(spec: DataSpec, names: Sequence[str]) -> dict[str, list[int]]:
     """Each class of the task, in order, and the indices of the source's classes that it is made of."""
     if spec.groups is not None:
-        selection = {name: _indices(members, names) for name, members in spec.groups.items()}
+        members = {name: _indices(old, names) for name, old in spec.groups.items()}
+        indices = [index for group in members.values() for index in group]
     else:
-        chosen = range(len(names)) if spec.classes is None else _indices(spec.classes, names)
-        selection = {names[index]: [index] for index in chosen}
-    indices = [index for members in selection.values() for index in members]
+        indices = list(range(len(names))) if spec.classes is None else _indices(spec.classes, names)
+        members = {names[index]: [index] for index in indices}
     twice = next((index for index in indices if indices.count(index) > 1), None)
     if twice is not None:
         raise InputError(f"class '{names[twice]}' is named twice")
-    if len(selection) < 2:
-        raise InputError(f"a task needs at least 2 classes, not {len(selection)}")
-    return selection
+    if len(members) < 2:
+        raise InputError(f"a task needs at least 2 classes, not {len(members)}")
+    return members
 
 
 def _indices(asked: str | list[int | str], names: Sequence[str]) -> list[int]:

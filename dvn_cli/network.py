@@ -1,0 +1,252 @@
+"""All networks in one: the shared store, what is private to tasks and levels, and every network as a view of it."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from dvn_cli import checkpoint
+from dvn_cli.errors import InputError
+from dvn_cli.graph.narrow import Kept, Narrowed
+from dvn_cli.partition import Networks, Partition
+from dvn_cli.tasks import Task
+
+DTYPES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
+    **{torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8"},
+    torch.bool: "BOOL",
+}
+"""torch's dtypes by their names in safetensors."""
+
+Cut = tuple[slice | Tensor, ...]  # for each dimension what is taken; () is everything
+
+
+def register(root: nn.Module, path: str, tensor: Tensor, trainable: bool) -> tuple[nn.Module, str]:
+    """Puts a tensor into a tree of modules under its dotted path. Returns the module that holds it, and its key."""
+    *parents, key = path.split(".")
+    for name in parents:
+        if name not in root._modules:
+            root.add_module(name, nn.Module())
+        root = root._modules[name]  # type: ignore[assignment]
+    if trainable:
+        root.register_parameter(key, nn.Parameter(tensor))
+    else:
+        root.register_buffer(key, tensor)
+    return root, key
+
+
+class VirtualNetwork(nn.Module):
+    """One network cut out: an ordinary module with the backbone's own parameter names.
+
+    It maps images, float (batch, channels, height, width), normalised by the task's mean and std, to logits (batch,
+    classes), in train mode with dropout and batch statistics as the backbone's.
+
+    Attributes:
+        task: the task that it solves.
+        level: its level, from 1.
+    """
+
+    def __init__(
+        self, networks: Networks, tensors: Mapping[str, Tensor], trainable: set[str], task: Task, level: int
+    ) -> None:
+        super().__init__()
+        self.task, self.level = task, level
+        places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
+        self.train_graph, self.eval_graph = networks.train.module, networks.eval.module
+        self._places = {
+            mode: [places[name] for name in narrowed.names]
+            for mode, narrowed in ((True, networks.train), (False, networks.eval))
+        }
+
+    def forward(self, images: Tensor) -> Tensor:
+        graph = self.train_graph if self.training else self.eval_graph
+        return graph(images, *[getattr(module, key) for module, key in self._places[self.training]])
+
+    def __repr__(self) -> str:
+        count = sum(p.numel() for p in self.parameters())
+        return f"VirtualNetwork(task={self.task.name!r}, level={self.level}, parameters={count})"
+
+
+class DeepVirtualNetwork(nn.Module):
+    """The networks of all tasks and levels in one set of weights (section 3 of the paper).
+
+    Its tensors are those of the file: `shared.NAME`, and where they exist `task.T.NAME` and `task.T.level.L.NAME`,
+    NAME being the backbone's own. What a network has no tensor of its own for, it takes a slice of the shared one of.
+
+    Attributes:
+        partition: the backbone and its units.
+        tasks: the tasks, number 1 first.
+        training_record: how it was trained; None for a fresh partition.
+    """
+
+    def __init__(
+        self,
+        partition: Partition,
+        tasks: Sequence[Task],
+        tensors: Mapping[str, Tensor],
+        training_record: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`tensors` are by their names in the file, such as `shared/conv1.weight`."""
+        super().__init__()
+        self.partition, self.tasks, self.training_record = partition, list(tasks), training_record
+        self._places: dict[str, tuple[nn.Module, str]] = {}
+        self._plans: dict[tuple[int, int, bool], tuple[fx.GraphModule, list[tuple[nn.Module, str, Cut]]]] = {}
+        for name, tensor in tensors.items():
+            self._register(name, tensor)
+
+    @classmethod
+    def from_backbone(cls, partition: Partition, module: nn.Module, tasks: Sequence[Task]) -> "DeepVirtualNetwork":
+        """A fresh partition: every network is a slice of the backbone, norms and classifier included."""
+        state = module.state_dict()
+        return cls(partition, tasks, {f"shared/{name}": state[name].detach().clone() for name in partition.shapes})
+
+    def _register(self, name: str, tensor: Tensor) -> None:
+        own = name.rpartition("/")[2]
+        self._places[name] = register(self, name.replace("/", "."), tensor, own in self.partition.parameters)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """All tensors by their names in the file."""
+        return {name: getattr(module, key) for name, (module, key) in self._places.items()}
+
+    def number(self, task: int | str) -> int:
+        """The number of a task, from 1, by its number or name; InputError where there is none."""
+        return checkpoint.find_task({"tasks": [t.to_dict() for t in self.tasks]}, task)
+
+    def source(self, name: str, task: int, level: int) -> str:
+        """Where a network's tensor comes from: its own, its task's, or the shared one."""
+        own = f"task/{task}/level/{level}/{name}"
+        return next(n for n in (own, f"task/{task}/{name}", f"shared/{name}") if n in self._places)
+
+    def make_private(self) -> None:
+        """Gives each task its stem, and each network its norms and classifier: copies of the slices they had so far."""
+        private = {name: owner for name, owner in self.partition.owners.items() if owner != "shared"}
+        new: dict[str, Tensor] = {}
+        for number, task in enumerate(self.tasks, 1):
+            for level in range(1, len(task.levels) + 1):
+                kept = self.networks(number, level).kept
+                for name, owner in private.items():
+                    prefix = f"task/{number}/" if owner == "task" else f"task/{number}/level/{level}/"
+                    source = self.source(name, number, level)
+                    if prefix + name not in self._places and prefix + name not in new:
+                        module, key = self._places[source]
+                        cut = () if owner == "task" else as_cut(kept[name])
+                        new[prefix + name] = taken(getattr(module, key), cut).detach().clone()
+        for name, tensor in new.items():
+            self._register(name, tensor)
+        for name in private:
+            place = self._places.pop(f"shared/{name}", None)
+            if place is not None:
+                delattr(*place)
+        self._plans.clear()
+
+    def networks(self, task: int, level: int) -> Networks:
+        """The graphs of a task and level, both by number from 1, and what they take of each tensor."""
+        of = self.tasks[task - 1]
+        return self.partition.networks(of.kept(level), len(of.classes), of.input_size)
+
+    def tensors(self, task: int, level: int) -> dict[str, Tensor]:
+        """The tensors of one network by the backbone's names: views of this module's wherever slices are runs."""
+        plan = {name: self._place(name, task, level) for name in self.partition.shapes}
+        return {name: taken(getattr(module, key), cut) for name, (module, key, cut) in plan.items()}
+
+    def _place(self, name: str, task: int, level: int) -> tuple[nn.Module, str, Cut]:
+        source = self.source(name, task, level)
+        narrow_already = "/level/" in source
+        return (*self._places[source], () if narrow_already else as_cut(self.networks(task, level).kept[name]))
+
+    def forward(self, images: Tensor, task: int, level: int) -> Tensor:
+        """The logits (batch, classes) of a task and level, by number from 1; gradients meet in the shared tensors."""
+        key = (task, level, self.training)
+        if key not in self._plans:
+            networks = self.networks(task, level)
+            narrowed: Narrowed = networks.train if self.training else networks.eval
+            module = narrowed.module.to(images.device)
+            self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])
+        graph, plan = self._plans[key]
+        return graph(images, *[taken(getattr(module, name), cut) for module, name, cut in plan])
+
+    def virtual_network(self, task: int | str, level: int) -> VirtualNetwork:
+        """A copy of one network that stands alone, in this one's mode.
+
+        Raises:
+            InputError: no such task or level.
+        """
+        number = self.number(task)
+        checkpoint.check_level({"tasks": [t.to_dict() for t in self.tasks]}, number, level)
+        tensors = {name: tensor.detach().clone() for name, tensor in self.tensors(number, level).items()}
+        networks = self.networks(number, level)
+        network = VirtualNetwork(networks, tensors, self.partition.parameters, self.tasks[number - 1], level)
+        return network.train(self.training)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        """All networks: numbers of task and level."""
+        for number, task in enumerate(self.tasks, 1):
+            for level in range(1, len(task.levels) + 1):
+                yield number, level
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the checkpoint, atomically."""
+        tensors = {
+            name: checkpoint.Tensor(DTYPES[tensor.dtype], tuple(tensor.shape), _bytes(tensor))
+            for name, tensor in self.file_tensors().items()
+        }
+        metadata = {
+            "format": checkpoint.FORMAT,
+            "kind": "checkpoint",
+            **self.partition.metadata(),
+            "tasks": [task.to_dict() for task in self.tasks],
+            "training": self.training_record,
+        }
+        checkpoint.write(path, tensors, metadata)
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return lambda: [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()]
+
+
+def as_cut(kept: Kept) -> Cut:
+    """What is kept along each dimension as slices where it is a run, so that what is taken is a view."""
+    if all(indices is None for indices in kept):
+        return ()
+    cut: list[slice | Tensor] = []
+    for indices in kept:
+        if indices is None:
+            cut.append(slice(None))
+        elif int(indices[-1]) - int(indices[0]) + 1 == len(indices):
+            cut.append(slice(int(indices[0]), int(indices[-1]) + 1))
+        else:
+            cut.append(indices)
+    return tuple(cut)
+
+
+def taken(tensor: Tensor, cut: Cut) -> Tensor:
+    """What a cut takes of a tensor."""
+    if not cut:
+        return tensor
+    tensor = tensor[tuple(part if isinstance(part, slice) else slice(None) for part in cut)]
+    for dim, part in enumerate(cut):
+        if isinstance(part, Tensor):
+            tensor = tensor.index_select(dim, part.to(tensor.device))
+    return tensor
+
+
+def load(path: str | os.PathLike[str]) -> DeepVirtualNetwork | VirtualNetwork:
+    """See `dvn_cli.load`."""
+    import safetensors.torch
+
+    header = checkpoint.read_header(path)
+    metadata = header.metadata
+    partition = Partition.restore(metadata)
+    tensors = safetensors.torch.load_file(path)
+    if header.kind == "checkpoint":
+        tasks = [Task.from_dict(entry) for entry in metadata["tasks"]]
+        return DeepVirtualNetwork(partition, tasks, tensors, metadata["training"]).eval()
+    task = Task.from_dict(metadata["task"])
+    networks = partition.networks(metadata["kept"], len(task.classes), task.input_size)
+    for name, kept in networks.kept.items():
+        expected = [n if i is None else len(i) for n, i in zip(partition.shapes[name], kept, strict=True)]
+        if list(tensors[name].shape) != expected:
+            raise InputError(f"'{path}' is damaged: {name} has shape {list(tensors[name].shape)}, not {expected}")
+    return VirtualNetwork(networks, tensors, partition.parameters, task, metadata["level"]).eval()

@@ -1,0 +1,272 @@
+"""A backbone divided into units: given a set of them, the network of that set."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+
+from dvn_cli.backbones import BackboneSpec
+from dvn_cli.errors import InputError
+from dvn_cli.graph.labels import Labeller, base_name, bind
+from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
+from dvn_cli.graph.trace import Traced, is_inplace, trace
+from dvn_cli.units.assign import Assignment, Bucket, assign, axes_by_name, kept_labels, unit_of_labels
+
+Owner = Literal["shared", "task", "network"]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """The network of a set of units, in both of its forms, and what it takes of each of the backbone's tensors."""
+
+    train: Narrowed
+    eval: Narrowed
+    kept: Mapping[str, Kept]
+
+
+@dataclass
+class Partition:
+    """A backbone's graphs, labelled, and which unit owns what of them.
+
+    Attributes:
+        spec: how to build the backbone.
+        units: how many units there are.
+        assignment: which unit owns which indices of which tensor.
+        buckets: the classes of coupled channels that were divided together (or stayed shared).
+        owners: for each tensor who has one of its own: nobody (`shared`), each `task`, or each `network`, that is task
+            and level.
+        shapes: of the backbone's tensors.
+        dtypes: of the backbone's tensors.
+        parameters: names of the tensors that are trained; the rest are buffers.
+    """
+
+    spec: BackboneSpec
+    units: int
+    assignment: Assignment
+    buckets: list[Bucket]
+    owners: dict[str, Owner]
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    parameters: set[str]
+    _graphs: dict[bool, Traced] = field(repr=False)
+    _labels: dict[fx.Node, Any] = field(repr=False)
+    _labeller: Labeller = field(repr=False)
+    _unit: Tensor = field(repr=False)
+    _cache: dict[Any, Networks] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def create(
+        cls, spec: BackboneSpec, units: int, module: nn.Module | None = None, assignment: Assignment | None = None
+    ) -> "Partition":
+        """Divides a backbone into units.
+
+        Args:
+            units: how many, at least 1.
+            module: the backbone, built from `spec`; built here by default. It is not changed.
+            assignment: which unit owns what, where that is known already.
+
+        Raises:
+            InputError: the backbone cannot be divided; the message names the operator and module, or the limit.
+        """
+        if units < 1:
+            raise InputError(f"a backbone has at least 1 unit, not {units}")
+        module = spec.build() if module is None else module
+        input_shape = (spec.in_chans, *spec.input_size)
+        graphs = {train: trace(module, input_shape, train) for train in (False, True)}
+        labeller = Labeller(units)
+        labels = {node: value for traced in graphs.values() for node, value in labeller.run(traced).items()}
+        if labeller.output is None:
+            raise InputError(f"{spec.name} has no classifier whose classes can be told apart")
+        state = module.state_dict(keep_vars=True)
+        names = [name for name in state if name in labeller.sources]
+        assigned, buckets = assign(labeller, names)
+        if units > 1 and not any(bucket.sizes for bucket in buckets):
+            widest = max((bucket.channels for bucket in buckets), default=0)
+            raise InputError(
+                f"{spec.name} cannot be divided into {units} units: at most {widest} channels can be told apart"
+            )
+        assignment = assignment or assigned
+        return cls(
+            spec=spec,
+            units=units,
+            assignment=assignment,
+            buckets=buckets,
+            owners=_owners(graphs, names, assignment),
+            shapes={name: tuple(state[name].shape) for name in names},
+            dtypes={name: state[name].dtype for name in names},
+            parameters={name for name in names if isinstance(state[name], nn.Parameter)},
+            _graphs={train: _without_data(traced) for train, traced in graphs.items()},
+            _labels=labels,
+            _labeller=labeller,
+            _unit=unit_of_labels(labeller, assignment),
+        )
+
+    @classmethod
+    def restore(cls, metadata: Mapping[str, Any]) -> "Partition":
+        """Builds the partition that a checkpoint's or a slice's metadata describes.
+
+        Raises:
+            InputError: the installed libraries build another backbone than the one that was divided.
+        """
+        spec = BackboneSpec.from_dict(metadata["backbone"])
+        assignment = Assignment(
+            metadata["units"],
+            metadata["axes"],
+            axes_by_name(metadata["tensors"]),
+            [(name, dim) for name, dim in metadata["class_axis"]],
+        )
+        partition = cls.create(spec, metadata["units"], assignment=assignment)
+        if set(partition.shapes) != set(metadata["tensors"]):
+            raise InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")
+        return partition
+
+    def metadata(self) -> dict[str, Any]:
+        """What `restore` needs, JSON-able."""
+        return {
+            "backbone": self.spec.to_dict(),
+            "units": self.units,
+            "axes": self.assignment.axes,
+            "class_axis": [list(place) for place in self.assignment.classes],
+            "tensors": {
+                name: {"axes": axes, "owner": self.owners[name], "trainable": name in self.parameters}
+                for name, axes in self.assignment.tensors.items()
+            },
+        }
+
+    def networks(self, kept: Sequence[int], classes: int, input_size: tuple[int, int] | None = None) -> Networks:
+        """The network of a set of units.
+
+        Args:
+            kept: numbers of the units, from 1.
+            classes: outputs of its classifier, at most the backbone's.
+            input_size: height and width of its images; the stem's stride follows, so that whatever the size, what
+                comes after the stem has the backbone's own resolution.
+
+        Raises:
+            InputError: no stride of the stem does that, or the network cannot be narrowed so.
+        """
+        key = (tuple(sorted(kept)), classes, input_size or self.spec.input_size)
+        if key not in self._cache:
+            keep = kept_labels(self._labeller, self._unit, key[0], classes)
+            strides = self._strides(key[2])
+            train, evaluate = (
+                narrow(self._graphs[mode], self._labels, self._labeller, keep, strides) for mode in (True, False)
+            )
+            indices = {}
+            for traced in self._graphs.values():
+                for node in traced.graph.find_nodes(op="placeholder"):
+                    name = traced.names.get(str(node.target))
+                    if name is not None and name not in indices:
+                        indices[name] = kept_indices(self._labeller, self._labels[node], keep)
+            self._cache[key] = Networks(train, evaluate, indices)
+        return self._cache[key]
+
+    def divided(self) -> float:
+        """The share of the parameters' elements, stem and classifier included, that the units divide."""
+        sizes = {name: torch.Size(self.shapes[name]).numel() for name in self.parameters}
+        divided = sum(n for name, n in sizes.items() if any(a is not None for a in self.assignment.tensors[name]))
+        return divided / sum(sizes.values())
+
+    def _strides(self, input_size: tuple[int, int]) -> dict[str, list[int]]:
+        if input_size == self.spec.input_size:
+            return {}
+        strides: dict[str, list[int]] = {}
+        traced = self._graphs[False]
+        for node in _stem_nodes(traced):
+            arguments = bind(node)
+            name = traced.names.get(str(arguments["weight"].target)) if "stride" in arguments else None
+            if name is None:
+                raise InputError(f"{self.spec.name} takes images of {_size(self.spec.input_size)} only")
+            before, kernel = list(arguments["stride"]), self.shapes[name][2:]
+            ratios = [asked / own for asked, own in zip(input_size, self.spec.input_size, strict=True)]
+            stride = [round(s * r) for s, r in zip(before, ratios, strict=True)]
+            pads, gaps = list(arguments["padding"]), list(arguments["dilation"])
+
+            def resolution(size: Sequence[int], step: Sequence[int]) -> list[int]:
+                dims = zip(size, kernel, pads, gaps, step, strict=True)  # noqa: B023
+                return [(n + 2 * p - d * (k - 1) - 1) // max(s, 1) + 1 for n, k, p, d, s in dims]
+
+            if min(stride) < 1 or resolution(input_size, stride) != resolution(self.spec.input_size, before):
+                raise InputError(
+                    f"images of {_size(input_size)} cannot meet those of {_size(self.spec.input_size)}: give a size "
+                    f"that is a multiple of it (`size` in the task's data), or another size of the backbone"
+                )
+            strides[name] = stride
+        return strides
+
+
+def _size(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+def _without_data(traced: Traced) -> Traced:
+    """The graph keeps its constants, but not the backbone's weights."""
+    sources = {
+        key: tensor.detach().to("meta") if key in traced.names and tensor.is_floating_point() else tensor
+        for key, tensor in traced.sources.items()
+    }
+    return Traced(traced.graph, traced.input, sources, traced.names)
+
+
+def _parameters_of(node: fx.Node) -> set[fx.Node]:
+    """The placeholders that a node's value comes from, through any computation."""
+    seen, stack = {node}, [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return {n for n in seen if n.op == "placeholder"}
+
+
+def _is_contraction(node: fx.Node) -> bool:
+    return node.op == "call_function" and hasattr(node.target, "_schema") and "weight" in bind(node) and (
+        base_name(node.target) == "linear" or base_name(node.target).startswith("conv")
+    )  # fmt: skip
+
+
+def _stem_nodes(traced: Traced) -> list[fx.Node]:
+    """The first layers with weights that the image meets."""
+    raw: set[fx.Node] = set()
+    stem = []
+    for node in traced.graph.nodes:
+        if node.op == "placeholder" and str(node.target) == traced.input:
+            raw.add(node)
+        elif _is_contraction(node):
+            if node.args[0] in raw:
+                stem.append(node)
+        elif any(n in raw for n in node.all_input_nodes) and isinstance(node.meta.get("val"), Tensor):
+            raw.add(node)
+    return stem
+
+
+def _owners(graphs: Mapping[bool, Traced], names: Sequence[str], assignment: Assignment) -> dict[str, Owner]:
+    """Who has a copy of its own of each tensor; see the design's table.
+
+    Private to the network are the tensors with a dimension of classes, and those of normalisations with running
+    statistics: what the training graph writes to, and whatever else the writing operator, or its module, has.
+    """
+    owners: dict[str, Owner] = dict.fromkeys(names, "shared")
+    for traced in graphs.values():
+        for node in _stem_nodes(traced):
+            for weight in (n for n in node.all_input_nodes if n is not node.args[0]):
+                owners.update(dict.fromkeys(_names(traced, _parameters_of(weight)), "task"))
+    written: set[str] = set()
+    for traced in graphs.values():
+        for node in traced.graph.nodes:
+            if node.op != "call_function" or not hasattr(node.target, "_schema"):
+                continue
+            arguments = bind(node)
+            if isinstance(arguments.get("running_mean"), fx.Node):
+                written |= _names(traced, {n for n in node.all_input_nodes if n is not node.args[0]})
+            elif is_inplace(node):
+                written |= _names(traced, {node.all_input_nodes[0]})
+    owners.update(dict.fromkeys(written, "network"))
+    owners.update(dict.fromkeys((name for name, _ in assignment.classes), "network"))
+    return owners
+
+
+def _names(traced: Traced, nodes: set[fx.Node]) -> set[str]:
+    return {traced.names[str(n.target)] for n in nodes if n.op == "placeholder" and str(n.target) in traced.names}

@@ -1,0 +1,354 @@
+"""The masked network: what a narrow one must compute, by means that have nothing in common with labels on a graph.
+
+It is the original `nn.Module` in double precision with the parameters of the other units set to zero, so that what
+these would have computed is zero. Statistics over channels are taken over the others, under a `TorchFunctionMode`: an
+index of a dimension is not there when all of it is zero in the masked network and is not in the whole one.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+from dvn_cli.graph.labels import Labeller
+from dvn_cli.graph.narrow import narrow
+from dvn_cli.graph.trace import Traced, trace
+from dvn_cli.units.assign import Assignment, assign, kept_labels, unit_of_labels
+from dvn_cli.units.order import paper_order
+
+
+def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
+    """A copy in double precision, nothing random in its forward pass, whose parameters hide no mistake."""
+    module = copy.deepcopy(module).double()
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(like: Tensor, low: float, high: float) -> Tensor:
+        return torch.rand(like.shape, generator=generator, dtype=torch.double) * (high - low) + low
+
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            if p.ndim == 0:
+                p.mul_(1.1)
+            elif p.ndim == 1:
+                p.copy_(uniform(p, -0.5, 0.5) if name.endswith("bias") else uniform(p, 0.6, 1.4))
+            else:
+                scale = max(math.sqrt(2 / p[0].numel()), 0.02)
+                p.copy_(torch.randn(p.shape, generator=generator, dtype=torch.double) * scale)
+        for name, buffer in module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.copy_(uniform(buffer, -0.5, 0.5))
+            if name.endswith("running_var"):
+                buffer.copy_(uniform(buffer, 0.5, 1.5))
+    for m in module.modules():
+        for attribute in ("p", "drop_prob", "drop_path", "dropout", "attn_drop_rate", "drop_rate", "attention_dropout"):
+            if isinstance(getattr(m, attribute, None), float):
+                setattr(m, attribute, 0.0)
+    return module
+
+
+class KeptStatistics(TorchFunctionMode):
+    """Takes statistics over what is kept.
+
+    Args:
+        whole: what was seen when the whole network ran under this mode; None for that run itself.
+    """
+
+    def __init__(self, whole: "KeptStatistics | None" = None) -> None:
+        super().__init__()
+        self.whole = whole
+        self.seen: list[list[Tensor]] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        own = FUNCTIONS.get(function)
+        return own(self, function, *args, **(kwargs or {})) if own else function(*args, **(kwargs or {}))
+
+    def kept(self, x: Tensor) -> Tensor | None:
+        """1 where an element is kept, 0 elsewhere, of a shape that broadcasts; None where all are."""
+        seen = [x.detach().movedim(d, 0).reshape(n, -1).ne(0).any(1) for d, n in enumerate(x.shape)]
+        self.seen.append(seen)
+        if self.whole is None:
+            return None
+        result = None
+        for d, (now, before) in enumerate(zip(seen, self.whole.seen[len(self.seen) - 1], strict=True)):
+            if (before & ~now).any():
+                mask = (now | ~before).to(x.dtype).reshape([-1 if i == d else 1 for i in range(x.ndim)])
+                result = mask if result is None else result * mask
+        return result
+
+
+def _dims(x: Tensor, dim: Any) -> list[int]:
+    if dim is None:
+        return list(range(x.ndim))
+    return [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)]
+
+
+def _moments(x: Tensor, kept: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean, biased variance and count, dimensions kept."""
+    weight = kept.expand(x.shape)
+    count = weight.sum(dims, keepdim=True).clamp(min=1)
+    mean = (x * weight).sum(dims, keepdim=True) / count
+    return mean, ((x - mean).square() * weight).sum(dims, keepdim=True) / count, count
+
+
+def _mean(mode: KeptStatistics, f: Any, input: Tensor, dim: Any = None, keepdim: bool = False, **more: Any) -> Tensor:
+    kept = mode.kept(input)
+    if kept is None:
+        return f(input, keepdim=keepdim, dim=dim, **more) if dim is not None else f(input, **more)
+    mean = _moments(input, kept, _dims(input, dim))[0]
+    return mean if keepdim else mean.squeeze(_dims(input, dim))
+
+
+def _spread(root: bool, with_mean: bool) -> Callable[..., Any]:
+    def function(mode: KeptStatistics, f: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        kept = mode.kept(input)
+        if kept is None:
+            return f(input, *args, **kwargs)
+        given = dict(zip(("dim", "unbiased", "keepdim"), args, strict=False)) | kwargs
+        dims = _dims(input, given.get("dim"))
+        mean, spread, count = _moments(input, kept, dims)
+        correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
+        spread = spread * count / (count - correction)
+        results = [spread.sqrt() if root else spread, mean]
+        results = results if given.get("keepdim", False) else [r.squeeze(dims) for r in results]
+        return tuple(results) if with_mean else results[0]
+
+    return function
+
+
+def _softmax(mode: KeptStatistics, f: Any, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    kept = mode.kept(input)
+    if kept is None:
+        return f(input, dim, *args, **kwargs)
+    along = kept.amax([d for d in range(input.ndim) if d != dim % input.ndim], keepdim=True)
+    return f(input.masked_fill(along == 0, -math.inf), dim, *args, **kwargs).masked_fill(along == 0, 0)
+
+
+def _extremum(mode: KeptStatistics, f: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    kept = mode.kept(input)
+    if kept is None or (args and isinstance(args[0], Tensor)):
+        return f(input, *args, **kwargs)
+    worst = -math.inf if "max" in f.__name__ else math.inf
+    dims = _dims(input, args[0] if args else kwargs.get("dim"))
+    along = kept.amax([d for d in range(input.ndim) if d not in dims], keepdim=True)
+    return f(input.masked_fill(along == 0, worst), *args, **kwargs)
+
+
+def _layer_norm(
+    mode: KeptStatistics, f: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None,
+    eps: float = 1e-5, *rest: Any
+) -> Tensor:  # fmt: skip
+    kept = mode.kept(input)
+    if kept is None:
+        return f(input, normalized_shape, weight, bias, eps)
+    mean, variance, _ = _moments(input, kept, range(input.ndim - len(normalized_shape), input.ndim))
+    return _affine((input - mean) / (variance + eps).sqrt(), weight, bias) * kept
+
+
+def _rms_norm(
+    mode: KeptStatistics, f: Any, input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None
+) -> Tensor:
+    kept = mode.kept(input)
+    if kept is None:
+        return f(input, normalized_shape, weight, eps)
+    mean = _moments(input.square(), kept, range(input.ndim - len(normalized_shape), input.ndim))[0]
+    return _affine(input / (mean + (torch.finfo(input.dtype).eps if eps is None else eps)).sqrt(), weight, None) * kept
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _by_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    return _affine(x, *(None if t is None else t.reshape(shape) for t in (weight, bias)))
+
+
+def _group_norm(
+    mode: KeptStatistics, f: Any, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None,
+    eps: float = 1e-5, *rest: Any
+) -> Tensor:  # fmt: skip
+    kept = mode.kept(input)
+    if kept is None:
+        return f(input, num_groups, weight, bias, eps)
+    grouped = (input.shape[0], num_groups, -1)
+    mean, variance, _ = _moments(input.reshape(grouped), kept.expand(input.shape).reshape(grouped), [2])
+    normal = ((input.reshape(grouped) - mean) / (variance + eps).sqrt()).reshape(input.shape)
+    return _by_channel(normal, weight, bias) * kept
+
+
+def _batch_norm(
+    mode: KeptStatistics, f: Any, input: Tensor, running_mean: Any, running_var: Any, *args: Any, **kwargs: Any
+) -> Tensor:
+    kept = mode.kept(input)
+    names = ("weight", "bias", "training", "momentum", "eps")
+    given = dict(zip(names if f is F.batch_norm else names, args, strict=False)) | kwargs
+    if kept is None:
+        return f(input, running_mean, running_var, *args, **kwargs)
+    weight, bias = given.get("weight"), given.get("bias")
+    dims = [d for d in range(input.ndim) if d != 1]
+    shape = [1, -1] + [1] * (input.ndim - 2)
+    if given.get("training", False):
+        mean, variance, count = _moments(input, kept, dims)
+        if running_mean is not None:
+            with torch.no_grad():
+                momentum = given.get("momentum", 0.1)
+                there = kept.amax(dims).expand(input.shape[1]) > 0
+                unbiased = (variance * count / (count - 1)).flatten()
+                running_mean.copy_(torch.where(there, running_mean.lerp(mean.flatten(), momentum), running_mean))
+                running_var.copy_(torch.where(there, running_var.lerp(unbiased, momentum), running_var))
+    else:
+        mean, variance = running_mean.reshape(shape), running_var.reshape(shape)
+    return _by_channel((input - mean) / (variance + given.get("eps", 1e-5)).sqrt(), weight, bias) * kept
+
+
+def _attention(
+    mode: KeptStatistics, f: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+) -> Tensor:
+    kept = mode.kept(key)
+    if kept is None:
+        return f(query, key, value, *args, **kwargs)
+    there = kept.amax([d for d in range(key.ndim) if d != key.ndim - 2]).expand(key.shape[-2]) > 0
+    given = dict(zip(("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"), args, strict=False)) | kwargs
+    if there.all():
+        return f(query, key, value, *args, **kwargs)
+    bias = torch.zeros(there.shape, dtype=query.dtype).masked_fill(~there, -math.inf)
+    mask = given.get("attn_mask")
+    given["attn_mask"] = bias.expand(query.shape[-2], -1) if mask is None else mask + bias
+    return f(query, key, value, **given)
+
+
+FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.mean, Tensor.mean), _mean),
+    **dict.fromkeys((torch.var, Tensor.var), _spread(root=False, with_mean=False)),
+    **dict.fromkeys((torch.std, Tensor.std), _spread(root=True, with_mean=False)),
+    torch.var_mean: _spread(root=False, with_mean=True),
+    torch.std_mean: _spread(root=True, with_mean=True),
+    **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, F.log_softmax), _softmax),
+    **dict.fromkeys((torch.amax, Tensor.amax, torch.max, Tensor.max, torch.amin, Tensor.amin), _extremum),
+    **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),
+    **dict.fromkeys((F.rms_norm, torch.rms_norm), _rms_norm),
+    **dict.fromkeys((F.group_norm, torch.group_norm), _group_norm),
+    F.batch_norm: _batch_norm,
+    F.scaled_dot_product_attention: _attention,
+}
+
+
+def kept_by_axes(assignment: Assignment, name: str, shape: Sequence[int], kept: Sequence[int]) -> list[Tensor]:
+    """For each dimension of a tensor whether an index is kept, by the assignment's runs alone.
+
+    Args:
+        kept: numbers of the units, from 1.
+    """
+    masks = []
+    for size, axis in zip(shape, assignment.tensors.get(name, [None] * len(shape)), strict=True):
+        mask = torch.ones(size, dtype=torch.bool)
+        for unit, runs in enumerate(assignment.axes[axis] if axis is not None else []):
+            for start, stop in runs:
+                mask[start:stop] = unit + 1 in kept
+        masks.append(mask)
+    return masks
+
+
+def masked(module: nn.Module, assignment: Assignment, kept: Sequence[int]) -> nn.Module:
+    """A copy in which everything of the other units is zero."""
+    module = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if tensor.is_floating_point():
+                for dim, mask in enumerate(kept_by_axes(assignment, name, tensor.shape, kept)):
+                    tensor.mul_(mask.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)]))
+    return module
+
+
+def first_tensor(output: Any) -> Tensor:
+    while not isinstance(output, Tensor):
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    return output
+
+
+def networks(units: int) -> list[tuple[int, ...]]:
+    """Every set of units that a task uses by the paper's orders, smallest first."""
+    orders = [paper_order(task, units) for task in range(1, units + 1)]
+    return sorted({tuple(sorted(order[:n])) for order in orders for n in range(1, units + 1)}, key=lambda s: (len(s), s))
+
+
+class Comparison:
+    """Narrowed against masked networks of one module.
+
+    Args:
+        module: any; it is copied and randomised.
+        input_shape: channels, height, width.
+        modes: for which graphs (train or not).
+    """
+
+    def __init__(
+        self, module: nn.Module, input_shape: tuple[int, int, int], modes: Sequence[bool] = (False, True), batch: int = 3
+    ) -> None:
+        self.module = randomised(module)
+        generator = torch.Generator().manual_seed(1)
+        self.x = torch.randn(batch, *input_shape, generator=generator, dtype=torch.double)
+        self.traced: dict[bool, Traced] = {mode: trace(self.module, input_shape, mode) for mode in modes}
+        self.whole: dict[bool, KeptStatistics] = {}
+
+    def divide(self, units: int) -> Assignment:
+        self.labeller = Labeller(units)
+        self.labels: dict[bool, dict[fx.Node, Any]] = {m: self.labeller.run(t) for m, t in self.traced.items()}
+        names = [name for name in self.module.state_dict() if name in self.labeller.sources]
+        self.assignment, self.buckets = assign(self.labeller, names)
+        self.unit = unit_of_labels(self.labeller, self.assignment)
+        return self.assignment
+
+    def reference(self, module: nn.Module, train: bool) -> tuple[Tensor, nn.Module]:
+        """Output of the masked module, and the module with what its running statistics are afterwards."""
+        if train not in self.whole:
+            mode = KeptStatistics()
+            with torch.no_grad(), mode:
+                copy.deepcopy(self.module).train(train)(self.x)
+            self.whole[train] = mode
+        module = copy.deepcopy(module).train(train)
+        with torch.no_grad(), KeptStatistics(self.whole[train]):
+            return first_tensor(module(self.x)), module
+
+    def tensors(self, names: Sequence[str], kept: Sequence[int]) -> list[Tensor]:
+        state, result = self.module.state_dict(), []
+        for name in names:
+            tensor = state[name]
+            for dim, mask in enumerate(kept_by_axes(self.assignment, name, tensor.shape, kept)):
+                tensor = tensor.index_select(dim, mask.nonzero().reshape(-1))
+            result.append(tensor.clone())
+        return result
+
+    def narrowed(self, kept: Sequence[int], train: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output of the narrow network, and its tensors afterwards."""
+        keep = kept_labels(self.labeller, self.unit, kept, 10**9)
+        net = narrow(self.traced[train], self.labels[train], self.labeller, keep, {})
+        tensors = self.tensors(net.names, kept)
+        with torch.no_grad():
+            return net.module(self.x, *tensors), dict(zip(net.names, tensors, strict=True))
+
+    def error(self, kept: Sequence[int], train: bool) -> float:
+        """The worst relative difference, of outputs and running statistics; infinite where the reference is not finite.
+
+        Relative to the greatest value of the output.
+        """
+        expected, module = self.reference(masked(self.module, self.assignment, kept), train)
+        result, after = self.narrowed(kept, train)
+        pairs = [(result, expected)]
+        state = module.state_dict()
+        for name, tensor in after.items():
+            if name.endswith(("running_mean", "running_var")):
+                wanted = state[name][kept_by_axes(self.assignment, name, state[name].shape, kept)[0]]
+                pairs.append((tensor, wanted))
+        worst = 0.0
+        for a, b in pairs:
+            if a.shape != b.shape or not bool(b.isfinite().all()):
+                return math.inf
+            difference = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
+            worst = max(worst, math.inf if math.isnan(difference) else difference)
+        return worst
