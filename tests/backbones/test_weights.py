@@ -119,7 +119,9 @@ def test_pretrained_from_timm(tmp_path, monkeypatch):
     assert equal(published, module.state_dict())
     smaller = resolve("test_vit", 10, 1, (96, 96))  # its own input layer and position table follow
     module = smaller.build()
+    before = module.head.weight.clone()
     assert load_pretrained(module, smaller) == ["head.weight", "head.bias"]
+    assert torch.equal(module.head.weight, before)
     assert torch.equal(module.blocks[0].mlp.fc1.weight, published["blocks.0.mlp.fc1.weight"])
 
 

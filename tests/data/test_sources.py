@@ -119,6 +119,13 @@ def test_folder_with_val_for_test_and_fewer_classes_in_it(folder):
     assert sorted(set(load_test(spec)[0].labels.tolist())) == [1, 2, 3]
 
 
+def test_a_constant_channel_is_not_divided_by_zero(folder):
+    data = load_task(DataSpec(source="folder", path=str(folder), classes=["black", "blue"]))
+    assert data.mean[:2] == (0, 0)
+    assert data.std[:2] == (1, 1)
+    assert all(images.isfinite().all() for images, _ in data.train_batches(4, torch.Generator()))
+
+
 def test_grey_colour_and_size(folder):
     picture((9, 9, 9), mode="L").save(folder / "train" / "black" / "grey.png")
     picture((0, 0, 0), mode="RGBA").save(folder / "train" / "black" / "alpha.png")

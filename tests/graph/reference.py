@@ -7,6 +7,7 @@ index of a dimension is not there when all of it is zero in the masked network a
 
 import copy
 import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -87,6 +88,10 @@ def _dims(x: Tensor, dim: Any) -> list[int]:
     return [d % x.ndim for d in ([dim] if isinstance(dim, int) else dim)]
 
 
+def _last(x: Tensor, shape: Sequence[int]) -> list[int]:
+    return list(range(x.ndim - len(shape), x.ndim))
+
+
 def _moments(x: Tensor, kept: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count, dimensions kept."""
     weight = kept.expand(x.shape)
@@ -145,7 +150,7 @@ def _layer_norm(
     kept = mode.kept(input)
     if kept is None:
         return f(input, normalized_shape, weight, bias, eps)
-    mean, variance, _ = _moments(input, kept, range(input.ndim - len(normalized_shape), input.ndim))
+    mean, variance, _ = _moments(input, kept, _last(input, normalized_shape))
     return _affine((input - mean) / (variance + eps).sqrt(), weight, bias) * kept
 
 
@@ -155,7 +160,7 @@ def _rms_norm(
     kept = mode.kept(input)
     if kept is None:
         return f(input, normalized_shape, weight, eps)
-    mean = _moments(input.square(), kept, range(input.ndim - len(normalized_shape), input.ndim))[0]
+    mean = _moments(input.square(), kept, _last(input, normalized_shape))[0]
     return _affine(input / (mean + (torch.finfo(input.dtype).eps if eps is None else eps)).sqrt(), weight, None) * kept
 
 
@@ -327,7 +332,9 @@ class Comparison:
     def narrowed(self, kept: Sequence[int], train: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Output of the narrow network, and its tensors afterwards."""
         keep = kept_labels(self.labeller, self.unit, kept, 10**9)
+        start = time.perf_counter()
         net = narrow(self.traced[train], self.labels[train], self.labeller, keep, {})
+        self.seconds = time.perf_counter() - start
         tensors = self.tensors(net.names, kept)
         with torch.no_grad():
             return net.module(self.x, *tensors), dict(zip(net.names, tensors, strict=True))

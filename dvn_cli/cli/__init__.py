@@ -1,0 +1,58 @@
+"""The command line: one file per subcommand, which parses, calls and renders. Heavy imports wait for their command."""
+
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from dvn_cli.cli.bench import bench_command
+from dvn_cli.cli.eval import eval_command
+from dvn_cli.cli.partition import partition_command
+from dvn_cli.cli.slice import slice_command
+from dvn_cli.cli.train import train_command
+from dvn_cli.errors import DvnError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
+app.command("partition")(partition_command)
+app.command("train")(train_command)
+app.command("slice")(slice_command)
+app.command("eval")(eval_command)
+app.command("bench")(bench_command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"dvn {version('dvn')}")
+        raise typer.Exit
+
+
+@app.callback()
+def dvn(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Several vision tasks and several memory budgets in one set of weights: Deep Virtual Networks (CVPR 2019)."""
+
+
+def main() -> None:
+    """Runs `dvn`: whatever goes wrong is one line on stderr and the exit code that says whose fault it was."""
+    try:
+        code = app(standalone_mode=False)
+    except DvnError as error:
+        code = _fail(str(error), error.exit_code)
+    except BrokenPipeError:  # whoever read stdout has gone; do not let the interpreter complain when it flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # wrong usage, as Typer's or click's own exceptions tell it
+            raise
+        code = _fail(error.format_message(), 2)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    typer.echo(f"dvn: {' '.join(message.split())}", err=True)
+    return code

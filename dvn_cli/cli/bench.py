@@ -1,0 +1,4 @@
+"""Placeholder."""
+
+
+def bench_command() -> None: ...

@@ -1,0 +1,4 @@
+"""Placeholder."""
+
+
+def eval_command() -> None: ...

@@ -1,0 +1,4 @@
+"""Placeholder."""
+
+
+def partition_command() -> None: ...

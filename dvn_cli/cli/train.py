@@ -1,0 +1,4 @@
+"""Placeholder."""
+
+
+def train_command() -> None: ...
