@@ -1,5 +1,6 @@
 """All networks in one: the shared store, what is private to tasks and levels, and every network as a view of it."""
 
+import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -54,7 +55,8 @@ class VirtualNetwork(nn.Module):
         super().__init__()
         self.task, self.level = task, level
         places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
-        self.train_graph, self.eval_graph = networks.train.module, networks.eval.module
+        # Copies: the constants in them move and change their type with this module.
+        self.train_graph, self.eval_graph = copy.deepcopy(networks.train.module), copy.deepcopy(networks.eval.module)
         self._places = {
             mode: [places[name] for name in narrowed.names]
             for mode, narrowed in ((True, networks.train), (False, networks.eval))
@@ -162,10 +164,15 @@ class DeepVirtualNetwork(nn.Module):
         if key not in self._plans:
             networks = self.networks(task, level)
             narrowed: Narrowed = networks.train if self.training else networks.eval
-            module = narrowed.module.to(images.device)
+            with torch.inference_mode(False):
+                module = copy.deepcopy(narrowed.module).to(images.device)
             self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])
         graph, plan = self._plans[key]
         return graph(images, *[taken(getattr(module, name), cut) for module, name, cut in plan])
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "DeepVirtualNetwork":
+        self._plans.clear()  # their constants are where the weights were
+        return super()._apply(*args, **kwargs)
 
     def virtual_network(self, task: int | str, level: int) -> VirtualNetwork:
         """A copy of one network that stands alone, in this one's mode.

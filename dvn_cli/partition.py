@@ -1,5 +1,7 @@
 """A backbone divided into units: given a set of them, the network of that set."""
 
+import functools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -103,24 +105,18 @@ class Partition:
             _unit=unit_of_labels(labeller, assignment),
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Partition":
+        return self  # holds no weights, and what it hands out is not changed
+
     @classmethod
     def restore(cls, metadata: Mapping[str, Any]) -> "Partition":
-        """Builds the partition that a checkpoint's or a slice's metadata describes.
+        """Returns the partition that a checkpoint's or a slice's metadata describes; of slices of one, the same.
 
         Raises:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
-        spec = BackboneSpec.from_dict(metadata["backbone"])
-        assignment = Assignment(
-            metadata["units"],
-            metadata["axes"],
-            axes_by_name(metadata["tensors"]),
-            [(name, dim) for name, dim in metadata["class_axis"]],
-        )
-        partition = cls.create(spec, metadata["units"], assignment=assignment)
-        if set(partition.shapes) != set(metadata["tensors"]):
-            raise InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")
-        return partition
+        keys = ("backbone", "units", "axes", "tensors", "class_axis")
+        return _restored(json.dumps({key: metadata[key] for key in keys}, sort_keys=True))
 
     def metadata(self) -> dict[str, Any]:
         """What `restore` needs, JSON-able."""
@@ -149,19 +145,23 @@ class Partition:
         """
         key = (tuple(sorted(kept)), classes, input_size or self.spec.input_size)
         if key not in self._cache:
-            keep = kept_labels(self._labeller, self._unit, key[0], classes)
-            strides = self._strides(key[2])
-            train, evaluate = (
-                narrow(self._graphs[mode], self._labels, self._labeller, keep, strides) for mode in (True, False)
-            )
-            indices = {}
-            for traced in self._graphs.values():
-                for node in traced.graph.find_nodes(op="placeholder"):
-                    name = traced.names.get(str(node.target))
-                    if name is not None and name not in indices:
-                        indices[name] = kept_indices(self._labeller, self._labels[node], keep)
-            self._cache[key] = Networks(train, evaluate, indices)
+            with torch.inference_mode(False):  # what is cached may be evaluated first and trained later
+                self._cache[key] = self._networks(*key)
         return self._cache[key]
+
+    def _networks(self, kept: tuple[int, ...], classes: int, input_size: tuple[int, int]) -> Networks:
+        keep = kept_labels(self._labeller, self._unit, kept, classes)
+        strides = self._strides(input_size)
+        train, evaluate = (
+            narrow(self._graphs[mode], self._labels, self._labeller, keep, strides) for mode in (True, False)
+        )
+        indices = {}
+        for traced in self._graphs.values():
+            for node in traced.graph.find_nodes(op="placeholder"):
+                name = traced.names.get(str(node.target))
+                if name is not None and name not in indices:
+                    indices[name] = kept_indices(self._labeller, self._labels[node], keep)
+        return Networks(train, evaluate, indices)
 
     def divided(self) -> float:
         """The share of the parameters' elements, stem and classifier included, that the units divide."""
@@ -195,6 +195,22 @@ class Partition:
                 )
             strides[name] = stride
         return strides
+
+
+@functools.lru_cache(maxsize=2)
+def _restored(description: str) -> Partition:
+    metadata = json.loads(description)
+    spec = BackboneSpec.from_dict(metadata["backbone"])
+    assignment = Assignment(
+        metadata["units"],
+        metadata["axes"],
+        axes_by_name(metadata["tensors"]),
+        [(name, dim) for name, dim in metadata["class_axis"]],
+    )
+    partition = Partition.create(spec, metadata["units"], assignment=assignment)
+    if set(partition.shapes) != set(metadata["tensors"]):
+        raise InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")
+    return partition
 
 
 def _size(size: Sequence[int]) -> str:

@@ -1,4 +1,100 @@
-"""Placeholder."""
+"""`dvn eval`: accuracy and loss of networks on test images."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from dvn_cli.errors import DvnError, InputError
+
+if TYPE_CHECKING:
+    from dvn_cli.evaluation import Row
 
 
-def eval_command() -> None: ...
+def eval_command(
+    files: Annotated[
+        list[Path] | None,
+        typer.Argument(help="Checkpoints and slices; dvn.safetensors by default.", show_default=False),
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Only this task, by name or by number from 1.")] = None,
+    level: Annotated[int | None, typer.Option(help="Only this level, from 1.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Other images than the task's own test images: a folder (of images by class, or of parquet files), a "
+            "YAML file with the keys of a recipe's `data`, or KEY=VALUE of those. Can be given again."
+        ),
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="Top-1 in per cent; exit with 1 if a network is below it.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time; the result does not depend on it.")] = 256,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+    results_file: Annotated[
+        Path | None, typer.Option(help="Write the results to this file too, as .csv or .json.")
+    ] = None,
+) -> None:
+    """Evaluate networks on test images: top-1, top-5, loss. Exits with 1 below --min-accuracy, and at NaN."""
+    if min_accuracy is not None and not 0 <= min_accuracy <= 100:
+        raise InputError(f"--min-accuracy is in per cent, 0 to 100, not {min_accuracy:g}")
+    if min_accuracy is not None and 0 < min_accuracy < 1:
+        raise InputError(f"--min-accuracy is in per cent: give {100 * min_accuracy:g} for {min_accuracy:g}")
+    if batch_size < 1:
+        raise InputError(f"--batch-size is at least 1, not {batch_size}")
+    if results_file is not None and results_file.suffix not in (".csv", ".json"):
+        raise InputError(f"--results-file ends with .csv or .json, not '{results_file.name}'")
+
+    import json
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from dvn_cli import device as devices
+    from dvn_cli import evaluation
+
+    err = Console(stderr=True)
+
+    def note(text: str) -> None:
+        err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    chosen = devices.choose(device)
+    spec, base = evaluation.parse_data(data, note) if data else (None, None)
+    with err.status("reading networks and images ..."):
+        loaded = evaluation.open_files(files or [Path("dvn.safetensors")], task, level, spec, base, note)
+    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rows: list[Row] = []
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        bar = progress.add_task("", total=sum(opened.images for opened in loaded))
+        for opened in loaded:
+            rows += opened.evaluate(batch_size, chosen, lambda images: progress.advance(bar, images))
+    judged = None if min_accuracy is None else evaluation.gate(rows, min_accuracy)
+    results = {"results": [evaluation.as_json(row) for row in rows], "gate": evaluation.gate_as_json(judged)}
+    if results_file is not None:
+        _write(results_file, results)
+    if as_json:
+        typer.echo(json.dumps(results, indent=2))
+    else:
+        Console().print(*evaluation.result_tables(rows))
+    problem = evaluation.failure(rows, judged)
+    if problem is not None:
+        raise DvnError(problem)
+
+
+def _write(path: Path, results: dict) -> None:
+    import csv
+    import io
+    import json
+
+    from dvn_cli import checkpoint
+
+    text = io.StringIO()
+    if path.suffix == ".json":
+        json.dump(results, text, indent=2)
+    else:
+        rows = [row | {"units": " ".join(map(str, row["units"]))} for row in results["results"]]
+        writer = csv.DictWriter(text, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with checkpoint.atomic(path) as file:
+        file.write(text.getvalue().encode())

@@ -1,4 +1,261 @@
-"""Placeholder."""
+"""`dvn partition`: a backbone divided into units, and what came of it in terms that a person can check."""
+
+import json
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from dvn_cli import checkpoint as checkpoints
+from dvn_cli.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from dvn_cli.partition import Partition
+    from dvn_cli.units.assign import Bucket
+    from dvn_cli.units.count import Whole
+
+MEAN, STD = 0.5, 0.25
+"""Of pixels in 0..1, where a backbone has no normalisation of its own."""
+
+ROWS = 24
+"""Of the table of what was divided; `--json` has all."""
 
 
-def partition_command() -> None: ...
+def partition_command(
+    backbone: Annotated[str, typer.Argument(help="A model of timm or torchvision, wrn_N_S, resnet_N, or a family.")],
+    units: Annotated[int, typer.Option(help="How many units.")],
+    num_classes: Annotated[
+        int | None, typer.Option(help="Outputs of the classifier. Default: the model's own.")
+    ] = None,
+    input_size: Annotated[
+        str | None, typer.Option(metavar="S|HxW", help="Of the images, in pixels. Default: the model's own.")
+    ] = None,
+    in_chans: Annotated[int | None, typer.Option(help="Channels of the images. Default: the model's own.")] = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
+    weights: Annotated[Path | None, typer.Option(help="Start from this state dict: safetensors, or torch's.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.")] = Path("dvn.safetensors"),
+    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is no fresh partition.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
+) -> None:
+    """Divide a backbone into units: every task and level is then a network of its own in one set of weights."""
+    if pretrained and weights is not None:
+        raise InputError("--pretrained or --weights, not both: each says what the weights are")
+    if output.exists() and not force:
+        _refuse_to_lose(output)
+
+    from rich.console import Console
+
+    notes = Console(stderr=True)
+    with notes.status("importing torch and timm") as status:
+        import torch
+
+        from dvn_cli import backbones
+        from dvn_cli.network import DeepVirtualNetwork
+        from dvn_cli.partition import Partition
+        from dvn_cli.tasks import default_tasks
+        from dvn_cli.units import count
+
+        spec = backbones.resolve(backbone, num_classes, in_chans, _size(input_size))
+        status.update(f"building {spec.name}")
+        torch.manual_seed(seed)
+        module = spec.build()
+        left_out: list[str] = []
+        if pretrained:
+            left_out = backbones.load_pretrained(module, spec)
+        elif weights is not None:
+            left_out = backbones.load_weights(module, spec, weights)
+        status.update(f"dividing {spec.name}")
+        partition = Partition.create(spec, units, module)
+        own = backbones.preprocessing(spec)
+        mean, std = own or ((MEAN,) * spec.in_chans, (STD,) * spec.in_chans)
+        network = DeepVirtualNetwork.from_backbone(
+            partition, module, default_tasks(units, spec.num_classes, spec.input_size, mean, std)
+        )
+        network.save(output)
+        header = checkpoints.read_checkpoint(output)
+        levels = []
+        for level in range(1, units + 1):
+            status.update(f"counting level {level} of {units}")
+            params, density = count.params_and_density(header, 1, level)
+            shapes = {name: tuple(tensor.shape) for name, tensor in network.tensors(1, level).items()}
+            levels.append(
+                {
+                    "level": level,
+                    "units": level,
+                    "params": params,
+                    "density": density,
+                    "macs": count.macs(network.networks(1, level).eval, shapes, (spec.in_chans, *spec.input_size)),
+                    "bytes": checkpoints.count(header, 1, level).bytes,
+                    "divided": count.divided_share(header, 1, level),
+                }
+            )
+        lowest = [checkpoints.count(header, number, 1).params for number in range(1, units + 1)]
+        undivided = count.whole(partition)
+
+    if as_json:
+        private = {who: [n for n, o in partition.owners.items() if o == who] for who in ("task", "network")}
+        document = {
+            "checkpoint": str(output),
+            "backbone": spec.to_dict(),
+            "units": units,
+            "mean": mean,
+            "std": std,
+            "levels": levels,
+            "coupled": [
+                {"channels": b.channels, "units": list(b.sizes), "places": [list(place) for place in b.places]}
+                for b in partition.buckets
+            ],
+            "whole": [one.to_dict() for one in undivided],
+            "private": private,
+            "random": left_out,
+        }
+        typer.echo(json.dumps(document, indent=2))
+        return
+
+    console = Console(highlight=False)
+    arrow = f"{backbone} -> " if spec.name != backbone else ""
+    size = "x".join(map(str, spec.input_size))
+    console.print(
+        f"{arrow}{spec.name} ({spec.source}): images {spec.in_chans}x{size}, {spec.num_classes} classes, {units} units"
+    )
+    if left_out:
+        console.print(f"The weights have other classes: {', '.join(left_out)} start at random.")
+    if own is None:
+        console.print(
+            f"{spec.name} has no mean and standard deviation of its own: {MEAN} and {STD} of pixels in 0..1 are noted."
+        )
+    _print_buckets(console, partition)
+    _print_whole(console, partition, undivided, levels[-1])
+    _print_private(console, partition)
+    _print_levels(console, levels, lowest)
+    console.print(f"{output} written.", soft_wrap=True)
+
+
+def _refuse_to_lose(path: Path) -> None:
+    """Raises InputError unless a file is a fresh partition, which the command that made it makes again."""
+    try:
+        metadata = checkpoints.read_header(path).metadata
+    except InputError as error:
+        raise InputError(f"{error}; --force replaces it, -o writes elsewhere") from None
+    if metadata["kind"] != "checkpoint":
+        raise InputError(f"'{path}' is a slice; --force replaces it, -o writes elsewhere")
+    if metadata.get("training") is not None:
+        raise InputError(f"'{path}' is a trained checkpoint; --force replaces it, -o writes elsewhere")
+
+
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if match is None:
+        raise InputError(f"--input-size takes pixels such as 224 or 192x256 (height x width), not '{text}'")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _and_more(names: Sequence[str], shown: int = 1) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _sum(sizes: Sequence[int]) -> str:
+    """How channels are divided: `4 x 16`, uneven `15+14+15+14`, of many units the least and the most."""
+    least, most = min(sizes), max(sizes)
+    if least == most:
+        return f"{len(sizes)} x {least}"
+    return "+".join(map(str, sizes)) if len(sizes) <= 4 else f"{len(sizes)} x {least} to {most}"
+
+
+def _print_buckets(console: "Console", partition: "Partition") -> None:
+    from dvn_cli.report import table
+
+    alike: dict[Any, list[Bucket]] = {}
+    divided = [bucket for bucket in partition.buckets if bucket.sizes]
+    for bucket in divided:
+        alike.setdefault((bucket.channels, bucket.sizes, len({name for name, _ in bucket.places})), []).append(bucket)
+    rows = table("group, by its first tensor", "channels", "units", "such groups", "tensors each", text=1)
+    for (channels, sizes, tensors), buckets in list(alike.items())[:ROWS]:
+        rows.add_row(buckets[0].places[0][0], str(channels), _sum(sizes), str(len(buckets)), str(tensors))
+    console.print(f"\n[bold]Coupled, and divided among the units:[/] {len(divided)} groups of channels")
+    console.print(rows)
+    if len(alike) > ROWS:
+        console.print(f"and {len(alike) - ROWS} kinds of groups more (--json has all)")
+
+
+def _print_whole(console: "Console", partition: "Partition", undivided: Sequence["Whole"], top: dict[str, Any]) -> None:
+    from dvn_cli.report import short
+
+    share = math.floor(1000 * top["divided"]) / 10  # what is not all is not shown as 100.0
+    console.print(f"\n[bold]Shared by all units:[/] {share:.1f} % of the parameters are divided, the rest is whole")
+    for bucket_size, places in _too_few(partition.buckets):
+        console.print(f"  {bucket_size} channels: fewer than {partition.units} units, in {_and_more(places, 2)}")
+    for one in undivided:
+        console.print(f"  {short(one.params)} parameters: {_and_more(one.places, 2)} {one.why}")
+    inner = [
+        f"{name} ({' x '.join(map(str, sizes))})"
+        for name, axes in partition.assignment.tensors.items()
+        if any(axis is not None for axis in axes)
+        and (sizes := [n for dim, n in enumerate(partition.shapes[name]) if _is_inner(partition, name, dim)])
+    ]
+    if inner:
+        console.print(f"  image channels, kernels and positions are not channels: {_and_more(inner, 2)}")
+    if top["divided"] < 0.9:
+        biggest = undivided[0]
+        console.print(
+            f"[bold yellow]Warning:[/] less than 90 % of the parameters are divided, mostly because "
+            f"{_and_more(biggest.places, 1)} {biggest.why}. Fewer units divide more."
+        )
+
+
+def _too_few(buckets: Iterable["Bucket"]) -> list[tuple[int, list[str]]]:
+    found: dict[int, list[str]] = {}
+    for bucket in buckets:
+        if not bucket.sizes:
+            found.setdefault(bucket.channels, []).append(bucket.places[0][0])
+    return sorted(found.items())
+
+
+def _is_inner(partition: "Partition", name: str, dim: int) -> bool:
+    """Whether a dimension is one along which nothing is divided and nothing could be."""
+    few = any((name, dim) in bucket.places for bucket in partition.buckets)
+    whole = partition.assignment.tensors[name][dim] is None and partition.shapes[name][dim] > 1
+    return whole and not few and (name, dim) not in partition.assignment.classes
+
+
+def _print_private(console: "Console", partition: "Partition") -> None:
+    classes = {name for name, _ in partition.assignment.classes}
+    stem = [name for name, owner in partition.owners.items() if owner == "task"]
+    norms = {name.rpartition(".")[0] for name, o in partition.owners.items() if o == "network" and name not in classes}
+    console.print("\n[bold]Private once training starts[/]")
+    console.print(f"  to each task: the stem, {', '.join(stem) or 'none'}")
+    kinds = [f"the classifier, {', '.join(sorted(classes))}"]
+    if norms:
+        kinds.append(f"{len(norms)} normalisations with running statistics ({_and_more(sorted(norms), 1)})")
+    console.print(f"  to each task and level: {'; '.join(kinds)}")
+
+
+def _print_levels(console: "Console", levels: Sequence[dict[str, Any]], lowest: Sequence[int]) -> None:
+    from dvn_cli.report import percent, short, table
+
+    rows = table("level", "units", "parameters", "", "density", "MACs", "file")
+    for row in levels:
+        rows.add_row(
+            str(row["level"]),
+            str(row["units"]),
+            short(row["params"]),
+            f"{row['params']:,}",
+            percent(row["density"]),
+            short(row["macs"]),
+            f"{row['bytes'] / 1e6:,.1f} MB",
+        )
+    console.print("\n[bold]Levels of task 1[/]")
+    console.print(rows)
+    if min(lowest) != max(lowest):
+        console.print(
+            f"Units are not all alike: level 1 of the tasks has {min(lowest):,} to {max(lowest):,} parameters."
+        )

@@ -32,18 +32,19 @@ def read(request: Request, train: bool) -> Images:
     import pyarrow.parquet as pq
 
     by_split = _files(request)
-    train_split, test_split = (
-        first_present(request.splits(which), sorted(by_split), f"{request} has no split") for which in (True, False)
-    )
-    files = by_split[train_split if train else test_split]
+    present, has_no = sorted(by_split), f"{request} has no split"
+    to_learn = train or set(TRAIN_SPLITS) & set(present)  # else there are images to test on alone
+    train_split = first_present(TRAIN_SPLITS, present, has_no) if to_learn else None
+    test_split = first_present(request.splits(train=False), present, has_no)
+    files = by_split[train_split if train and train_split else test_split]
     schema = pq.read_schema(files[0])
     features = _features(schema)
     image = _column(request, schema, features, "image", request.image)
     label = _column(request, schema, features, "label", request.label)
     class_names = (features.get(label) or {}).get("names")
     if class_names is None:
-        both = [*by_split[train_split], *by_split[test_split]]
-        class_names = _names(_values(request, both, label))
+        both = {split: by_split[split] for split in (train_split, test_split) if split}
+        class_names = _names(_values(request, [file for files in both.values() for file in files], label))
     labels = _indices(_values(request, files, label), class_names)
     # Every column of classes counts, so that a task by one of them holds out the same images as a task by another.
     columns = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"] or [label]

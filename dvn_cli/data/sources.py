@@ -163,7 +163,10 @@ def digits(request: Request, train: bool) -> Images:
 
 
 def folder(request: Request, train: bool) -> Images:
-    """PATH/train/CLASS/* and PATH/test/CLASS/*, classes in the order of their names; `val` and its like do for test."""
+    """PATH/train/CLASS/* and PATH/test/CLASS/*, classes in the order of their names; `val` and its like do for test.
+
+    To test on, PATH/test/CLASS/* alone is enough, and with the test split `.` PATH/CLASS/*.
+    """
     from PIL import Image
     from torchvision.datasets import ImageFolder
 
@@ -172,9 +175,14 @@ def folder(request: Request, train: bool) -> Images:
     if not root.is_dir():
         raise InputError(f"no folder {root}")
     folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    train_root, test_root = (first_present(request.splits(which), folders, f"{root} has no") for which in (True, False))
-    classes = _class_folders(root / train_root)
-    chosen = root / (train_root if train else test_root)
+    itself = request.test_split == "."
+    if train or (not itself and set(TRAIN_SPLITS) & set(folders)):
+        train_root = first_present(TRAIN_SPLITS, folders, f"{root} has no")
+    else:
+        train_root = None  # images to test on alone: their classes are those there are
+    test_root = "." if itself else first_present(request.splits(train=False), folders, f"{root} has no")
+    classes = _class_folders(root / (train_root or test_root))
+    chosen = root / (train_root if train and train_root else test_root)
     unknown = [name for name in _class_folders(chosen) if name not in classes]
     if unknown:
         raise InputError(

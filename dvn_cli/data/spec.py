@@ -41,7 +41,8 @@ class DataSpec(BaseModel):
         default=None, description="hf: the configuration or sub-folder; torchvision: the split of EMNIST and its like"
     )
     test_split: str | None = Field(
-        default=None, description="the split to test on; by default test, else validation, valid or val"
+        default=None,
+        description="the split to test on; by default test, else validation, valid or val; of a folder, `.` is itself",
     )
     classes: str | list[int | str] | None = Field(
         default=None,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.trace import Traced, hint, is_inplace, shape_of
+from dvn_cli.graph.trace import Traced, hint, is_inplace, is_written, shape_of
 
 
 class Classes:
@@ -258,8 +258,8 @@ class Labeller:
             key = str(node.target)
             if node.op == "placeholder" and key in self.traced.sources:
                 self._values[node] = self.traced.sources[key].detach()
-            elif node in self.depends or node.op != "call_function" or is_inplace(node):
-                raise Call(node, key, {}, self).refuse("as an index: it depends on the input")
+            elif node in self.depends or node.op != "call_function" or is_inplace(node) or is_written(node):
+                raise Call(node, key, {}, self).refuse("as an index: it depends on the input, or is changed in place")
             elif isinstance(self.env[node], int):
                 self._values[node] = self.env[node]
             else:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Call, Labeller, Labels, base_name, bind
 from dvn_cli.graph.rules import kind_of
-from dvn_cli.graph.trace import Traced
+from dvn_cli.graph.trace import Traced, is_inplace
 
 Kept = list[Tensor | None]  # for each dimension the indices kept, in order; None means all
 
@@ -146,7 +146,7 @@ class _Narrower:
 
     def copy(self, node: fx.Node, args: dict[str, Any] | None = None, target: Any = None) -> None:
         """Enters the node into the new graph, with other arguments where `args` (by the schema's names) says so."""
-        if any(n in self.pending for n in node.all_input_nodes):
+        if any(n in self.pending for n in node.all_input_nodes) or is_inplace(node) and self.written_to_a_copy(node):
             raise self.refuse(node)
         if args is None:
             self.new[node] = self.graph.node_copy(node, lambda n: self.new[n])
@@ -158,6 +158,17 @@ class _Narrower:
         new = self.graph.call_function(target, tuple(bound[p] for p in places if p in bound), keywords)
         new.meta = dict(node.meta)
         self.new[node] = new
+
+    def written_to_a_copy(self, node: fx.Node) -> bool:
+        """Whether what the operator writes to was a view of what is read later, and is a copy in the new graph."""
+        view = node.all_input_nodes[0]
+        copied = False
+        while getattr(view.target, "is_view", False) and view.all_input_nodes:
+            copied = copied or not getattr(self.new[view].target, "is_view", False)
+            view = view.all_input_nodes[0]
+            if copied and any(user > node for user in view.users):
+                return True
+        return False
 
     def refuse(self, node: fx.Node, why: str = "") -> InputError:
         return Call(node, base_name(node.target), {}, self.labeller).refuse(why or "where only a part of it is kept")

@@ -4,6 +4,7 @@ Three things need no rule of their own: operators that only move data are run on
 (`torch.Tag.pointwise`) unite the labels of their operands, and factories make new ones. What is in no table is refused.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,13 +21,13 @@ MOVES = {
     *("alias", "clone", "contiguous", "flatten", "flip", "narrow", "permute", "ravel", "reshape", "roll", "rot90"),
     *("squeeze", "tile", "repeat", "repeat_interleave", "select", "slice", "movedim", "moveaxis", "swapaxes"),
     *("unflatten", "unsqueeze", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "chunk", "tensor_split"),
-    *("_unsafe_view", "view", "transpose", "t", "split", "split_with_sizes", "unbind", "expand", "unfold"),
+    *("_unsafe_view", "view", "transpose", "t", "split", "split_with_sizes", "unbind", "expand", "unfold", "expand_as"),
 }
 # Move data to the shape of another tensor.
-RESHAPES = {"expand_as", "reshape_as", "view_as"}
+RESHAPES = {"reshape_as", "view_as"}
 # Give every element its own value without mixing elements, but carry no pointwise tag.
-POINTWISE = {"dropout", "alpha_dropout", "feature_dropout", "hardswish", "log_sigmoid", "type_as", "to", "_to_copy"}
-POINTWISE |= {"bernoulli", "detach", "lift_fresh_copy", "fill", "zero", "masked_fill", "isnan", "where"}
+POINTWISE = {"dropout", "alpha_dropout", "feature_dropout", "hardswish", "log_sigmoid", "to", "_to_copy"}
+POINTWISE |= {"bernoulli", "copy", "detach", "lift_fresh_copy", "fill", "zero", "masked_fill", "isnan", "where"}
 # Make a tensor that takes nothing but its shape (and type) from others.
 FACTORIES = {"arange", "empty", "eye", "full", "linspace", "new_empty", "new_full", "new_ones", "new_zeros", "ones"}
 FACTORIES |= {"rand", "randn", "zeros", "scalar_tensor"}
@@ -96,6 +97,8 @@ def _gathered(labeller: Labeller, layers: Sequence[Tensor]) -> Labels:
 def _move(labeller: Labeller, call: Call) -> Any:
     names = list(call.args)
     others = {name: call.number(name) for name in names[1:]}
+    if call.name == "expand_as":
+        return move(labeller, call.labels(names[0]), lambda t: t.expand(call.shape))
     if call.name in ("view", "_unsafe_view"):  # layers are expanded, so only a reshape can look at them so
         return move(labeller, call.labels(names[0]), lambda t: t.reshape(call.shape))
     return move(labeller, call.labels(names[0]), lambda t: call.node.target(t, **others))
@@ -209,11 +212,35 @@ def pointwise(labeller: Labeller, operands: Sequence[Labels], shape: tuple[int, 
     return labeller.refresh(Labels(shape, (*layers, *single.layers)))
 
 
+@rule("type_as")
+def _type_as(labeller: Labeller, call: Call) -> Labels:
+    return call.labels("self")
+
+
 @rule("prelu")
 def _prelu(labeller: Labeller, call: Call) -> Labels:
     labels = call.labels("self")
     _unite_channels(labeller, labels, [call.labels("weight")] if max(call.labels("weight").shape) > 1 else [])
     return labels
+
+
+@rule("im2col")
+def _im2col(labeller: Labeller, call: Call) -> Labels:
+    """(N, C, H, W) to (N, C * places of the kernel, positions)."""
+    vectors = _channels_alone(labeller, call.labels("self"))
+    places = math.prod(call.number("kernel_size"))
+    return from_vectors(call.shape, {d: v.repeat_interleave(places) if d == 1 else v for d, v in vectors.items()})
+
+
+@rule("col2im")
+def _col2im(labeller: Labeller, call: Call) -> Labels:
+    """(N, C * places of the kernel, positions) to (N, C, H, W)."""
+    vectors = _channels_alone(labeller, call.labels("self"))
+    if 1 in vectors:
+        table = vectors[1].reshape(call.shape[1], -1)
+        labeller.classes.unite(table, table[:, :1])
+        vectors[1] = table[:, 0]
+    return from_vectors(call.shape, vectors)
 
 
 @rule("glu")
@@ -242,11 +269,28 @@ def _along(labeller: Labeller, call: Call) -> Labels:
 def _spatial(labeller: Labeller, call: Call) -> Labels | list[Labels]:
     """Every channel (dimension 1) by itself; positions cannot be dropped."""
     labels = call.optional("self") or call.labels("input")
+    vectors = _channels_alone(labeller, labels)
+    outputs = [from_vectors(shape, vectors) for shape in call.shapes]
+    return outputs if isinstance(call.node.meta["val"], tuple | list) else outputs[0]
+
+
+def _channels_alone(labeller: Labeller, labels: Labels) -> dict[int, Tensor]:
+    """Labels of the batch and the channels (dimensions 0 and 1); all positions are kept."""
     vectors = labeller.separate(labels, prefer=[1, 0])
     for dim in [d for d in vectors if d > 1]:
         labeller.pin(vectors.pop(dim))
-    outputs = [from_vectors(shape, vectors) for shape in call.shapes]
-    return outputs if isinstance(call.node.meta["val"], tuple | list) else outputs[0]
+    return vectors
+
+
+@rule("grid_sampler", "grid_sampler_2d")
+def _grid_sampler(labeller: Labeller, call: Call) -> Labels:
+    grid = labeller.separate(call.labels("grid"))
+    for dim in [d for d in grid if d > 0]:
+        labeller.pin(grid.pop(dim))
+    vectors = _channels_alone(labeller, call.labels("input"))
+    if 0 in grid:
+        labeller.classes.unite(grid[0], vectors.setdefault(0, torch.zeros_like(grid[0])))
+    return from_vectors(call.shape, vectors)
 
 
 @rule("mean", "sum", "amax", "amin", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "logsumexp", "norm")
@@ -421,6 +465,43 @@ def _attention(labeller: Labeller, call: Call) -> Labels:
     if mask is not None:
         scores = pointwise(labeller, [scores, mask], scores.shape)
     return contract(labeller, call, [(scores, [*batch, "i", "s"]), (value, [*batch, "s", "j"])], [*batch, "i", "j"])
+
+
+@rule("lstm", "gru")
+def _recurrent(labeller: Labeller, call: Call) -> list[Labels]:
+    """Every layer and direction has weights (gates * H, inputs), (gates * H, H) and biases: all gates of a channel."""
+    gates, directions = (4 if call.name == "lstm" else 3), 2 if call.number("bidirectional") else 1
+    given = call.args["hx"]
+    states = [labeller.env[node] for node in (given if isinstance(given, list | tuple) else [given])]
+    weights = [labeller.env[node] for node in call.args["params"]]
+    each = 4 if call.number("has_biases") else 2
+    if len(weights) != each * call.number("num_layers") * directions:
+        raise call.refuse("with projections")
+    labels = call.labels("input")
+    vectors = labeller.separate(labels, prefer=[2])
+    inputs = vectors.get(2, torch.zeros(labels.shape[2], dtype=torch.int64))
+
+    def along(of: Labels, dim: int) -> Tensor:
+        return labeller.separate(of, prefer=[dim]).get(dim, torch.zeros(of.shape[dim], dtype=torch.int64))
+
+    for layer in range(call.number("num_layers")):
+        outputs = []
+        for direction in range(directions):
+            start = (layer * directions + direction) * each
+            hidden = along(weights[start + 1], 1)
+            for matrix in weights[start : start + each]:
+                rows = along(matrix, 0)
+                labeller.classes.mark_produced(rows)
+                labeller.classes.unite(rows.reshape(gates, -1), hidden)
+            labeller.classes.unite(inputs, along(weights[start], 1))
+            for state in states:
+                labeller.classes.unite(along(state, 2), hidden)
+            outputs.append(hidden)
+        inputs = torch.cat(outputs)
+    last = {2: labeller.classes.find(outputs[0])}
+    batch = {d: v for d, v in vectors.items() if d < 2}
+    sequence = from_vectors(call.shape, {**batch, 2: labeller.classes.find(inputs)})
+    return [sequence, *(from_vectors(shape, last) for shape in call.shapes[1:])]
 
 
 @rule("conv1d", "conv2d", "conv3d", "convolution")

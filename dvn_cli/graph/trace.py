@@ -2,12 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from dvn_cli.errors import InputError
 
+# Higher-order operators that run a graph with something switched off, and where their arguments say so.
+REGIONS = {"wrap_with_autocast": 2, "wrap_with_set_grad_enabled": 0}
 EXAMPLE_BATCH = 2  # any number that torch.export does not specialise (0 and 1 it does)
 
 
@@ -71,8 +74,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int], train: bool) -> 
 def _normalise(program: torch.export.ExportedProgram, module: nn.Module) -> Traced:
     signature = program.graph_signature
     graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    result = graph.graph_copy(program.graph, copies)
+    result = _inlined(graph, program.graph_module, {})
     while isinstance(result, tuple | list):  # a dict-like or several outputs: the first is the classifier's
         result = result[0]
     if not isinstance(result, fx.Node):
@@ -84,13 +86,22 @@ def _normalise(program: torch.export.ExportedProgram, module: nn.Module) -> Trac
     persistent = set(module.state_dict(keep_vars=True))
     owners = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     _keep_what_matters(graph, {key: name.rpartition(".")[0] for key, name in owners.items()})
-    state: dict[str, Tensor] = {**dict(module.named_buffers()), **dict(module.named_parameters())}
+    state: dict[str, Tensor] = {
+        **dict(module.named_buffers(remove_duplicate=False)),
+        **dict(module.named_parameters(remove_duplicate=False)),
+    }
+    placeholders: dict[int, fx.Node] = {}
     sources: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     input_name = ""
     for node in graph.find_nodes(op="placeholder"):
         key = str(node.target)
         if key in owners:
+            first = placeholders.setdefault(id(state[owners[key]]), node)
+            if first is not node:  # a tensor that two modules share is one
+                node.replace_all_uses_with(first)
+                graph.erase_node(node)
+                continue
             sources[key] = state[owners[key]]
             if owners[key] in persistent:
                 names[key] = owners[key]
@@ -99,6 +110,41 @@ def _normalise(program: torch.export.ExportedProgram, module: nn.Module) -> Trac
         else:
             input_name = key
     return Traced(graph, input_name, sources, names)
+
+
+def _inlined(graph: fx.Graph, module: fx.GraphModule, copies: dict[fx.Node, Any]) -> Any:
+    """Copies a module's graph to the end of `graph`, with its regions without autocast or gradients laid open.
+
+    Args:
+        copies: what stands for the module's nodes; filled in.
+
+    Returns:
+        What the graph returns, in terms of the copies.
+    """
+    for node in module.graph.nodes:
+        region = getattr(node.target, "__name__", "")
+        if node.op == "output":
+            return fx.node.map_arg(node.args[0], lambda n: copies[n])
+        if node.op == "get_attr" and isinstance(value := getattr(module, node.target, None), fx.GraphModule):
+            copies[node] = value
+        elif region in REGIONS and not node.args[REGIONS[region]]:
+            at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
+            inner, inputs = copies[node.args[at]], [copies[a] for a in node.args[at + 1 :]]
+            places = inner.graph.find_nodes(op="placeholder")
+            copies[node] = _inlined(graph, inner, dict(zip(places, inputs, strict=True)))
+            if region == "wrap_with_set_grad_enabled":
+                copies[node] = fx.node.map_arg(copies[node], lambda n: _detached(graph, n))
+        elif region == "getitem" and not isinstance(copies[node.args[0]], fx.Node):
+            copies[node] = copies[node.args[0]][node.args[1]]
+        elif node not in copies:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    raise AssertionError("a graph has an output")
+
+
+def _detached(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    result = graph.call_function(torch.ops.aten.detach.default, (node,))
+    result.meta = dict(node.meta)
+    return result
 
 
 def _keep_what_matters(graph: fx.Graph, modules: Mapping[str, str]) -> None:
@@ -111,22 +157,41 @@ def _keep_what_matters(graph: fx.Graph, modules: Mapping[str, str]) -> None:
         modules: for each placeholder that holds a module's tensor, the module's path.
     """
     nodes = list(graph.nodes)
-    needed: set[fx.Node] = {nodes[-1]}
-    for node in reversed(nodes):
-        if node in needed:
-            needed.update(node.all_input_nodes)
-    alive = {modules[str(node.target)] for node in needed if node.op == "placeholder" and str(node.target) in modules}
-    for node in nodes:
-        if node not in needed and is_inplace(node) and not node.users:
-            target = node.all_input_nodes[0]
-            if target in needed or modules.get(str(target.target)) in alive:
-                needed.update((node, *node.all_input_nodes))
+    needed: set[fx.Node] = set()
+    found: list[fx.Node] = [nodes[-1]]
+    while found:
+        needed.update(found)
+        for node in reversed(nodes):
+            if node in needed:
+                needed.update(node.all_input_nodes)
+        alive = {modules[str(n.target)] for n in needed if n.op == "placeholder" and str(n.target) in modules}
+        found = [
+            node for node in nodes
+            if node not in needed and is_inplace(node)
+            and ((base := base_of(node.all_input_nodes[0])) in needed or modules.get(str(base.target)) in alive)
+        ]  # fmt: skip
     for node in reversed(nodes):
         if node not in needed:
             graph.erase_node(node)
+
+
+def base_of(node: fx.Node) -> fx.Node:
+    """The node whose memory a view looks at; the node itself where it is no view."""
+    while getattr(node.target, "is_view", False) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+    return node
 
 
 def is_inplace(node: fx.Node) -> bool:
     """Whether the operator writes to its first argument, by its schema."""
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.arguments and schema.arguments[0].alias_info and schema.arguments[0].is_write)
+
+
+def is_written(node: fx.Node) -> bool:
+    """Whether an operator changes the node's memory in place, itself or through a view."""
+    return any(
+        user.all_input_nodes[0] is node
+        and (is_inplace(user) or (getattr(user.target, "is_view", False) and is_written(user)))
+        for user in node.users
+    )

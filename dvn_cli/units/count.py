@@ -1,11 +1,119 @@
-"""What a network costs: multiply-accumulates."""
+"""What networks cost: parameters, how many of them the units divide and why the rest not, multiply-accumulates."""
 
 import copy
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from dvn_cli import checkpoint
 from dvn_cli.graph.narrow import Narrowed
+
+if TYPE_CHECKING:
+    from dvn_cli.partition import Partition
+
+
+def params_and_density(
+    header: checkpoint.Header, task: int | None = None, level: int | None = None
+) -> tuple[int, float]:
+    """Parameters of one network, and their share of those of its task's top level; from the header alone.
+
+    Args:
+        header: a checkpoint's, with a task and level, both from 1; or a slice's, without them. Of a slice's top level
+            the size follows from what its metadata says of the units that it lacks.
+
+    Raises:
+        InputError: as `checkpoint.count`.
+    """
+    params = checkpoint.count(header, task, level).params
+    if task is not None:
+        return params, params / checkpoint.count(header, task, len(header.metadata["tasks"][task - 1]["levels"])).params
+    metadata = header.metadata
+    entry = metadata["task"]
+    lacking = set(entry["order"][: entry["levels"][-1]]) - set(metadata["kept"])
+    owned = _owned(metadata, lacking)
+    top = sum(
+        math.prod(
+            size + (0 if axis is None else owned[axis])
+            for size, axis in zip(header.tensors[name].shape, info["axes"], strict=True)
+        )
+        for name, info in metadata["tensors"].items()
+        if info["trainable"]
+    )
+    return params, params / top
+
+
+def divided_share(header: checkpoint.Header, task: int, level: int) -> float:
+    """The share of a network's parameters that units own; the rest is in every network of the task.
+
+    Args:
+        header: a checkpoint's.
+        task: from 1.
+        level: from 1.
+
+    Raises:
+        InputError: as `checkpoint.cut`.
+    """
+    metadata = header.metadata
+    owned = _owned(metadata, set(checkpoint.kept_units(metadata["tasks"][task - 1], level)))
+    params = whole = 0
+    for name, tensor in checkpoint.cut(header, task, level).items():
+        info = metadata["tensors"][name]
+        if info["trainable"]:
+            params += tensor.elements
+            whole += math.prod(
+                size - (0 if axis is None else owned[axis])
+                for size, axis in zip(tensor.shape, info["axes"], strict=True)
+            )
+    return 1 - whole / params
+
+
+def _owned(metadata: dict[str, Any], units: set[int]) -> list[int]:
+    """For each axis how many of its indices some units, by number from 1, own."""
+    return [sum(stop - start for unit in units for start, stop in axis[unit - 1]) for axis in metadata["axes"]]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What the units do not divide, for one reason.
+
+    Attributes:
+        why: the reason.
+        params: elements of parameters that every network has.
+        places: names of the tensors they are in.
+    """
+
+    why: str
+    params: int
+    places: tuple[str, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def whole(partition: "Partition") -> list[Whole]:
+    """The parameters, stem and classifier included, that no unit owns, most of them first."""
+    few = {place for bucket in partition.buckets if not bucket.sizes for place in bucket.places}
+    classes = set(partition.assignment.classes)
+    counts: dict[str, dict[str, int]] = {}
+    owned = _owned({"axes": partition.assignment.axes}, set(range(1, partition.units + 1)))
+    for name, axes in partition.assignment.tensors.items():
+        shape = partition.shapes[name]
+        count = math.prod(n - (0 if a is None else owned[a]) for n, a in zip(shape, axes, strict=True))
+        if not count or name not in partition.parameters:
+            continue
+        places = {(name, dim) for dim in range(len(shape))}
+        if places & few:
+            why = f"has channels that are coupled in classes of fewer than {partition.units}, the number of units"
+        elif places & classes:
+            why = "has one for each class of the task"
+        else:
+            why = "has no dimension of channels that a layer's weights make"
+        counts.setdefault(why, {})[name] = count
+    found = [Whole(why, sum(of.values()), tuple(of)) for why, of in counts.items()]
+    return sorted(found, key=lambda one: -one.params)
 
 
 def macs(network: Narrowed, shapes: dict[str, tuple[int, ...]], image: tuple[int, int, int]) -> int:

@@ -1,7 +1,7 @@
 """The panel: how many of timm's and torchvision's architectures can be divided, and whether what comes out is right.
 
-    python -m tests.graph.panel            run it and write panel.csv beside this file
-    python -m tests.graph.panel --choose   choose the models again and write them to panel.txt
+    python tests/graph/panel.py            run it and write panel.csv beside this file
+    python tests/graph/panel.py --choose   choose the models again and write them to panel.txt
 
 One model (the smallest) for every distinct combination of timm module file, model class and block classes, and for each
 module file of torchvision's classifiers. Every model has a process and a time limit of its own.
@@ -20,16 +20,16 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
+from reference import Comparison, networks
 
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.errors import InputError
-from tests.graph.reference import Comparison, networks
 
 HERE = Path(__file__).parent
 NAMES = HERE / "panel.txt"
 LARGE = 30_000_000  # parameters; of a combination whose models are all larger the smallest is taken all the same
 SMALL_SIZE = 128  # pixels, where a model takes images of any size
-TOLERANCE = 1e-6
+TOLERANCE = 1e-5  # some models compute in fp32 whatever they are given
 
 
 @dataclass
@@ -97,7 +97,7 @@ def examine(name: str, quick: bool) -> Row:
             row.label_s = round(max(row.label_s, time.perf_counter() - start), 2)
             row.divided = round(min(row.divided, share_divided(comparison.module, assignment.tensors)), 4)
             for kept in [(2,)] if quick else networks(units):
-                for train in (False, True):
+                for train in (units == 4,) if quick else (False, True):
                     row.error = max(row.error, comparison.error(kept, train))
                     row.narrow_s = round(max(row.narrow_s, comparison.seconds), 2)
         row.outcome = "passed" if row.error < TOLERANCE else "wrong"

@@ -1,8 +1,9 @@
 """The masked network: what a narrow one must compute, by means that have nothing in common with labels on a graph.
 
 It is the original `nn.Module` in double precision with the parameters of the other units set to zero, so that what
-these would have computed is zero. Statistics over channels are taken over the others, under a `TorchFunctionMode`: an
-index of a dimension is not there when all of it is zero in the masked network and is not in the whole one.
+these would have computed is zero. Statistics over channels are taken over the others, under a `TorchFunctionMode`: a
+channel is not there when its scale in the norm is zero; where there is no scale, an index of a dimension is not there
+when all of it is zero in the masked network and is not in the whole one.
 """
 
 import copy
@@ -68,15 +69,22 @@ class KeptStatistics(TorchFunctionMode):
         own = FUNCTIONS.get(function)
         return own(self, function, *args, **(kwargs or {})) if own else function(*args, **(kwargs or {}))
 
-    def kept(self, x: Tensor) -> Tensor | None:
-        """1 where an element is kept, 0 elsewhere, of a shape that broadcasts; None where all are."""
+    def kept(self, x: Tensor, scale: Tensor | None = None, apart: int | None = None) -> Tensor | None:
+        """1 where an element is kept, 0 elsewhere, of a shape that broadcasts; None where all are.
+
+        Args:
+            scale: of the norm, in a shape that broadcasts with `x`: where it is zero nothing is kept.
+            apart: a dimension over which nothing is taken.
+        """
+        if scale is not None and apart is None:
+            return None if bool(scale.all()) else scale.ne(0).to(x.dtype)
         seen = [x.detach().movedim(d, 0).reshape(n, -1).ne(0).any(1) for d, n in enumerate(x.shape)]
         self.seen.append(seen)
         if self.whole is None:
             return None
         result = None
         for d, (now, before) in enumerate(zip(seen, self.whole.seen[len(self.seen) - 1], strict=True)):
-            if (before & ~now).any():
+            if d != apart and (before & ~now).any():
                 mask = (now | ~before).to(x.dtype).reshape([-1 if i == d else 1 for i in range(x.ndim)])
                 result = mask if result is None else result * mask
         return result
@@ -147,7 +155,7 @@ def _layer_norm(
     mode: KeptStatistics, f: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None,
     eps: float = 1e-5, *rest: Any
 ) -> Tensor:  # fmt: skip
-    kept = mode.kept(input)
+    kept = mode.kept(input, weight)
     if kept is None:
         return f(input, normalized_shape, weight, bias, eps)
     mean, variance, _ = _moments(input, kept, _last(input, normalized_shape))
@@ -157,7 +165,7 @@ def _layer_norm(
 def _rms_norm(
     mode: KeptStatistics, f: Any, input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None
 ) -> Tensor:
-    kept = mode.kept(input)
+    kept = mode.kept(input, weight)
     if kept is None:
         return f(input, normalized_shape, weight, eps)
     mean = _moments(input.square(), kept, _last(input, normalized_shape))[0]
@@ -178,7 +186,7 @@ def _group_norm(
     mode: KeptStatistics, f: Any, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None,
     eps: float = 1e-5, *rest: Any
 ) -> Tensor:  # fmt: skip
-    kept = mode.kept(input)
+    kept = mode.kept(input, None if weight is None else weight.reshape([1, -1] + [1] * (input.ndim - 2)))
     if kept is None:
         return f(input, num_groups, weight, bias, eps)
     grouped = (input.shape[0], num_groups, -1)
@@ -190,26 +198,18 @@ def _group_norm(
 def _batch_norm(
     mode: KeptStatistics, f: Any, input: Tensor, running_mean: Any, running_var: Any, *args: Any, **kwargs: Any
 ) -> Tensor:
-    kept = mode.kept(input)
     names = ("weight", "bias", "training", "momentum", "eps")
-    given = dict(zip(names if f is F.batch_norm else names, args, strict=False)) | kwargs
+    given = dict(zip(names, args, strict=False)) | kwargs
+    kept = mode.kept(input, apart=1) if given.get("training", False) else None
     if kept is None:
         return f(input, running_mean, running_var, *args, **kwargs)
-    weight, bias = given.get("weight"), given.get("bias")
-    dims = [d for d in range(input.ndim) if d != 1]
-    shape = [1, -1] + [1] * (input.ndim - 2)
-    if given.get("training", False):
-        mean, variance, count = _moments(input, kept, dims)
-        if running_mean is not None:
-            with torch.no_grad():
-                momentum = given.get("momentum", 0.1)
-                there = kept.amax(dims).expand(input.shape[1]) > 0
-                unbiased = (variance * count / (count - 1)).flatten()
-                running_mean.copy_(torch.where(there, running_mean.lerp(mean.flatten(), momentum), running_mean))
-                running_var.copy_(torch.where(there, running_var.lerp(unbiased, momentum), running_var))
-    else:
-        mean, variance = running_mean.reshape(shape), running_var.reshape(shape)
-    return _by_channel((input - mean) / (variance + given.get("eps", 1e-5)).sqrt(), weight, bias) * kept
+    mean, variance, count = _moments(input, kept, [d for d in range(input.ndim) if d != 1])
+    if running_mean is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.flatten(), given.get("momentum", 0.1))
+            running_var.lerp_((variance * count / (count - 1)).flatten(), given.get("momentum", 0.1))
+    normal = (input - mean) / (variance + given.get("eps", 1e-5)).sqrt()
+    return _by_channel(normal, given.get("weight"), given.get("bias")) * kept
 
 
 def _attention(

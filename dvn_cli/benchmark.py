@@ -1,0 +1,386 @@
+"""What networks cost when they run: time and memory, each network in processes of its own.
+
+Time. One process for each network, all of them alive together. After its warm-up a network waits, and then they take
+turns: `ROUNDS` rounds, in each of which every network runs its share of the iterations while the others sleep. What
+else the machine does meets them all alike, so the speed-up over the largest network is the median over the rounds of the
+ratio of the two medians within one round. The latencies are percentiles over all iterations of all rounds. An iteration
+is one forward pass of one batch that lies on the device already: by the clock on a CPU, between two CUDA events on a GPU,
+and in either case the next one starts when it is done.
+
+Memory. Another process for each network, which times nothing. On CUDA it is the most that torch had allocated; on a CPU
+the most memory that was resident, less what was resident before the network was loaded (interpreter, libraries and a
+first small convolution not counted). Weights, the batch of images and activations are counted in both. None where the
+system does not tell.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dvn_cli import checkpoint
+from dvn_cli.errors import DvnError
+from dvn_cli.network import VirtualNetwork
+from dvn_cli.partition import Networks, Partition
+from dvn_cli.tasks import Task
+from dvn_cli.units.count import macs, params_and_density
+
+ROUNDS = 8
+"""Turns that each network takes, fewer where there are fewer iterations."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to measure.
+
+    Attributes:
+        device: where.
+        batch_size: images in a forward pass.
+        warm: forward passes before anything is timed.
+        iterations: forward passes that are timed.
+        channels_last: whether images and convolutions' weights have their channels last in memory.
+        threads: of torch in each process; None leaves it as it is.
+    """
+
+    device: torch.device
+    batch_size: int = 1
+    warm: int = 10
+    iterations: int = 40
+    channels_last: bool = False
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Target:
+    """One network to measure: a slice, or a task and level, both from 1, of a checkpoint."""
+
+    header: checkpoint.Header
+    task: int
+    level: int
+
+    @property
+    def entry(self) -> Task:
+        metadata = self.header.metadata
+        return Task.from_dict(metadata["task"] if self.header.kind == "slice" else metadata["tasks"][self.task - 1])
+
+    @property
+    def family(self) -> object:
+        """What the networks that it is compared with have in common: file and task, of slices backbone and task."""
+        if self.header.kind == "checkpoint":
+            return str(self.header.path), self.task
+        return repr(self.header.metadata["backbone"]), self.entry.name
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one network costs.
+
+    Attributes:
+        file: where it came from.
+        task: number, from 1.
+        name: of the task.
+        level: from 1.
+        params: elements of its parameters.
+        density: the share of those of its task's top level.
+        macs: multiply-accumulates of one image.
+        latencies: seconds of each forward pass of a batch, in the order measured.
+        memory: bytes at the peak; None where the system does not tell.
+        speedup: over the largest network measured of its task; None where it is the only one.
+    """
+
+    file: str
+    task: int
+    name: str
+    level: int
+    params: int
+    density: float
+    macs: int
+    latencies: tuple[float, ...]
+    memory: int | None
+    speedup: float | None
+
+    def percentile(self, percent: float) -> float:
+        """Seconds that so many per cent of the forward passes took at most."""
+        return torch.tensor(self.latencies, dtype=torch.float64).quantile(percent / 100).item()
+
+    def to_dict(self, batch_size: int) -> dict[str, Any]:
+        """As `dvn bench --json` shows it: latencies in ms, images per second at the median."""
+        return {
+            "file": self.file,
+            "task": self.task,
+            "name": self.name,
+            "level": self.level,
+            "params": self.params,
+            "density": self.density,
+            "compression": 1 / self.density,
+            "macs": self.macs,
+            "latency_ms": {f"p{p}": 1000 * self.percentile(p) for p in (50, 90, 99)},
+            "images_per_s": batch_size / self.percentile(50),
+            "peak_memory_bytes": self.memory,
+            "speedup": self.speedup,
+        }
+
+
+def measure(
+    targets: Sequence[Target], settings: Settings, progress: Callable[[str, float], None] = lambda what, done: None
+) -> list[Result]:
+    """Measures networks; the module says how.
+
+    Args:
+        progress: is told what goes on, and which share of it is done.
+
+    Raises:
+        InputError: a file's network cannot be built here.
+        DvnError: a network failed to run, as for want of memory.
+    """
+    with TemporaryDirectory(prefix="dvn-bench-") as folder, contextlib.ExitStack() as stack:
+        jobs, costs = [], []
+        for number, target in enumerate(targets):
+            progress("reading", number / len(targets))
+            job, cost = _prepare(target, Path(folder) / f"{number}.safetensors", settings)
+            jobs.append(job)
+            costs.append(cost)
+
+        def memory(job: "Job") -> int | None:
+            with _process(job, "memory") as worker:
+                return _ask(worker, job)
+
+        with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+            memories = []
+            for number, peak in enumerate(pool.map(memory, jobs)):
+                memories.append(peak)
+                progress("memory", (number + 1) / len(jobs))
+        workers = [stack.enter_context(_process(job, "time")) for job in jobs]
+        for number, (worker, job) in enumerate(zip(workers, jobs, strict=True)):
+            progress("warm-up", number / len(jobs))
+            _ask(worker, job)
+        times: list[list[list[float]]] = [[] for _ in jobs]
+        rounds = min(ROUNDS, settings.iterations)
+        for turn in range(rounds):
+            share = (turn + 1) * settings.iterations // rounds - turn * settings.iterations // rounds
+            for number, (worker, job) in enumerate(zip(workers, jobs, strict=True)):
+                progress("time", (turn + number / len(jobs)) / rounds)
+                worker.send(share)
+                times[number].append(_ask(worker, job))
+        progress("time", 1.0)
+
+    return [
+        Result(
+            file=str(target.header.path),
+            task=target.task,
+            name=target.entry.name,
+            level=target.level,
+            params=cost.params,
+            density=cost.density,
+            macs=cost.macs,
+            latencies=tuple(seconds for turn in times[number] for seconds in turn),
+            memory=memories[number],
+            speedup=_speedup(number, targets, costs, times),
+        )
+        for number, (target, cost) in enumerate(zip(targets, costs, strict=True))
+    ]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to run a network: its graphs, and where its tensors lie, not the backbone or its library."""
+
+    title: str
+    settings: Settings
+    networks: Networks
+    trainable: set[str]
+    task: Task
+    level: int
+    image: tuple[int, int, int]
+    file: Path
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is known of a network without running it."""
+
+    params: int
+    density: float
+    macs: int
+
+
+def _prepare(target: Target, file: Path, settings: Settings) -> tuple[Job, Cost]:
+    header = target.header
+    entry, partition = target.entry, Partition.restore(header.metadata)
+    networks = partition.networks(entry.kept(target.level), len(entry.classes), entry.input_size)
+    if header.kind == "checkpoint":
+        params, density = params_and_density(header, target.task, target.level)
+        checkpoint.slice_file(header, target.task, target.level, file)
+        header = checkpoint.read_header(file)
+    else:
+        params, density = params_and_density(header)
+    image = (partition.spec.in_chans, *entry.input_size)
+    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
+    cost = Cost(params, density, macs(networks.eval, shapes, image))
+    title = f"task {target.task}, level {target.level} of '{target.header.path}'"
+    return Job(title, settings, networks, partition.parameters, entry, target.level, image, header.path), cost
+
+
+def _speedup(
+    number: int, targets: Sequence[Target], costs: Sequence[Cost], times: Sequence[Sequence[Sequence[float]]]
+) -> float | None:
+    same = [other for other, target in enumerate(targets) if target.family == targets[number].family]
+    if len(same) == 1:
+        return None
+    largest = max(same, key=lambda other: costs[other].params)
+    pairs = zip(times[largest], times[number], strict=True)
+    return statistics.median(statistics.median(theirs) / statistics.median(own) for theirs, own in pairs)
+
+
+@contextlib.contextmanager
+def _process(job: Job, what: str) -> Iterator[Connection]:
+    """A process that measures one thing of a network; it ends with the context, whatever happens."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=_work, args=(there, what), daemon=True)
+    process.start()
+    there.close()
+    try:
+        with contextlib.suppress(BrokenPipeError):  # it is dead already: `_ask` says so
+            here.send(job)
+        yield here
+    finally:
+        here.close()
+        process.kill()
+        process.join()
+
+
+def _ask(worker: Connection, job: Job) -> Any:
+    """What a process answers next."""
+    try:
+        answer = worker.recv()
+    except (EOFError, ConnectionResetError):
+        raise DvnError(f"{job.title}: its process was killed, most likely for want of memory") from None
+    if isinstance(answer, str):
+        raise DvnError(f"{job.title} cannot run on {job.settings.device}: {answer}")
+    return answer
+
+
+# Within the process of a network
+
+
+def _work(parent: Connection, what: str) -> None:
+    """Answers its parent: with the peak of memory, or with an empty list once warm and then a list for each number."""
+    try:
+        job: Job = parent.recv()
+        if job.settings.threads is not None:
+            torch.set_num_threads(job.settings.threads)
+        with torch.inference_mode():
+            if what == "memory":
+                parent.send(_peak_memory(job))
+                return
+            network, images = _load(job)
+            seconds(network, images, job.settings.warm)
+            parent.send([])
+            while True:
+                count = parent.recv()
+                seconds(network, images, 1)  # another network has had the caches since
+                parent.send(seconds(network, images, count))
+    except (EOFError, KeyboardInterrupt, BrokenPipeError):  # the parent has enough
+        return
+    except Exception as error:
+        parent.send(next(iter(str(error).splitlines()), type(error).__name__))
+
+
+def seconds(network: nn.Module, images: Tensor, count: int) -> list[float]:
+    """Seconds that each of `count` forward passes takes, one after the other."""
+    times = []
+    for _ in range(count):
+        if images.is_cuda:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            network(images)
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) / 1000)
+        else:
+            begin = time.perf_counter()
+            network(images)
+            if images.device.type == "mps":
+                torch.mps.synchronize()
+            times.append(time.perf_counter() - begin)
+    return times
+
+
+def _load(job: Job) -> tuple[nn.Module, Tensor]:
+    """The network and a batch of random images, on the device."""
+    settings = job.settings
+    network: nn.Module = VirtualNetwork(job.networks, _tensors(job.file), job.trainable, job.task, job.level).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(settings.batch_size, *job.image, generator=generator).to(settings.device)
+    network = network.to(settings.device)
+    if settings.channels_last:
+        network, images = (x.to(memory_format=torch.channels_last) for x in (network, images))  # type: ignore[call-overload]
+    return network, images
+
+
+def _tensors(file: Path) -> dict[str, Tensor]:
+    """The tensors of a slice, read and not mapped, so that memory holds them once."""
+    from dvn_cli.network import DTYPES
+
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    header = checkpoint.read_header(file)
+    tensors = {}
+    with open(file, "rb", buffering=0) as opened:
+        for name, stored in header.tensors.items():
+            tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
+            opened.seek(stored.start)
+            if stored.stop > stored.start:
+                opened.readinto(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
+    return tensors
+
+
+def _peak_memory(job: Job) -> int | None:
+    device = job.settings.device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        seconds(*_load(job), 3)
+        return torch.cuda.max_memory_allocated(device)
+    nn.functional.conv2d(torch.zeros(1, 8, 8, 8), torch.zeros(8, 8, 3, 3))
+    before = _resident_peak(reset=True)
+    seconds(*_load(job), 3)
+    after = _resident_peak()
+    return None if before is None or after is None or device.type != "cpu" else after - before
+
+
+def _resident_peak(reset: bool = False) -> int | None:
+    """The most bytes of this process that were ever in memory, or are now where the mark can be reset."""
+    with contextlib.suppress(OSError):
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if platform.system() == "Darwin" else 1024 * peak
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,25 @@
+"""Which device a command computes on."""
+
+import torch
+
+from dvn_cli.errors import InputError
+
+
+def choose(name: str) -> torch.device:
+    """`auto` is the GPU where there is one, else the CPU; otherwise a device by torch's name.
+
+    Raises:
+        InputError: there is no such device here.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    kind = name.partition(":")[0]
+    if kind not in available:
+        raise InputError(f"unknown device '{name}': give auto, cpu, cuda or mps")
+    if not available[kind]:
+        raise InputError(f"there is no device '{name}' here: give {', '.join(k for k, v in available.items() if v)}")
+    try:
+        return torch.empty(0, device=name).device
+    except RuntimeError:
+        raise InputError(f"there is no device '{name}' here") from None

@@ -1,0 +1,491 @@
+"""Accuracy and loss of networks on test images, and where those images come from."""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import yaml
+from pydantic import ValidationError
+from rich.table import Table
+from torch import Tensor
+
+from dvn_cli import checkpoint, report
+from dvn_cli.data import DataSpec, Split, batches, load_test
+from dvn_cli.data.sources import TEST_SPLITS
+from dvn_cli.errors import DvnError, InputError
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
+from dvn_cli.tasks import Task
+from dvn_cli.training.recipe import first_problem, override_key
+from dvn_cli.units.count import params_and_density
+
+Progress = Callable[[int], None]
+"""Told of every batch how many images it had."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a network makes of a split.
+
+    Attributes:
+        top1: accuracy in per cent.
+        top5: share of the images, in per cent, whose class is among the five likeliest; None for a task of five
+            classes or fewer, where that says nothing.
+        loss: mean cross-entropy over the images; NaN where one of their logits is not finite.
+        images: how many there were.
+    """
+
+    top1: float
+    top5: float | None
+    loss: float
+    images: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """A network, by number of task and level from 1, and its result.
+
+    Attributes:
+        units: that it is made of, by number from 1.
+        params: elements of its trainable parameters.
+        density: their share of those of its task's top level.
+        file: that it came from, where it came from one.
+    """
+
+    task: int
+    name: str
+    level: int
+    units: tuple[int, ...]
+    params: int
+    density: float
+    result: Result
+    file: str | None = None
+
+    def __str__(self) -> str:
+        return f"task '{self.name}', level {self.level}" + (f" of '{self.file}'" if self.file else "")
+
+
+# Measuring
+
+
+def evaluate(
+    network: Callable[[Tensor], Tensor],
+    split: Split,
+    task: Task,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Result:
+    """Runs a network over every image of a split once. The counts are exact, whatever the batch size.
+
+    Of equal logits the first class is taken. An image with a logit that is not finite counts as wrong.
+
+    Args:
+        network: maps normalised images (batch, channels, height, width) to logits (batch, classes); in eval mode and on
+            the device.
+        split: the images; on the device if they have room there, else copied batch by batch.
+        task: whose mean and std the images are normalised by.
+        batch_size: images at a time.
+        device: to compute on.
+        progress: see `Progress`.
+
+    Raises:
+        ValueError: the network is in train mode, where it would use the batch's own statistics.
+    """
+    if getattr(network, "training", False):
+        raise ValueError("a network is evaluated in eval mode")
+    losses, ranks = [], []
+    classes = len(task.classes)
+    with torch.inference_mode():
+        for images, labels in batches(split, batch_size, mean=task.mean, std=task.std, device=device):
+            logits = network(images).float()
+            own = logits.gather(1, labels[:, None])
+            before = torch.arange(classes, device=logits.device) < labels[:, None]
+            rank = ((logits > own) | ((logits == own) & before)).sum(1)
+            finite = logits.isfinite().all(1)
+            losses.append(F.cross_entropy(logits, labels, reduction="none").where(finite, math.nan))
+            ranks.append(rank.where(finite, classes))
+            if progress is not None:
+                progress(len(labels))
+    all_ranks = torch.cat(ranks)
+    return Result(
+        top1=100 * int((all_ranks < 1).sum()) / len(split),
+        top5=100 * int((all_ranks < 5).sum()) / len(split) if classes > 5 else None,
+        loss=float(torch.cat(losses).cpu().double().mean()),
+        images=len(split),
+    )
+
+
+def evaluate_all(
+    network: DeepVirtualNetwork,
+    splits: Mapping[int, Split],
+    *,
+    networks: Iterable[tuple[int, int]] | None = None,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    file: str | None = None,
+) -> list[Row]:
+    """Evaluates networks of a checkpoint, which is on the device; its mode is left as it was.
+
+    Args:
+        splits: the images of each task, by its number from 1.
+        networks: numbers of task and level; every level of the tasks that have images by default.
+        batch_size, device, progress: as `evaluate`.
+        file: that the checkpoint came from, to be noted.
+    """
+    chosen = [(task, level) for task, level in network if task in splits] if networks is None else list(networks)
+    training = network.training
+    network.eval()
+    on_device: dict[int, Split] = {}
+    rows = []
+    try:
+        for number, level in chosen:
+            if number not in on_device:
+                on_device = {number: splits[number].to(device)}
+            task = network.tasks[number - 1]
+
+            def forward(images: Tensor, number: int = number, level: int = level) -> Tensor:
+                return network(images, number, level)
+
+            result = evaluate(forward, on_device[number], task, batch_size=batch_size, device=device, progress=progress)
+            params, top = _params(network, number, level), _params(network, number, len(task.levels))
+            rows.append(Row(number, task.name, level, task.kept(level), params, params / top, result, file))
+    finally:
+        network.train(training)
+    return rows
+
+
+def _params(network: DeepVirtualNetwork, task: int, level: int) -> int:
+    tensors = network.tensors(task, level)
+    return sum(tensors[name].numel() for name in network.partition.parameters)
+
+
+# Files
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A checkpoint's or a slice's file, its networks that are asked for, and the images of each of their tasks."""
+
+    file: str
+    header: checkpoint.Header
+    module: DeepVirtualNetwork | VirtualNetwork
+    networks: list[tuple[int, int]]
+    splits: dict[int, Split]
+
+    @property
+    def images(self) -> int:
+        """How many are run in all."""
+        return sum(len(self.splits[task]) for task, _ in self.networks)
+
+    def evaluate(self, batch_size: int, device: torch.device, progress: Progress | None = None) -> list[Row]:
+        """Evaluates its networks, in order.
+
+        Raises:
+            DvnError: the device's memory is too small.
+        """
+        try:
+            module = self.module.to(device)
+            if isinstance(module, DeepVirtualNetwork):
+                return evaluate_all(
+                    module,
+                    self.splits,
+                    networks=self.networks,
+                    batch_size=batch_size,
+                    device=device,
+                    progress=progress,
+                    file=self.file,
+                )
+            (number, level), task = self.networks[0], module.task
+            split = self.splits[number].to(device)
+            result = evaluate(module, split, task, batch_size=batch_size, device=device, progress=progress)
+        except torch.OutOfMemoryError as error:
+            raise DvnError(f"{device} has too little memory: give a smaller --batch-size than {batch_size}") from error
+        params, density = params_and_density(self.header)
+        units = tuple(self.header.metadata["kept"])
+        return [Row(number, task.name, level, units, params, density, result, self.file)]
+
+
+def open_files(
+    paths: Sequence[Path],
+    task: str | None = None,
+    level: int | None = None,
+    data: DataSpec | None = None,
+    base: Path | None = None,
+    note: Callable[[str], None] | None = None,
+) -> list[Loaded]:
+    """Opens files with all that it takes to evaluate them, so that whatever is missing is missed before anything runs.
+
+    Args:
+        paths: checkpoints and slices.
+        task: only this task, by name or number; of several files those that have it.
+        level: only this level, likewise.
+        data: images for all tasks, in place of those that each task was trained for.
+        base: the folder that relative paths in `data` start from, before the working directory.
+        note: told, in a line, of what was taken for what.
+
+    Raises:
+        InputError: a file that is missing or broken, no such task or level, or images that are not there or not of
+            the tasks' classes.
+    """
+    headers = [checkpoint.read_header(path) for path in paths]
+    chosen = [_networks(header, task, level) for header in headers]
+    if not any(chosen):
+        asked = " and ".join([f"task '{task}'"] * (task is not None) + [f"level {level}"] * (level is not None))
+        names = [f"'{h.path}' (task '{h.metadata['task']['name']}', level {h.metadata['level']})" for h in headers]
+        raise InputError(f"none of the slices is of {asked}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    splits: dict[str, Split] = {}
+    loaded = []
+    for path, header, networks in zip(paths, headers, chosen, strict=True):
+        of_file = {}
+        channels = header.metadata["backbone"]["in_chans"]
+        for number in dict.fromkeys(number for number, _ in networks):
+            entry = header.metadata["task"] if header.kind == "slice" else header.metadata["tasks"][number - 1]
+            key = json.dumps([entry["classes"], entry["input_size"], channels, data is None and entry["data"]])
+            if key not in splits:
+                splits[key] = read_images(Task.from_dict(entry), channels, data, base, note)
+            of_file[number] = splits[key]
+        if networks:
+            loaded.append(Loaded(str(path), header, load(path), networks, of_file))
+    return loaded
+
+
+def _networks(header: checkpoint.Header, task: str | None, level: int | None) -> list[tuple[int, int]]:
+    """The networks of a file that are asked for, by number of task and level; none of a slice that is another one."""
+    metadata = header.metadata
+    if header.kind == "slice":
+        own, name, depth = metadata["task_number"], metadata["task"]["name"], metadata["level"]
+        return [(own, depth)] if task in (None, str(own), name) and level in (None, depth) else []
+    numbers = [checkpoint.find_task(metadata, task)] if task else list(range(1, len(metadata["tasks"]) + 1))
+    depths = {number: len(metadata["tasks"][number - 1]["levels"]) for number in numbers}
+    if level is not None:
+        checkpoint.check_level(metadata, max(numbers, key=lambda number: depths[number]), level)
+    return [(n, d) for n in numbers for d in range(1, depths[n] + 1) if level in (None, d)]
+
+
+# Images
+
+
+def read_images(
+    task: Task,
+    channels: int,
+    data: DataSpec | None = None,
+    base: Path | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Split:
+    """Reads the images to evaluate a task on, resized to its size, with labels in the order of its classes.
+
+    Args:
+        channels: of the images.
+        data, base, note: as `open_files`.
+
+    Raises:
+        InputError: there are none, or their classes are not the task's; the message names the task.
+    """
+    try:
+        if data is None:
+            if task.data is None:
+                raise InputError("it says nothing of its images; give them with --data FOLDER")
+            try:
+                spec, base = DataSpec.model_validate(task.data["spec"]), Path(task.data["base"])
+            except (ValidationError, KeyError, TypeError):
+                raise InputError("what it says of its images cannot be read; give them with --data FOLDER") from None
+        else:
+            spec = data
+        if spec.height_width not in (None, task.input_size):
+            raise InputError(f"its images are {_size(task.input_size)}: leave out size, or give that")
+        try:
+            split, classes = load_test(spec.model_copy(update={"size": task.input_size}), channels=channels, base=base)
+        except InputError as error:
+            raise InputError(f"{error}{'' if data else '; --data gives other images'}") from None
+        return Split(split.images, _labels(task, classes, note)[split.labels])
+    except InputError as error:
+        raise InputError(f"task '{task.name}': {error}") from None
+
+
+def _labels(task: Task, classes: Sequence[str], note: Callable[[str], None] | None) -> Tensor:
+    """The task's label of each of the images' classes: by name, or by number where one side has numbers for names."""
+    own, count = list(task.classes), len(task.classes)
+    numbers = [str(number) for number in range(count)]
+    if set(classes) == set(own):
+        return torch.tensor([own.index(name) for name in classes])
+    if len(classes) == count and (sorted(classes) == sorted(numbers) or sorted(own) == sorted(numbers)):
+        labels = (
+            [int(name) for name in classes] if sorted(classes) == sorted(numbers) else list(map(own.index, numbers))
+        )
+        if note is not None:
+            first = f"'{classes[0]}' is taken for '{own[labels[0]]}'"
+            note(f"task '{task.name}': the images' classes have other names and are taken in order: {first}, and so on")
+        return torch.tensor(labels)
+    lacking, foreign = ([n for n in a if n not in b] for a, b in ((own, classes), (classes, own)))
+    differ = [f"{w} {_few(names)}" for w, names in (("lack", lacking), ("have in its place", foreign)) if names]
+    if not lacking:
+        differ = [f"have {_few(foreign)} as well"]
+    raise InputError(
+        f"the images have {len(classes)} classes, the task {count}: they {' and '.join(differ)}; "
+        "--data classes=[...] chooses among them, groups={NEW: [OLD]} renames them"
+    )
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _size(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))
+
+
+_NOT_EVALUATED = ("train_images", "validation", "augment", "pad", "mean", "std")
+
+
+def parse_data(words: Sequence[str], note: Callable[[str], None] | None = None) -> tuple[DataSpec, Path | None]:
+    """Reads what `--data` says: a folder, whose kind is seen from what is in it, or a YAML file of a `DataSpec`; and
+    `KEY=VALUE` of a `DataSpec`, which go before. Returns it, and the folder that relative paths start from.
+
+    Raises:
+        InputError: no such folder or file, nothing known in it, or an unknown key or value.
+    """
+    content: dict[str, Any] = {}
+    base = None
+    for word in words:
+        path, key = Path(word).expanduser(), word.partition("=")[0]
+        if path.is_dir():
+            content |= _folder(path)
+            if note is not None:
+                what = "parquet files" if content["source"] == "hf" else "images by class"
+                note(f"images: the {what} in '{path}'")
+        elif path.is_file() and path.suffix in (".yaml", ".yml"):
+            base = path.parent
+            content |= _yaml(path)
+        elif "=" not in word:
+            raise InputError(f"--data {word}: there is no such folder; give a folder, a YAML file or KEY=VALUE")
+        elif key in _NOT_EVALUATED:
+            raise InputError(f"--data {word}: '{key}' is for training; images are normalised as the task's were")
+        else:
+            override_key(content, word)
+    try:
+        return DataSpec.model_validate(content), base
+    except ValidationError as error:
+        raise InputError(f"--data: {first_problem(error, DataSpec)}") from None
+
+
+def _folder(path: Path) -> dict[str, Any]:
+    if next(path.rglob("*.parquet"), None) is not None:
+        return {"source": "hf", "path": str(path)}
+    folders = {entry.name for entry in path.iterdir() if entry.is_dir()}
+    if not folders:
+        raise InputError(f"--data {path}: there are neither parquet files in it nor folders of classes")
+    return {"source": "folder", "path": str(path)} | ({} if folders & set(TEST_SPLITS) else {"test_split": "."})
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read '{path}': {error}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"'{path}' describes no images: give a mapping of keys, such as source and path")
+    return content
+
+
+# Judging and showing
+
+
+@dataclass(frozen=True)
+class Gate:
+    """Whether every network reaches an accuracy, in per cent, and the one that is furthest below or lowest above it."""
+
+    min_accuracy: float
+    passed: bool
+    worst: Row
+
+
+def gate(rows: Sequence[Row], min_accuracy: float) -> Gate:
+    """Judges rows; a loss that is not finite does not pass."""
+    worst = min(rows, key=lambda row: (math.isfinite(row.result.loss), row.result.top1))
+    return Gate(min_accuracy, math.isfinite(worst.result.loss) and worst.result.top1 >= min_accuracy, worst)
+
+
+def failure(rows: Sequence[Row], judged: Gate | None) -> str | None:
+    """What is wrong with the worst row, in one line; None where nothing is."""
+    broken = [row for row in rows if not math.isfinite(row.result.loss)]
+    if broken:
+        return f"{broken[0]}: the loss is not a number ({len(broken)} of {len(rows)} networks)"
+    if judged is None or judged.passed:
+        return None
+    below = sum(row.result.top1 < judged.min_accuracy for row in rows)
+    reached = math.floor(judged.worst.result.top1 * 100) / 100  # 94.996 is no 95
+    asked = f"{judged.min_accuracy:g} %"
+    return f"{judged.worst} reaches {reached:.2f} %, not {asked} ({below} of {len(rows)} networks are below)"
+
+
+def as_json(row: Row) -> dict[str, Any]:
+    """A row as JSON has it: accuracies in per cent, density a share, and null for a loss that is not finite."""
+    result = row.result
+    return {
+        "task": row.task,
+        "name": row.name,
+        "level": row.level,
+        "units": list(row.units),
+        "params": row.params,
+        "density": row.density,
+        "top1": result.top1,
+        "top5": result.top5,
+        "loss": result.loss if math.isfinite(result.loss) else None,
+        "images": result.images,
+        "file": row.file,
+    }
+
+
+def gate_as_json(judged: Gate | None) -> dict[str, Any] | None:
+    """A gate as JSON has it."""
+    if judged is None:
+        return None
+    row = as_json(judged.worst)
+    worst = {key: row[key] for key in ("task", "name", "level", "top1", "file")}
+    return {"min_accuracy": judged.min_accuracy, "passed": judged.passed, "worst": worst}
+
+
+def result_tables(rows: Sequence[Row]) -> list[Table]:
+    """A row for each network, in one table, or in one for each file where several have the same task and level."""
+    files = list(dict.fromkeys(row.file for row in rows))
+    if len({(row.task, row.name, row.level) for row in rows}) < len(rows) and len(files) > 1:
+        return [_result_table([row for row in rows if row.file == file], file) for file in files]
+    return [_result_table(rows, None)]
+
+
+def _result_table(rows: Sequence[Row], title: str | None) -> Table:
+    columns = ("task", "level", "units", "params", "density", "top-1", "top-5", "loss", "images")
+    made = report.table(*columns, title=title, text=1)
+    for row in rows:
+        result = row.result
+        made.add_row(
+            f"{row.task} {row.name}",
+            str(row.level),
+            " ".join(map(str, row.units)),
+            report.short(row.params),
+            report.percent(row.density),
+            f"{result.top1:.2f}",
+            "-" if result.top5 is None else f"{result.top5:.2f}",
+            f"{result.loss:.3f}",
+            str(result.images),
+        )
+    return made
+
+
+def accuracy_table(tasks: Sequence[Task], rows: Sequence[Row]) -> Table:
+    """Top-1 accuracy in per cent, a row for each task and a column for each level."""
+    levels = max(row.level for row in rows)
+    made = report.table("top-1 in %", *(f"level {level}" for level in range(1, levels + 1)), "images", text=1)
+    for number, task in enumerate(tasks, 1):
+        own = {row.level: row.result for row in rows if row.task == number}
+        if own:
+            cells = [f"{own[level].top1:.2f}" if level in own else "" for level in range(1, levels + 1)]
+            made.add_row(f"{number} {task.name}", *cells, str(next(iter(own.values())).images))
+    return made

@@ -1,0 +1,107 @@
+"""A recipe from the command line to the files that it leaves: checkpoint, record, and meanwhile the state to resume."""
+
+import json
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvn_cli import checkpoint
+from dvn_cli.errors import InputError
+from dvn_cli.training import setup, state
+from dvn_cli.training.loop import Run
+from dvn_cli.training.recipe import Recipe
+
+LIBRARIES = ("dvn", "torch", "timm", "torchvision", "safetensors")
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a run writes.
+
+    Attributes:
+        checkpoint: the trained networks, when it is done.
+        record: JSON: the resolved recipe, versions, and loss and accuracy of every epoch.
+        state: what `--resume` goes on from; gone when it is done.
+    """
+
+    checkpoint: Path
+    record: Path
+    state: Path
+
+    @classmethod
+    def of(cls, output: Path) -> "Files":
+        stem = output.name.removesuffix(".safetensors")
+        return cls(output, output.with_name(f"{stem}.run.json"), output.with_name(f"{stem}.state.safetensors"))
+
+
+class Session:
+    """One `dvn train`: reads the data, trains, and keeps the files.
+
+    Raises:
+        InputError: data, backbone or output are not as the recipe says, or there is no such run to resume.
+    """
+
+    def __init__(self, recipe: Recipe, base: Path, output: Path, device: torch.device, resume: bool = False) -> None:
+        """`base`: the folder of the recipe, which its relative paths start from."""
+        self.recipe, self.files = recipe, Files.of(output)
+        self.record: dict[str, Any] = {
+            "recipe": recipe.model_dump(mode="json"),
+            "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "threads": torch.get_num_threads(),
+        }
+        saved = state.load(self.files.state) if resume else None
+        if saved is not None:
+            _same_recipe(saved[1]["recipe"], self.record["recipe"])
+        data = setup.load_data(recipe, base)
+        self.run = Run(recipe, setup.build(recipe, data, base), data, device)
+        if saved is not None:
+            self.run.restore(*saved)
+        self._write_record()  # a folder that cannot be written to shows now, not after the last epoch
+
+    @property
+    def left_over(self) -> bool:
+        """Whether an interrupted run of this output lies there, and this one is not its continuation."""
+        return self.run.epochs_done == 0 and self.files.state.exists()
+
+    def train(self, after_epoch: Callable[[Run], None], after_step: Callable[[Run, int], None]) -> None:
+        """Trains to the end and writes the checkpoint.
+
+        Raises:
+            DvnError: a loss is not a number, or a file cannot be written; an older checkpoint stays what it was.
+        """
+
+        def keep(run: Run) -> None:
+            tensors, metadata = run.state()
+            state.save(self.files.state, tensors, {**metadata, "recipe": self.record["recipe"]})
+            self._write_record()
+            after_epoch(run)
+
+        self.run.run(keep, after_step)
+        self.run.network.training_record = {**self.record, "epochs": self.run.epochs_done}
+        self.run.network.save(self.files.checkpoint)
+        self.files.state.unlink(missing_ok=True)
+
+    def finish(self, results: list[dict[str, Any]]) -> None:
+        """Adds the accuracies on the test images to the record."""
+        self.record["test"] = results
+        self._write_record()
+
+    def _write_record(self) -> None:
+        text = json.dumps({**self.record, "epochs": self.run.history}, indent=1, allow_nan=False)
+        with checkpoint.atomic(self.files.record) as file:
+            file.write(text.encode() + b"\n")
+
+
+def _same_recipe(before: dict[str, Any], now: dict[str, Any], path: str = "") -> None:
+    for key in sorted(before.keys() | now.keys()):
+        old, new, where = before.get(key), now.get(key), f"{path}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            _same_recipe(old, new, f"{where}.")
+        elif old != new:
+            raise InputError(f"the interrupted run had {where}={old}, not {new}: resume it as it was, or start again")
