@@ -2,14 +2,14 @@
 
 Time. One process for each network, all of them alive together. After its warm-up a network waits, and then they take
 turns: `ROUNDS` rounds, in each of which every network runs its share of the iterations while the others sleep. What
-else the machine does meets them all alike, so the speed-up over the largest network is the median over the rounds of the
-ratio of the two medians within one round. The latencies are percentiles over all iterations of all rounds. An iteration
-is one forward pass of one batch that lies on the device already: by the clock on a CPU, between two CUDA events on a GPU,
-and in either case the next one starts when it is done.
+else the machine does meets them all alike, so the speed-up over the largest network is the median over the rounds of
+the ratio of the two medians within one round. The latencies are percentiles over all iterations of all rounds. An
+iteration is one forward pass of one batch that lies on the device already: by the clock on a CPU, between two CUDA
+events on a GPU, and in either case the next one starts when it is done.
 
 Memory. Another process for each network, which times nothing. On CUDA it is the most that torch had allocated; on a CPU
 the most memory that was resident, less what was resident before the network was loaded (interpreter, libraries and a
-first small convolution not counted). Weights, the batch of images and activations are counted in both. None where the
+small warm-up of them not counted). Weights, the batch of images and activations are counted in both. None where the
 system does not tell.
 """
 
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from dvn_cli import checkpoint
 from dvn_cli.errors import DvnError
-from dvn_cli.network import VirtualNetwork
+from dvn_cli.network import DTYPES, VirtualNetwork
 from dvn_cli.partition import Networks, Partition
 from dvn_cli.tasks import Task
 from dvn_cli.units.count import macs, params_and_density
@@ -327,14 +327,13 @@ def _load(job: Job) -> tuple[nn.Module, Tensor]:
     images = torch.randn(settings.batch_size, *job.image, generator=generator).to(settings.device)
     network = network.to(settings.device)
     if settings.channels_last:
-        network, images = (x.to(memory_format=torch.channels_last) for x in (network, images))  # type: ignore[call-overload]
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        images = images.contiguous(memory_format=torch.channels_last)
     return network, images
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:
     """The tensors of a slice, read and not mapped, so that memory holds them once."""
-    from dvn_cli.network import DTYPES
-
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     header = checkpoint.read_header(file)
     tensors = {}
@@ -343,7 +342,7 @@ def _tensors(file: Path) -> dict[str, Tensor]:
             tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
             opened.seek(stored.start)
             if stored.stop > stored.start:
-                opened.readinto(memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy()))
+                opened.readinto(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
     return tensors
 
 
@@ -353,7 +352,10 @@ def _peak_memory(job: Job) -> int | None:
         torch.cuda.reset_peak_memory_stats(device)
         seconds(*_load(job), 3)
         return torch.cuda.max_memory_allocated(device)
-    nn.functional.conv2d(torch.zeros(1, 8, 8, 8), torch.zeros(8, 8, 3, 3))
+    zeros = torch.zeros(32)
+    features = nn.functional.conv2d(torch.zeros(1, 16, 16, 16), torch.zeros(32, 16, 3, 3))
+    features = nn.functional.batch_norm(features, zeros, zeros, zeros, zeros).relu_()
+    nn.functional.linear(features.mean((2, 3)), torch.zeros(8, 32))
     before = _resident_peak(reset=True)
     seconds(*_load(job), 3)
     after = _resident_peak()

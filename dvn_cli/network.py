@@ -246,14 +246,37 @@ def load(path: str | os.PathLike[str]) -> DeepVirtualNetwork | VirtualNetwork:
     header = checkpoint.read_header(path)
     metadata = header.metadata
     partition = Partition.restore(metadata)
+    _check(header, partition)
     tensors = safetensors.torch.load_file(path)
     if header.kind == "checkpoint":
         tasks = [Task.from_dict(entry) for entry in metadata["tasks"]]
         return DeepVirtualNetwork(partition, tasks, tensors, metadata["training"]).eval()
     task = Task.from_dict(metadata["task"])
     networks = partition.networks(metadata["kept"], len(task.classes), task.input_size)
-    for name, kept in networks.kept.items():
-        expected = [n if i is None else len(i) for n, i in zip(partition.shapes[name], kept, strict=True)]
-        if list(tensors[name].shape) != expected:
-            raise InputError(f"'{path}' is damaged: {name} has shape {list(tensors[name].shape)}, not {expected}")
     return VirtualNetwork(networks, tensors, partition.parameters, task, metadata["level"]).eval()
+
+
+def _check(header: checkpoint.Header, partition: Partition) -> None:
+    """Raises InputError where a file lacks a tensor of one of its networks, or has one of another shape."""
+    metadata = header.metadata
+    networks: list[tuple[Any, list[int], Mapping[str, Any]]]
+    if header.kind == "slice":
+        networks = [(metadata["task"], metadata["kept"], header.tensors)]
+    else:
+        networks = [
+            (entry, checkpoint.kept_units(entry, level), checkpoint.cut(header, number, level))
+            for number, entry in enumerate(metadata["tasks"], 1)
+            for level in range(1, len(entry["levels"]) + 1)
+        ]
+    axes, classes = partition.assignment.axes, set(partition.assignment.classes)
+    for entry, kept, tensors in networks:
+        for name, full in partition.shapes.items():
+            shape = []
+            for dim, (size, axis) in enumerate(zip(full, partition.assignment.tensors[name], strict=True)):
+                runs = [(0, size)] if axis is None else checkpoint.kept_runs(axes[axis], kept, size)
+                limit = len(entry["classes"]) if (name, dim) in classes else size
+                shape.append(sum(min(stop, limit) - start for start, stop in runs if start < limit))
+            if list(tensors[name].shape) != shape:
+                raise InputError(
+                    f"'{header.path}' is damaged: {name} has shape {list(tensors[name].shape)}, not {shape}"
+                )

@@ -37,9 +37,9 @@ def bench_command(
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=Console(stderr=True), transient=True
-    ) as bar:
+    columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
+    notes = Console(stderr=True)
+    with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         shown = bar.add_task("importing torch", total=None)
         import torch
 
@@ -105,10 +105,10 @@ def _print(document: dict[str, Any], several_files: bool) -> None:
     on = f"{document['device']}, {document['device_name']}"
     threads = f", {document['threads']} threads" if document["device"] == "cpu" else ""
     console.print(f"{on}{threads}, torch {document['torch']}, batch size {document['batch_size']}\n")
-    costs = table("task", "level", "parameters", "density", "compression", "MACs", "peak memory", text=1)
+    costs = table("task", "level", "params", "density", "compression", "MACs", "peak memory", text=1)
     speeds = table("task", "level", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up", text=1)
     for row in document["results"]:
-        name = f"{row['name']} {row['file']}" if several_files else row["name"]
+        name = f"{Path(row['file']).stem} {row['name']}" if several_files else row["name"]
         memory, speedup = row["peak_memory_bytes"], row["speedup"]
         costs.add_row(
             name,

@@ -273,6 +273,8 @@ class Labeller:
 
     def compress(self, labels: Tensor) -> Tensor | None:
         """A layer with size 1 wherever its classes do not vary; None when that is everywhere (then it is pinned)."""
+        if not labels.numel():
+            return None
         for dim in range(labels.ndim):
             if labels.shape[dim] > 1 and labels.stride(dim) == 0:
                 labels = labels.narrow(dim, 0, 1)

@@ -160,9 +160,14 @@ def _index_select(labeller: Labeller, call: Call) -> Labels:
     return move(labeller, call.labels("self"), lambda t: t.index_select(dim, index))
 
 
-@rule("meshgrid")
-def _meshgrid(labeller: Labeller, call: Call) -> list[Labels]:
-    return [from_vectors(shape, {}) for shape in call.shapes]
+@rule("meshgrid", "one_hot")
+def _whole(labeller: Labeller, call: Call) -> Labels | list[Labels]:
+    """Positions and their like: nothing of them is dropped."""
+    for labels in call.tensors():
+        for layer in labels.layers:
+            labeller.pin(layer)
+    outputs = [Labels(shape) for shape in call.shapes]
+    return outputs if isinstance(call.node.meta["val"], tuple | list) else outputs[0]
 
 
 # Operators that work on every element, or on every channel, by itself

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dvn_cli.data import Split, TaskData
+from dvn_cli.data import TaskData
 from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError
-from dvn_cli.evaluation import evaluate
+from dvn_cli.evaluation import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.recipe import OptimizerKeys, Recipe
 from dvn_cli.training.schedule import factor
@@ -161,19 +161,11 @@ class Run:
 
     def _validate(self) -> list[list[float]] | None:
         """Top-1 accuracy in per cent of every network on images held out of train; None if there are none."""
-        if all(split is None for split in self.validation):
+        splits = {number: split for number, split in enumerate(self.validation, 1) if split is not None}
+        if not splits:
             return None
-        return [
-            [self.accuracy(split, number, level) for level in range(1, len(task.levels) + 1)] if split is not None else []
-            for number, (task, split) in enumerate(zip(self.network.tasks, self.validation, strict=True), 1)
-        ]
-
-    def accuracy(self, split: Split, task: int, level: int) -> float:
-        self.network.eval()
-        result = evaluate(
-            lambda images: self.network(images, task, level), split, self.network.tasks[task - 1], device=self.device
-        )
-        return round(result.top1, 4)
+        rows = evaluate_all(self.network, splits, device=self.device)
+        return [[row.result.top1 for row in rows if row.task == number] for number in range(1, len(self.data) + 1)]
 
     def _keep_best(self, validation: list[list[float]] | None) -> None:
         values = [value for levels in validation or [] for value in levels]

@@ -84,6 +84,9 @@ class Recipe(Keys):
         default="last", description="keep the last epoch, or the best on the validation images (mean of all networks)"
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast where it is safe")
+    threads: PositiveInt | None = Field(
+        default=None, description="of the CPU; torch's own choice. Networks of a few thousand weights want 1"
+    )
     seed: int = Field(default=0, ge=0, lt=2**32, description="of initialisation, order and augmentation")
 
     @model_validator(mode="after")

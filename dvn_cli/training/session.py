@@ -49,6 +49,8 @@ class Session:
     def __init__(self, recipe: Recipe, base: Path, output: Path, device: torch.device, resume: bool = False) -> None:
         """`base`: the folder of the recipe, which its relative paths start from."""
         self.recipe, self.files = recipe, Files.of(output)
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
         self.record: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
             "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},

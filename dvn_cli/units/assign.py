@@ -143,18 +143,19 @@ def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
     """
     roots = torch.from_numpy(labeller.classes.roots())
     unit = torch.full((len(roots),), SHARED)
+    owners = []
     for name, axes in assignment.tensors.items():
         for dim, axis in enumerate(axes):
-            if axis is None:
-                continue
             found = roots[labeller.sources[name][dim]]
             owner = torch.full((len(found),), SHARED)
-            for number, runs in enumerate(assignment.axes[axis]):
+            for number, runs in enumerate(assignment.axes[axis] if axis is not None else []):
                 for start, stop in runs:
                     owner[start:stop] = number
-            unit[found] = owner
-            if not torch.equal(unit[found], owner):
-                raise InputError(f"the units of {name} do not fit the backbone: its library may have changed since")
+            unit[found[owner != SHARED]] = owner[owner != SHARED]
+            owners.append((name, found, owner))
+    for name, found, owner in owners:
+        if not torch.equal(unit[found], owner):
+            raise InputError(f"the units of {name} do not fit the backbone: its library may have changed since")
     for name, dim in assignment.classes:
         unit[roots[labeller.sources[name][dim]]] = CLASS
     return unit[roots]

@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from dvn_cli.graph.labels import Labeller
-from dvn_cli.graph.narrow import narrow
+from dvn_cli.graph.narrow import Narrowed, narrow
 from dvn_cli.graph.trace import Traced, trace
 from dvn_cli.units.assign import Assignment, assign, kept_labels, unit_of_labels
 from dvn_cli.units.order import paper_order
@@ -329,12 +329,16 @@ class Comparison:
             result.append(tensor.clone())
         return result
 
-    def narrowed(self, kept: Sequence[int], train: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output of the narrow network, and its tensors afterwards."""
+    def network(self, kept: Sequence[int], train: bool) -> Narrowed:
         keep = kept_labels(self.labeller, self.unit, kept, 10**9)
         start = time.perf_counter()
         net = narrow(self.traced[train], self.labels[train], self.labeller, keep, {})
         self.seconds = time.perf_counter() - start
+        return net
+
+    def narrowed(self, kept: Sequence[int], train: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output of the narrow network, and its tensors afterwards."""
+        net = self.network(kept, train)
         tensors = self.tensors(net.names, kept)
         with torch.no_grad():
             return net.module(self.x, *tensors), dict(zip(net.names, tensors, strict=True))

@@ -1,0 +1,232 @@
+"""One small module for every operator or pattern that wants care, and what is refused."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from reference import Comparison
+from torch import Tensor, nn
+
+from dvn_cli.errors import InputError
+from dvn_cli.graph.labels import Labeller
+from dvn_cli.graph.rules import RULES, kind_of
+from dvn_cli.graph.trace import trace
+
+
+class Between(nn.Module):
+    """A function of 8 channels (N, 8, 6, 6), with modules of its own, between two convolutions and a classifier."""
+
+    def __init__(self, function: Callable[..., Tensor], out: int = 8, **modules: nn.Module) -> None:
+        super().__init__()
+        self.stem, self.after, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(out, 8, 3), nn.Linear(8, 4)
+        self.function = function
+        self.inner = nn.ModuleDict(modules)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.function(self.stem(x), **self.inner)
+        return self.head(self.after(x).mean((2, 3)))
+
+
+def through_lstm(x: Tensor, lstm: nn.Module) -> Tensor:
+    return lstm(x.flatten(2).mT)[0].mT.unflatten(2, (6, 6))
+
+
+def folded(x: Tensor) -> Tensor:
+    return F.fold(F.unfold(x, 3, padding=1) * 2, (6, 6), 3, padding=1)
+
+
+def attention_of_windows(x: Tensor) -> Tensor:
+    """As in VOLO: a window's values are weighted before they are folded back."""
+    values = F.unfold(x, 3, padding=1).reshape(x.shape[0], 2, 4, 9, 36).permute(0, 1, 4, 3, 2)
+    values = values.softmax(-2) * values
+    return F.fold(values.permute(0, 1, 4, 3, 2).reshape(x.shape[0], 72, 36), (6, 6), 3, padding=1)
+
+
+def written_into(x: Tensor) -> Tensor:
+    y = torch.zeros_like(x)
+    y[:, :, 1:] = x[:, :, 1:] * 2
+    y[:, 2:4].add_(x[:, 2:4])
+    return y
+
+
+def without_autocast(x: Tensor, conv: nn.Module) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return conv(x) @ x.mT
+
+
+def without_gradient(x: Tensor, conv: nn.Module) -> Tensor:
+    with torch.no_grad():
+        gate = conv(x).sigmoid()
+    return x * gate
+
+
+def own_kernel(x: Tensor) -> Tensor:
+    return F.conv2d(x, torch.full((8, 1, 3, 3), 0.1, dtype=x.dtype), padding=1, groups=8)
+
+
+def own_matrix(x: Tensor) -> Tensor:
+    return F.linear(x, torch.arange(36.0, dtype=x.dtype).reshape(6, 6) / 9)
+
+
+def sampled(x: Tensor) -> Tensor:
+    grid = F.affine_grid(torch.eye(2, 3, dtype=x.dtype).expand(x.shape[0], 2, 3) * 0.7, [x.shape[0], 8, 6, 6])
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+def softmax_over_channels(x: Tensor) -> Tensor:
+    return x.softmax(1) * 3 + x
+
+
+def channel_attention(x: Tensor) -> Tensor:
+    y = F.normalize(x.flatten(2), dim=-1)
+    return ((y @ y.mT).softmax(-1) @ y).unflatten(2, (6, 6))
+
+
+def selective(x: Tensor, a: nn.Module, b: nn.Module, gate: nn.Module) -> Tensor:
+    branches = torch.stack([a(x), b(x)], 1)
+    weights = gate(branches.sum(1).mean((2, 3), keepdim=True)).reshape(-1, 2, 8, 1, 1)
+    return (branches * weights.softmax(1)).sum(1)
+
+
+def mixture(x: Tensor, route: nn.Module, experts: nn.Module) -> Tensor:
+    """As in CondConv: a kernel for every image."""
+    kernel = (route(x.mean((2, 3))).sigmoid() @ experts.weight).reshape(-1, 8, 3, 3)
+    images = x.reshape(1, -1, 6, 6)
+    return F.conv2d(images, kernel, padding=1, groups=x.shape[0]).reshape(-1, 8, 6, 6)
+
+
+def grouped_queries(x: Tensor, q: nn.Module, kv: nn.Module) -> Tensor:
+    queries = q(x).flatten(2).unflatten(1, (4, 2)).mT
+    keys, values = kv(x).flatten(2).unflatten(1, (2, 2, 2)).unbind(1)
+    attended = F.scaled_dot_product_attention(queries, keys.mT, values.mT, enable_gqa=True)
+    return attended.mT.flatten(1, 2).unflatten(2, (6, 6))
+
+
+def twice(x: Tensor, conv: nn.Module, again: nn.Module) -> Tensor:
+    return again(conv(x).relu())
+
+
+SHARED_CONV = nn.Conv2d(8, 8, 3, padding=1)
+CASES = {
+    "lstm": Between(through_lstm, 16, lstm=nn.LSTM(8, 8, 2, batch_first=True, bidirectional=True)),
+    "gru": Between(through_lstm, lstm=nn.GRU(8, 8, batch_first=True, bias=False)),
+    "fold": Between(folded),
+    "windows": Between(attention_of_windows),
+    "copy into slices": Between(written_into),
+    "no autocast": Between(without_autocast, conv=nn.Conv2d(8, 8, 1)),
+    "no gradient": Between(without_gradient, conv=nn.Conv2d(8, 8, 1)),
+    "constant kernel": Between(own_kernel),
+    "constant matrix": Between(own_matrix),
+    "grid_sample": Between(sampled),
+    "interpolate": Between(lambda x: F.interpolate(x, scale_factor=2, mode="bilinear")),
+    "interpolate 1d": Between(lambda x: F.interpolate(x.flatten(2), 49, mode="linear").unflatten(2, (7, 7))),
+    "softmax": Between(softmax_over_channels),
+    "channel attention": Between(channel_attention),
+    "selective kernel": Between(selective, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1), gate=nn.Conv2d(8, 16, 1)),
+    "generated kernel": Between(mixture, route=nn.Linear(8, 3), experts=nn.Linear(8 * 8 * 9, 3)),
+    "grouped queries": Between(grouped_queries, q=nn.Conv2d(8, 8, 1), kv=nn.Conv2d(8, 8, 1)),
+    "shared module": Between(twice, conv=SHARED_CONV, again=SHARED_CONV),
+    "transposed": Between(lambda x, up: up(x), 6, up=nn.ConvTranspose2d(8, 6, 2, 2, groups=2)),
+    "instance norm": Between(lambda x, norm: norm(x), norm=nn.InstanceNorm2d(8, affine=True)),
+    "group norm without scale": Between(lambda x, norm: norm(x) + x, norm=nn.GroupNorm(2, 8, affine=False)),
+    "padded channels": Between(lambda x: F.pad(x, (0, 0, 0, 0, 2, 2)), 12),
+    "prelu": Between(lambda x, act: act(x), act=nn.PReLU(8)),
+    "glu": Between(lambda x: F.glu(x, 1), 4),
+    "cumulative": Between(lambda x: x.cumsum(1)),
+    "maximum": Between(lambda x: x.max(1, keepdim=True)[0] - x),
+    "roll": Between(lambda x: x.roll((1, 2), (1, 2))),
+    "einsum": Between(lambda x: torch.einsum("bchw,bcij->bchi", x, x) / 9),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_narrowed_is_masked(name):
+    torch.manual_seed(0)
+    comparison = Comparison(CASES[name], (3, 6, 6))
+    comparison.divide(2)
+    assert comparison.assignment.tensors["after.weight"][0] is not None
+    for kept in [(1,), (2,), (1, 2)]:
+        for train in (False, True):
+            assert comparison.error(kept, train) < 1e-9
+
+
+def test_no_gradient_where_the_module_has_none():
+    comparison = Comparison(CASES["no gradient"], (3, 6, 6))
+    comparison.divide(2)
+    net = comparison.network((1,), True)
+    tensors = {name: t.requires_grad_() for name, t in zip(net.names, comparison.tensors(net.names, (1,)), strict=True)}
+    net.module(comparison.x, *tensors.values()).sum().backward()
+    assert tensors["inner.conv.weight"].grad is None
+    assert tensors["stem.weight"].grad is not None
+
+
+# What is refused
+
+
+@torch.library.custom_op("dvn_test::twist", mutates_args=())
+def twist(x: Tensor) -> Tensor:
+    return x.flip(1)
+
+
+@twist.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class Twist(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return twist(x)
+
+
+def refusal(module: nn.Module) -> str:
+    with pytest.raises(InputError) as caught:
+        Labeller(2).run(trace(module, (3, 6, 6), False))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_an_unknown_operator_is_refused_by_name():
+    message = refusal(Between(lambda x, odd: odd(x), odd=Twist()))
+    assert message == "operator dvn_test.twist.default in inner.odd (Twist) is not supported"
+
+
+def test_a_new_operator_is_one_function(monkeypatch):
+    monkeypatch.setitem(RULES, "twist", lambda labeller, call: call.labels("x"))
+    assert kind_of(torch.ops.dvn_test.twist.default) == "rule"
+    Labeller(2).run(trace(Between(lambda x, odd: odd(x), odd=Twist()), (3, 6, 6), False))
+
+
+class Picked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, x.sum((0, 2, 3)).argsort()]
+
+
+class Changed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        index = torch.arange(8)
+        index[1:].sub_(1)
+        return x[:, index]
+
+
+@pytest.mark.parametrize("module", [Picked(), Changed()])
+def test_an_index_that_is_not_known_is_refused(module):
+    message = refusal(Between(lambda x, odd: odd(x), odd=module))
+    assert f"in inner.odd ({type(module).__name__}) is not supported as an index" in message or "argsort" in message
+
+
+def test_a_write_that_would_be_lost_is_refused():
+    """Of each of four runs of channels a half is kept: no view shows that, and the tensor is read again later."""
+
+    def halves(x: Tensor) -> Tensor:
+        x = x + x.roll(4, 1)  # channels i and i + 4 belong together
+        y = x.clone()
+        y[:, 1:7].mul_(2)
+        return y
+
+    comparison = Comparison(Between(halves), (3, 6, 6))
+    comparison.divide(2)
+    try:
+        assert all(comparison.error(kept, False) < 1e-9 for kept in [(1,), (2,)])
+    except InputError as error:
+        assert "where only a part of it is kept" in str(error)

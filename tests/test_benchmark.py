@@ -1,0 +1,176 @@
+"""`dvn bench` as it is typed: what it reports, in JSON and in a table. No test asserts how fast a thing is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dvn_cli import benchmark, checkpoint
+from dvn_cli.backbones import resolve
+from dvn_cli.cli.bench import _targets
+from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.partition import Partition
+from dvn_cli.tasks import Task, default_tasks
+
+KEYS = {"file", "task", "name", "level", "params", "density", "compression", "macs", "latency_ms", "images_per_s"}
+KEYS |= {"peak_memory_bytes", "speedup"}
+
+
+def dvn(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from dvn_cli.cli import main; main()", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def bench(*args: object, cwd: Path) -> dict[str, Any]:
+    done = dvn("bench", *args, "--num-warm-iter", 1, "--num-bench-iter", 5, "--threads", 1, "--json", cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with `dvn.safetensors`, of two units, and three of its slices."""
+    folder = tmp_path_factory.mktemp("bench")
+    spec = resolve("wrn_10_1", 10)
+    module = spec.build()
+    tasks = default_tasks(2, 10, (32, 32), (0.5,) * 3, (0.25,) * 3)
+    DeepVirtualNetwork.from_backbone(Partition.create(spec, 2, module), module, tasks).save(folder / "dvn.safetensors")
+    header = checkpoint.read_checkpoint(folder / "dvn.safetensors")
+    for task, level in ((1, 2), (2, 1), (2, 2)):
+        checkpoint.slice_file(header, task, level, folder / f"task{task}-level{level}.safetensors")
+    return folder
+
+
+def test_a_checkpoint_as_typed(folder: Path) -> None:
+    document = bench("--results-file", "results.json", "--batch-size", 3, cwd=folder)
+    assert json.loads((folder / "results.json").read_text()) == document
+    assert document["torch"] == torch.__version__
+    assert (document["batch_size"], document["threads"], document["num_bench_iter"]) == (3, 1, 5)
+    low, top = document["results"]
+    header = checkpoint.read_checkpoint(folder / "dvn.safetensors")
+    for level, row in ((1, low), (2, top)):
+        assert set(row) == KEYS
+        assert (row["task"], row["name"], row["level"]) == (1, "task1", level)
+        assert row["params"] == checkpoint.count(header, 1, level).params
+        assert row["density"] == row["params"] / top["params"]
+        assert row["compression"] == pytest.approx(top["params"] / row["params"])
+        latency = row["latency_ms"]
+        assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
+        assert row["images_per_s"] == pytest.approx(3 / (latency["p50"] / 1000))
+        if sys.platform == "linux" and document["device"] == "cpu":
+            assert checkpoint.count(header, 1, level).bytes < row["peak_memory_bytes"] < 1e9
+    assert low["macs"] < top["macs"]
+    assert low["speedup"] > 0
+    assert top["speedup"] == 1
+
+
+def test_slices_in_a_table_of_80_columns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    options = ("--num-warm-iter", 0, "--num-bench-iter", 1, "--device", "cpu", "--channels-last")
+    done = dvn("bench", "task2-level1.safetensors", "task1-level2.safetensors", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0].startswith("cpu")
+    rows = [line.split() for line in lines if line.startswith("task")]
+    named = [["task", "level"], ["task2-level1", "task2", "1"], ["task1-level2", "task1", "2"]]
+    assert [row[:3] if row[1] != "level" else row[:2] for row in rows] == named * 2
+    assert [row[-1] for row in rows] == ["memory", "MB", "MB", "speed-up", "-", "-"]
+    for title in ("params", "density", "compression", "MACs", "peak memory", "p50 ms", "p99 ms", "speed-up"):
+        assert title in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["none.safetensors"], 2, "there is no checkpoint 'none.safetensors'"),
+        (["--device", "tpu"], 2, "unknown device 'tpu'"),
+        (["--task", "3"], 2, "3"),
+        (["--level", "3"], 2, "3"),
+        (["--task", "1", "--all"], 2, "not both"),
+        (["task2-level1.safetensors", "--task", "2"], 2, "is a slice"),
+        (["--batch-size", "0"], 2, "batch-size"),
+        (
+            ["--batch-size", "1000000000000", "--device", "cpu", "--level", "1"],
+            1,
+            "task 1, level 1 of 'dvn.safetensors' cannot run on cpu",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_told_in_one_line(
+    folder: Path, arguments: list[str], code: int, message: str
+) -> None:
+    done = dvn("bench", *arguments, cwd=folder)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_speed_ups_are_ratios_within_a_round(folder: Path) -> None:
+    """The machine slows down tenfold between the rounds, and the ratio stays."""
+    header = checkpoint.read_checkpoint(folder / "dvn.safetensors")
+    targets = [benchmark.Target(header, 1, level) for level in (1, 2)]
+    costs = [benchmark.Cost(params, 1.0, 1) for params in (10, 20)]
+    times = [[[1.0, 1.0, 9.0], [10.0]], [[3.0, 3.0, 3.0], [30.0]]]
+    assert [benchmark._speedup(number, targets, costs, times) for number in (0, 1)] == [3, 1]
+
+
+def test_networks_are_compared_within_their_task(folder: Path) -> None:
+    def file(name: str) -> list[benchmark.Target]:
+        return _targets(checkpoint.read_header(folder / f"{name}.safetensors"), None, None, every=True)
+
+    targets = [*file("dvn"), *file("task2-level1"), *file("task1-level2"), *file("task2-level2")]
+    numbers = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 1), (1, 2), (2, 2)]
+    assert [(target.task, target.level) for target in targets] == numbers
+    groups: dict[object, list[int]] = {}
+    for number, target in enumerate(targets):
+        groups.setdefault(target.family, []).append(number)
+    assert sorted(groups.values()) == [[0, 1], [2, 3], [4, 6], [5]]
+    costs = [benchmark.Cost(level, 1.0, 1) for _, level in numbers]
+    speedups = [benchmark._speedup(n, targets, costs, [[[1.0 * level]] for _, level in numbers]) for n in range(7)]
+    assert speedups == [2, 1, 2, 1, 2, None, 1]
+
+
+def test_percentiles_are_of_all_iterations() -> None:
+    latencies = tuple(float(n) for n in range(101))
+    result = benchmark.Result("file", 1, "name", 1, 1, 0.5, 1, latencies, None, None)
+    assert [result.percentile(p) for p in (50, 90, 99)] == [50, 90, 99]
+    assert result.to_dict(4)["latency_ms"] == {"p50": 50000, "p90": 90000, "p99": 99000}
+    assert result.to_dict(4)["images_per_s"] == 4 / 50
+
+
+def test_tensors_are_read_as_they_were_written(folder: Path) -> None:
+    from safetensors.torch import load_file
+
+    file = folder / "task2-level1.safetensors"
+    expected, read = load_file(file), benchmark._tensors(file)
+    assert read.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert read[name].dtype == tensor.dtype
+        assert torch.equal(read[name], tensor)
+
+
+def test_a_task_of_its_own_size_is_measured_at_it(folder: Path, tmp_path: Path) -> None:
+    spec = resolve("wrn_10_1", 10)
+    module = spec.build()
+    partition = Partition.create(spec, 2, module)
+    common = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "levels": (2,)}
+    tasks = [
+        Task("large", tuple("abc"), (64, 64), order=(1, 2), **common),  # type: ignore[arg-type]
+        Task("small", tuple("ab"), (32, 32), order=(2, 1), **common),  # type: ignore[arg-type]
+    ]
+    DeepVirtualNetwork.from_backbone(partition, module, tasks).save(tmp_path / "two.safetensors")
+    header = checkpoint.read_checkpoint(tmp_path / "two.safetensors")
+    settings = benchmark.Settings(torch.device("cpu"))
+    jobs = [benchmark._prepare(benchmark.Target(header, t, 1), tmp_path / f"{t}", settings)[0] for t in (1, 2)]
+    shapes = []
+    for job in jobs:
+        network, images = benchmark._load(job)
+        with torch.inference_mode():
+            shapes.append((tuple(images.shape), tuple(network(images).shape)))
+            assert len(benchmark.seconds(network, images, 2)) == 2
+    assert shapes == [((1, 3, 64, 64), (1, 3)), ((1, 3, 32, 32), (1, 2))]

@@ -1,0 +1,271 @@
+"""`dvn partition`: the paper's sizes, costs counted twice, narrow networks beside those written by hand, refusals."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import dvn_cli
+from dvn_cli import checkpoint
+from dvn_cli.backbones import resolve
+from dvn_cli.cli import main
+from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.units.count import params_and_density
+
+
+def dvn(*args: object) -> int:
+    """Runs a command and returns its exit code."""
+    before, sys.argv = sys.argv, ["dvn", *map(str, args)]
+    try:
+        main()
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    raise AssertionError("main() returns by sys.exit")
+
+
+def partition(capsys: pytest.CaptureFixture[str], *args: object) -> dict[str, Any]:
+    """Runs `dvn partition ... --json` and returns its document."""
+    assert dvn("partition", *args, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+class Block(nn.Module):
+    def __init__(self, before: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.stride, self.added = stride, width - before
+        self.conv1 = nn.Conv2d(before, width, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.added)))
+
+
+class ByHand(nn.Module):
+    """The paper's networks at any width, as anyone would write them down."""
+
+    def __init__(self, stem: int, widths: tuple[int, ...], blocks: int, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, stem, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(stem)
+        self.layers = len(widths)
+        for number, (before, width) in enumerate(zip((stem, *widths), widths, strict=False), 1):
+            first = Block(before, width, 1 if number == 1 else 2)
+            rest = [Block(width, width, 1) for _ in range(blocks - 1)]
+            setattr(self, f"layer{number}", nn.Sequential(first, *rest))
+        self.fc = nn.Linear(widths[-1], classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        for number in range(1, self.layers + 1):
+            x = getattr(self, f"layer{number}")(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def macs_by_hooks(module: nn.Module, size: int) -> int:
+    """Multiply-accumulates of the convolutions and linear layers of one image, by their own definition."""
+    total = 0
+
+    def count(layer: Any, inputs: Any, output: Tensor) -> None:
+        nonlocal total
+        total += output.numel() * math.prod(layer.weight.shape[1:])
+
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Linear):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        module.to("meta").eval()(torch.empty(1, 3, size, size, device="meta"))
+    return total
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "shape", "blocks", "millions", "per_cent"),
+    [
+        ("wrn_32_4", 100, (16, 64, 128, 256), 5, [1.9, 7.4], [25.1, 100]),
+        ("resnet_42", 50, (64, 64, 128, 256, 512), 5, [1.9, 7.5, 16.8, 29.8], [6.3, 25.0, 56.3, 100]),
+    ],
+)
+def test_levels_are_those_of_the_paper_and_of_networks_written_by_hand(
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+    classes: int,
+    shape: tuple[int, ...],
+    blocks: int,
+    millions: list[float],
+    per_cent: list[float],
+) -> None:
+    units = len(millions)
+    levels = partition(capsys, name, "--units", units, "--num-classes", classes)["levels"]
+    assert [round(level["params"] / 1e6, 1) for level in levels] == millions
+    assert [level["density"] for level in levels] == [level["params"] / levels[-1]["params"] for level in levels]
+    assert [round(100 * level["density"], 1) for level in levels] == per_cent
+    assert macs_by_hooks(resolve(name, classes).build(), 32) == levels[-1]["macs"]
+    for number, level in enumerate(levels, 1):
+        assert level["level"] == number
+        stem, *widths = (width * number // units for width in shape)
+        hand = ByHand(stem, tuple(widths), blocks, classes)
+        assert sum(p.numel() for p in hand.parameters()) == level["params"]
+        assert sum(t.nbytes for n, t in hand.state_dict().items()) == level["bytes"]
+        assert macs_by_hooks(hand, 32) == level["macs"]
+        assert level["divided"] == pytest.approx(1 - classes / level["params"])  # all but the classifier's bias
+
+
+def test_the_papers_densities_are_those_of_its_rounded_millions() -> None:
+    assert [round(100 * m / 29.8, 1) for m in (1.9, 7.5, 16.8, 29.8)] == [6.4, 25.2, 56.4, 100]
+
+
+def test_a_half_is_the_network_written_by_hand_at_half_width(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(1)
+    state = resolve("wrn_32_4").build().state_dict()
+    for name, tensor in state.items():
+        if "bn" in name and tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5)
+    save_file(state, "published.safetensors")
+    partition(capsys, "wrn_32_4", "--units", 2, "--weights", "published.safetensors")
+    header = checkpoint.read_checkpoint("dvn.safetensors")
+    images = torch.randn(4, 3, 32, 32)
+    for task in (1, 2):
+        checkpoint.slice_file(header, task, 1, "half.safetensors")
+        hand = ByHand(8, (32, 64, 128), 5, 100)
+        hand.load_state_dict(load_file("half.safetensors"), strict=True)
+        half = dvn_cli.load("half.safetensors")
+        assert {n: p.shape for n, p in half.named_parameters()} == {n: p.shape for n, p in hand.named_parameters()}
+        for train in (False, True):
+            with torch.no_grad():
+                assert (half.train(train)(images) - hand.train(train)(images)).abs().max() <= 1e-6
+        for name, buffer in hand.named_buffers():  # what the batch did to the running statistics
+            torch.testing.assert_close(half.get_buffer(name), buffer)
+
+
+def test_the_top_level_is_the_backbone_with_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    save_file(resolve("wrn_10_1", 7).build().state_dict(), "published.safetensors")
+    document = partition(capsys, "wrn_10_1", "--units", 4, "--weights", "published.safetensors", "--num-classes", 9)
+    assert sorted(document["random"]) == ["fc.bias", "fc.weight"]
+    stored = load_file("dvn.safetensors")
+    for name, tensor in load_file("published.safetensors").items():
+        assert name.startswith("fc.") or torch.equal(stored[f"shared/{name}"], tensor)
+
+
+def test_the_seed_decides_random_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    for file, seed in (("a", 0), ("b", 0), ("c", 1)):
+        partition(capsys, "wrn_10_1", "--units", 2, "-o", file, "--seed", seed)
+    assert Path("a").read_bytes() == Path("b").read_bytes() != Path("c").read_bytes()
+
+
+def test_what_no_unit_owns_is_counted_and_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    """With 33 units all but the last stage's inner channels are too few."""
+    document = partition(capsys, "wrn_10_1", "--units", 33)
+    network = dvn_cli.load("dvn.safetensors")
+    assert isinstance(network, DeepVirtualNetwork)
+    everywhere = 0  # elements that the lowest level of every task has, one unit each
+    for name in network.partition.parameters:
+        shape = network.partition.shapes[name]
+        common = torch.ones(shape, dtype=torch.bool)
+        for task in range(1, 34):
+            here = torch.ones(shape, dtype=torch.bool)
+            for dim, kept in enumerate(network.networks(task, 1).kept[name]):
+                if kept is not None:
+                    gone = torch.ones(shape[dim], dtype=torch.bool)
+                    gone[kept] = False
+                    here.index_fill_(dim, gone.nonzero().flatten(), False)
+            common &= here
+        everywhere += int(common.sum())
+    top = document["levels"][-1]
+    assert top["divided"] == pytest.approx(1 - everywhere / top["params"])
+    assert sum(one["params"] for one in document["whole"]) == everywhere
+    assert top["divided"] < 0.9
+    assert dvn("partition", "wrn_10_1", "--units", 33) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Warning: less than 90 % of the parameters are divided, mostly because conv1.weight" in out
+    assert "fewer than 33" in out
+
+
+def test_the_report_names_what_a_person_can_check(capsys: pytest.CaptureFixture[str]) -> None:
+    assert dvn("partition", "wrn", "--units", "2", "--input-size", "16x32") == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "wrn -> wrn_32_4 (timm): images 3x16x32, 100 classes, 2 units"
+    for expected in ("2 x 128", "layer3.0.conv1.weight", "7.4M", "7,380,276", "25.1 %", "99.9 %", "fc.bias", "31 norm"):
+        assert expected in out
+    assert len(lines) < 50
+    assert "Warning" not in out
+
+
+def test_a_slice_knows_the_size_of_its_top_level(capsys: pytest.CaptureFixture[str]) -> None:
+    partition(capsys, "wrn_10_1", "--units", 3)
+    header = checkpoint.read_checkpoint("dvn.safetensors")
+    for task in (1, 2, 3):
+        for level in (1, 2, 3):
+            checkpoint.slice_file(header, task, level, "slice")
+            assert params_and_density(checkpoint.read_header("slice")) == params_and_density(header, task, level)
+
+
+def test_only_a_fresh_partition_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("partition", "wrn_10_1", "--units", "2")
+    assert dvn(*command) == 0
+    assert dvn(*command) == 0
+    checkpoint.slice_file(checkpoint.read_checkpoint("dvn.safetensors"), 1, 1, "slice.safetensors")
+    network = dvn_cli.load("dvn.safetensors")
+    assert isinstance(network, DeepVirtualNetwork)
+    network.training_record = {"epochs": 1}
+    network.save("trained.safetensors")
+    Path("weights.bin").write_bytes(b"something else")
+    capsys.readouterr()
+    for file, why in (
+        ("trained", "is a trained checkpoint"),
+        ("slice", "is a slice"),
+        ("weights", "not a safetensors"),
+    ):
+        path = next(Path().glob(f"{file}.*"))
+        before = path.read_bytes()
+        assert dvn(*command, "-o", path) == 2
+        err = capsys.readouterr().err
+        assert why in err or file == "weights"
+        assert "--force" in err
+        assert err.count("\n") == 1
+        assert path.read_bytes() == before
+        assert dvn(*command, "-o", path, "--force") == 0
+        assert path.read_bytes() == Path("dvn.safetensors").read_bytes()
+        capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["wrn_10_1", "--units", "0"], "at least 1 unit"),
+        (["wrn_10_1", "--units", "65"], "cannot be divided into 65 units: at most 64 channels"),
+        (["wrn_10_1"], "units"),
+        (["wrm_10_1", "--units", "2"], "unknown backbone 'wrm_10_1'"),
+        (["wrn_10_1", "--units", "2", "--input-size", "big"], "--input-size takes pixels such as 224"),
+        (["wrn_10_1", "--units", "2", "--pretrained", "--weights", "x"], "not both"),
+        (["wrn_10_1", "--units", "2", "--weights", "none.safetensors"], "none.safetensors"),
+        (["wrn_10_1", "--units", "2", "-o", "none/dvn.safetensors"], "none"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert dvn("partition", *arguments) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.count("\n") == 1
+    assert not out
+    assert not list(Path().iterdir())
