@@ -323,14 +323,17 @@ def _labels(task: Task, classes: Sequence[str], note: Callable[[str], None] | No
             first = f"'{classes[0]}' is taken for '{own[labels[0]]}'"
             note(f"task '{task.name}': the images' classes have other names and are taken in order: {first}, and so on")
         return torch.tensor(labels)
-    lacking, foreign = ([n for n in a if n not in b] for a, b in ((own, classes), (classes, own)))
-    differ = [f"{w} {_few(names)}" for w, names in (("lack", lacking), ("have in its place", foreign)) if names]
-    if not lacking:
-        differ = [f"have {_few(foreign)} as well"]
     raise InputError(
-        f"the images have {len(classes)} classes, the task {count}: they {' and '.join(differ)}; "
-        "--data classes=[...] chooses among them, groups={NEW: [OLD]} renames them"
+        f"{_difference(own, classes)}; --data classes=[...] chooses among them, groups={{NEW: [OLD]}} renames them"
     )
+
+
+def _difference(own: Sequence[str], classes: Sequence[str]) -> str:
+    lacking, foreign = ([name for name in a if name not in b] for a, b in ((own, classes), (classes, own)))
+    if len(lacking) == len(own):
+        return f"the images have {len(classes)} classes ({_few(classes)}), the task {len(own)} others ({_few(own)})"
+    differ = " and ".join(f"{verb} {_few(names)}" for verb, names in (("lack", lacking), ("have", foreign)) if names)
+    return f"the images have {len(classes)} classes, the task {len(own)}: they {differ}{'' if lacking else ' as well'}"
 
 
 def _few(names: Sequence[str]) -> str:

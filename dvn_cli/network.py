@@ -247,7 +247,8 @@ def load(path: str | os.PathLike[str]) -> DeepVirtualNetwork | VirtualNetwork:
     metadata = header.metadata
     partition = Partition.restore(metadata)
     _check(header, partition)
-    tensors = safetensors.torch.load_file(path)
+    # Copies: load_file maps the file, and a map dies with whoever writes over it in place.
+    tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
     if header.kind == "checkpoint":
         tasks = [Task.from_dict(entry) for entry in metadata["tasks"]]
         return DeepVirtualNetwork(partition, tasks, tensors, metadata["training"]).eval()

@@ -71,7 +71,7 @@ def bench_command(
     if as_json:
         typer.echo(text)
     else:
-        _print(document, several_files=len(headers) > 1)
+        _print(document, [_name(target, len(headers)) for target in targets])
 
 
 def _targets(header: checkpoints.Header, task: str | None, level: int | None, every: bool) -> list["Target"]:
@@ -96,19 +96,24 @@ def _targets(header: checkpoints.Header, task: str | None, level: int | None, ev
     ]
 
 
-def _print(document: dict[str, Any], several_files: bool) -> None:
+def _name(target: "Target", files: int) -> str:
+    """What tells a network's row from others: its task, of several files a slice's name, or a checkpoint's and task."""
+    stem = target.header.path.stem
+    return target.entry.name if files == 1 else stem if target.header.kind == "slice" else f"{stem} {target.entry.name}"
+
+
+def _print(document: dict[str, Any], names: list[str]) -> None:
     from rich.console import Console
 
     from dvn_cli.report import percent, short, table
 
     console = Console(highlight=False)
     on = f"{document['device']}, {document['device_name']}"
-    threads = f", {document['threads']} threads" if document["device"] == "cpu" else ""
+    threads = f", threads: {document['threads']}" if document["device"] == "cpu" else ""
     console.print(f"{on}{threads}, torch {document['torch']}, batch size {document['batch_size']}\n")
     costs = table("task", "level", "params", "density", "compression", "MACs", "peak memory", text=1)
     speeds = table("task", "level", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up", text=1)
-    for row in document["results"]:
-        name = f"{Path(row['file']).stem} {row['name']}" if several_files else row["name"]
+    for name, row in zip(names, document["results"], strict=True):
         memory, speedup = row["peak_memory_bytes"], row["speedup"]
         costs.add_row(
             name,

@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 def eval_command(
     files: Annotated[
-        list[Path] | None,
-        typer.Argument(help="Checkpoints and slices; dvn.safetensors by default.", show_default=False),
+        list[Path] | None, typer.Argument(metavar="[CHECKPOINT-or-SLICE]...", help="Default: dvn.safetensors.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Only this task, by name or by number from 1.")] = None,
     level: Annotated[int | None, typer.Option(help="Only this level, from 1.")] = None,

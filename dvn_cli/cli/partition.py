@@ -242,7 +242,7 @@ def _print_private(console: "Console", partition: "Partition") -> None:
 def _print_levels(console: "Console", levels: Sequence[dict[str, Any]], lowest: Sequence[int]) -> None:
     from dvn_cli.report import percent, short, table
 
-    rows = table("level", "units", "parameters", "", "density", "MACs", "file")
+    rows = table("level", "units", "parameters", "exactly", "density", "MACs", "file")
     for row in levels:
         rows.add_row(
             str(row["level"]),

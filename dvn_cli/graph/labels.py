@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.trace import Traced, hint, is_inplace, is_written, shape_of
+from dvn_cli.graph.trace import Traced, hint, shape_of, writers
 
 
 class Classes:
@@ -44,7 +44,7 @@ class Classes:
         """Returns each label's class: the least label in it."""
         roots = labels.numpy()
         while True:
-            above = self._parent[roots]
+            above = np.asarray(self._parent[roots])
             if np.array_equal(above, roots):
                 return torch.from_numpy(above)
             roots = above
@@ -184,6 +184,7 @@ class Labeller:
     sources: dict[str, list[Tensor]] = field(default_factory=dict)
     output: Tensor | None = None
     env: dict[fx.Node, Any] = field(default_factory=dict)
+    _values: dict[tuple[fx.Node, fx.Node], Any] = field(default_factory=dict)
 
     def run(self, traced: Traced) -> dict[fx.Node, Any]:
         """Labels every node of a graph; graphs of the same module share the labels of its tensors.
@@ -198,7 +199,6 @@ class Labeller:
 
         self.traced, env = traced, self.env
         self.depends: set[fx.Node] = set()
-        self._values: dict[fx.Node, Any] = {}
         for node in traced.graph.nodes:
             key = str(node.target)
             if node.op == "placeholder" and key == traced.input:
@@ -222,11 +222,14 @@ class Labeller:
             return hint(value) if isinstance(value, int | torch.SymInt) else value
         if base_name(node.target) == "getitem":
             source, index = node.args
-            return self.env[source][index]
+            return self.env[source][index]  # type: ignore[index]
         if not hasattr(node.target, "_schema"):
             raise Call(node, str(node.target), {}, self).refuse()
         call = Call(node, base_name(node.target), bind(node), self)
-        result = apply(self, call)
+        try:
+            result = apply(self, call)
+        except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
+            raise call.refuse(f"as it stands ({next(iter(str(error).splitlines()), '')[:100]})") from error
         for labels, shape in zip(result if isinstance(result, list) else [result], call.shapes, strict=True):
             if labels.shape != shape:  # a rule that is wrong must not go unseen
                 raise call.refuse(f"(its rule gives shape {labels.shape}, the graph {shape})")
@@ -234,9 +237,7 @@ class Labeller:
 
     def _source(self, name: str, shape: tuple[int, ...]) -> Labels:
         if name not in self.sources:
-            self.sources[name] = [
-                self.classes.fresh(n) if n > 1 else torch.zeros(n, dtype=torch.int64) for n in shape
-            ]
+            self.sources[name] = [self.classes.fresh(n) if n > 1 else torch.zeros(n, dtype=torch.int64) for n in shape]
         return from_vectors(shape, dict(enumerate(self.sources[name])))
 
     def _finish(self, labels: Labels) -> None:
@@ -250,22 +251,36 @@ class Labeller:
 
     # What rules are made of
 
-    def value(self, node: Any) -> Any:
-        """The value of what depends on no parameter and not on the input, such as a table of indices."""
+    def value(self, node: Any, reader: fx.Node) -> Any:
+        """What `reader` finds in a node that depends on no parameter and not on the input, such as a table of indices.
+
+        Raises:
+            InputError: the node depends on the input.
+        """
         if not isinstance(node, fx.Node):
             return node
-        if node not in self._values:
-            key = str(node.target)
-            if node.op == "placeholder" and key in self.traced.sources:
-                self._values[node] = self.traced.sources[key].detach()
-            elif node in self.depends or node.op != "call_function" or is_inplace(node) or is_written(node):
-                raise Call(node, key, {}, self).refuse("as an index: it depends on the input, or is changed in place")
-            elif isinstance(self.env[node], int):
-                self._values[node] = self.env[node]
-            else:
-                args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self.value)
-                self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-        return self._values[node]
+        if (node, reader) not in self._values:
+            needed: set[fx.Node] = set()
+            found = [node]
+            while found:
+                n = found.pop()
+                if n in self.depends:
+                    raise Call(n, str(n.target), {}, self).refuse("as an index: it depends on the input")
+                if n not in needed:
+                    needed.add(n)
+                    found += [] if isinstance(self.env[n], int) else n.all_input_nodes
+                    found += [user for user in writers(n) if user < reader]
+            values: dict[fx.Node, Any] = {}
+            for n in sorted(needed):
+                if n.op == "placeholder":
+                    values[n] = self.traced.sources[str(n.target)].detach().clone()
+                elif isinstance(self.env[n], int):
+                    values[n] = self.env[n]
+                else:
+                    args, kwargs = fx.node.map_arg((n.args, dict(n.kwargs)), values.__getitem__)
+                    values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+            self._values[node, reader] = values[node]
+        return self._values[node, reader]
 
     def pin(self, labels: Tensor) -> None:
         """Keeps these always."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Call, Labeller, Labels, base_name, bind
 from dvn_cli.graph.rules import kind_of
-from dvn_cli.graph.trace import Traced, is_inplace
+from dvn_cli.graph.trace import Traced, is_inplace, is_view
 
 Kept = list[Tensor | None]  # for each dimension the indices kept, in order; None means all
 
@@ -78,7 +78,12 @@ def narrow(
 
 class _Narrower:
     def __init__(
-        self, traced: Traced, labels: dict[fx.Node, Any], labeller: Labeller, keep: Tensor, strides: dict[str, list[int]]
+        self,
+        traced: Traced,
+        labels: dict[fx.Node, Any],
+        labeller: Labeller,
+        keep: Tensor,
+        strides: dict[str, list[int]],
     ) -> None:
         self.traced, self.labels, self.labeller, self.keep, self.strides = traced, labels, labeller, keep, strides
         self.graph = fx.Graph()
@@ -146,7 +151,7 @@ class _Narrower:
 
     def copy(self, node: fx.Node, args: dict[str, Any] | None = None, target: Any = None) -> None:
         """Enters the node into the new graph, with other arguments where `args` (by the schema's names) says so."""
-        if any(n in self.pending for n in node.all_input_nodes) or is_inplace(node) and self.written_to_a_copy(node):
+        if any(n in self.pending for n in node.all_input_nodes) or (is_inplace(node) and self.written_to_a_copy(node)):
             raise self.refuse(node)
         if args is None:
             self.new[node] = self.graph.node_copy(node, lambda n: self.new[n])
@@ -163,8 +168,8 @@ class _Narrower:
         """Whether what the operator writes to was a view of what is read later, and is a copy in the new graph."""
         view = node.all_input_nodes[0]
         copied = False
-        while getattr(view.target, "is_view", False) and view.all_input_nodes:
-            copied = copied or not getattr(self.new[view].target, "is_view", False)
+        while is_view(view):
+            copied = copied or not is_view(self.new[view])
             view = view.all_input_nodes[0]
             if copied and any(user > node for user in view.users):
                 return True
@@ -189,8 +194,14 @@ class _Narrower:
         elif kind_of(node.target) == "factory":
             self.copy(node)
             self.select(node)
+        elif kind_of(node.target) == "rule" and name not in JOINS and self.empty(node):
+            raise self.refuse(node, "where nothing of its input is kept")
         else:
             self.copy(node, REWRITES[name](self, node, bind(node)) if name in REWRITES else None)
+
+    def empty(self, node: fx.Node) -> bool:
+        found = [self.labels[n] for n in node.all_input_nodes]
+        return any(i is not None and not len(i) for x in found if isinstance(x, Labels) for i in self.kept_of(x))
 
     def stride(self, node: fx.Node) -> list[int] | None:
         weight = bind(node).get("weight") if hasattr(node.target, "_schema") else None
@@ -232,7 +243,8 @@ class _Narrower:
         numbers = {n: (of if n is node.all_input_nodes[0] else self.labels[n]) for n in node.all_input_nodes}
         for n, value in numbers.items():
             if isinstance(value, Labels):
-                numbers[n] = self.labeller.value(n) if base_name(node.target) == "index" else torch.empty(value.shape)
+                index = base_name(node.target) in ("index", "index_select")
+                numbers[n] = self.labeller.value(n, node) if index else torch.empty(value.shape)
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: numbers[n])
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
@@ -304,8 +316,9 @@ def take(tensor: Tensor, kept: Kept) -> Tensor:
     """The part of a tensor that is kept, as a view wherever the indices are one run."""
     for dim, indices in enumerate(kept):
         if indices is not None:
-            first, count = int(indices[0]), len(indices)
-            if int(indices[-1]) - first + 1 == count:
+            count = len(indices)
+            first = int(indices[0]) if count else 0
+            if not count or int(indices[-1]) - first + 1 == count:
                 tensor = tensor.narrow(dim, first, count)
             else:
                 tensor = tensor.index_select(dim, indices.to(tensor.device))
@@ -353,7 +366,7 @@ def _slice(narrower: _Narrower, node: fx.Node, args: dict[str, Any]) -> tuple[di
     numbers = torch.arange(narrower.labels[source].shape[dim])[args["start"] : args["end"] : args["step"]]
     places = torch.isin(kept, numbers).nonzero().reshape(-1)
     if not len(places):
-        raise narrower.refuse(node)
+        return {**args, "dim": dim, "start": 0, "end": 0, "step": 1}, node.target
     if int(places[-1]) - int(places[0]) + 1 != len(places):
         return (
             {"self": source, "dim": dim, "index": narrower.constant(places)},
@@ -373,6 +386,9 @@ MOVED: dict[str, Callable[[_Narrower, fx.Node, dict[str, Any]], tuple[dict[str, 
 # Moves that are right as they are whenever what is kept is an outer product before and after.
 EXACT = {"alias", "clone", "contiguous", "flatten", "permute", "ravel", "squeeze", "unsqueeze", "transpose", "t"}
 EXACT |= {"movedim", "moveaxis", "swapaxes"}
+
+# Operators with a rule that may meet a tensor of which nothing is kept.
+JOINS = {"cat", "concat", "concatenate"}
 
 # Other operators with arguments that follow the sizes.
 

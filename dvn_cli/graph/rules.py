@@ -25,13 +25,15 @@ MOVES = {
 }
 # Move data to the shape of another tensor.
 RESHAPES = {"reshape_as", "view_as"}
+# Look at memory, not at elements.
+STORAGE = {"as_strided", "view_as_complex", "view_as_real"}
 # Give every element its own value without mixing elements, but carry no pointwise tag.
 POINTWISE = {"dropout", "alpha_dropout", "feature_dropout", "hardswish", "log_sigmoid", "to", "_to_copy"}
 POINTWISE |= {"bernoulli", "copy", "detach", "lift_fresh_copy", "fill", "zero", "masked_fill", "isnan", "where"}
 # Make a tensor that takes nothing but its shape (and type) from others.
 FACTORIES = {"arange", "empty", "eye", "full", "linspace", "new_empty", "new_full", "new_ones", "new_zeros", "ones"}
 FACTORIES |= {"rand", "randn", "zeros", "scalar_tensor"}
-FACTORIES_LIKE = {"empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like"}
+POINTWISE |= {"empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like"}  # sized as its operand
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -55,9 +57,9 @@ def kind_of(target: Any) -> str:
         return "pointwise"
     if name in RESHAPES:
         return "reshape"
-    if name in MOVES or getattr(target, "is_view", False):
+    if name in MOVES or (getattr(target, "is_view", False) and name not in STORAGE):
         return "move"
-    return "factory" if name in FACTORIES | FACTORIES_LIKE else ""
+    return "factory" if name in FACTORIES else ""
 
 
 def apply(labeller: Labeller, call: Call) -> Labels | list[Labels]:
@@ -72,9 +74,7 @@ def apply(labeller: Labeller, call: Call) -> Labels | list[Labels]:
     if kind == "move":
         return _move(labeller, call)
     if kind == "factory":
-        return from_vectors(
-            call.shape, {d: labeller.classes.fresh(n) for d, n in enumerate(call.shape) if n > 1}
-        )
+        return from_vectors(call.shape, {d: labeller.classes.fresh(n) for d, n in enumerate(call.shape) if n > 1})
     raise call.refuse()
 
 
@@ -101,7 +101,8 @@ def _move(labeller: Labeller, call: Call) -> Any:
         return move(labeller, call.labels(names[0]), lambda t: t.expand(call.shape))
     if call.name in ("view", "_unsafe_view"):  # layers are expanded, so only a reshape can look at them so
         return move(labeller, call.labels(names[0]), lambda t: t.reshape(call.shape))
-    return move(labeller, call.labels(names[0]), lambda t: call.node.target(t, **others))
+    operator: Any = call.node.target
+    return move(labeller, call.labels(names[0]), lambda t: operator(t, **others))
 
 
 @rule("cat", "concat", "concatenate")
@@ -150,17 +151,17 @@ def _pad(labeller: Labeller, call: Call) -> Labels:
 
 @rule("index")
 def _index(labeller: Labeller, call: Call) -> Labels:
-    indices = [None if i is None else labeller.value(i) for i in call.args["indices"]]
+    indices = [None if i is None else labeller.value(i, call.node) for i in call.args["indices"]]
     return move(labeller, call.labels("self"), lambda t: torch.ops.aten.index.Tensor(t.contiguous(), indices))
 
 
 @rule("index_select")
 def _index_select(labeller: Labeller, call: Call) -> Labels:
-    dim, index = call.number("dim"), labeller.value(call.args["index"])
+    dim, index = call.number("dim"), labeller.value(call.args["index"], call.node)
     return move(labeller, call.labels("self"), lambda t: t.index_select(dim, index))
 
 
-@rule("meshgrid", "one_hot")
+@rule("meshgrid", "one_hot", "affine_grid_generator")
 def _whole(labeller: Labeller, call: Call) -> Labels | list[Labels]:
     """Positions and their like: nothing of them is dropped."""
     for labels in call.tensors():
@@ -197,9 +198,7 @@ def pointwise(labeller: Labeller, operands: Sequence[Labels], shape: tuple[int, 
             present = [layer for layer in found if layer is not None]
             labeller.unite_all(present)
             layers.append(present[0])
-            aligned = [
-                Labels(x.shape, tuple(y for y in x.layers if x.vary(y) != dims)) for x in aligned
-            ]
+            aligned = [Labels(x.shape, tuple(y for y in x.layers if x.vary(y) != dims)) for x in aligned]
             done = set(dims)
             aligned = [Labels(tuple(1 if d in done else n for d, n in enumerate(x.shape)), x.layers) for x in aligned]
 
@@ -337,9 +336,7 @@ def _unite_channels(labeller: Labeller, labels: Labels, affine: Sequence[Labels 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 def _batch_norm(labeller: Labeller, call: Call) -> Labels:
     labels = call.labels("input")
-    _unite_channels(
-        labeller, labels, [call.optional(a) for a in ("weight", "bias", "running_mean", "running_var")]
-    )
+    _unite_channels(labeller, labels, [call.optional(a) for a in ("weight", "bias", "running_mean", "running_var")])
     return labeller.refresh(labels)
 
 
@@ -458,10 +455,12 @@ def _einsum(labeller: Labeller, call: Call) -> Labels:
 
 @rule("scaled_dot_product_attention")
 def _attention(labeller: Labeller, call: Call) -> Labels:
-    query, key, value, mask = (call.labels("query"), call.labels("key"), call.labels("value"), call.optional("attn_mask"))
-    if call.number("enable_gqa"):
-        raise call.refuse("with enable_gqa")
+    query, key, value = (call.labels(name) for name in ("query", "key", "value"))
+    mask = call.optional("attn_mask")
     rank = len(query.shape)
+    if call.number("enable_gqa"):  # a head of keys and values for several of queries
+        times = query.shape[-3] // key.shape[-3]
+        key, value = (move(labeller, x, lambda t: t.repeat_interleave(times, rank - 3)) for x in (key, value))
     batch = [f"b{d}" for d in range(rank - 2)]
     scores = Labels((*query.shape[:-1], key.shape[-2]))
     inner = Call(call.node, call.name, call.args, labeller)

@@ -36,7 +36,7 @@ class Traced:
 
 def hint(value: object) -> int:
     """The concrete number behind an int or a symbolic one (the batch is `EXAMPLE_BATCH`)."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)  # type: ignore[call-overload]
+    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)  # type: ignore
 
 
 def shape_of(value: Tensor) -> tuple[int, ...]:
@@ -59,9 +59,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int], train: bool) -> 
     was = {m: m.training for m in module.modules()}
     module.train(train)
     try:
-        program = torch.export.export(
-            module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
-        )
+        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
     except Exception as error:  # torch.export raises anything at all, from deep inside the module
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{type(module).__name__} cannot be exported at {input_shape}: {first[:200]}") from error
@@ -177,9 +175,14 @@ def _keep_what_matters(graph: fx.Graph, modules: Mapping[str, str]) -> None:
 
 def base_of(node: fx.Node) -> fx.Node:
     """The node whose memory a view looks at; the node itself where it is no view."""
-    while getattr(node.target, "is_view", False) and node.all_input_nodes:
+    while is_view(node):
         node = node.all_input_nodes[0]
     return node
+
+
+def is_view(node: fx.Node) -> bool:
+    """Whether the operator's result may share the memory of its first argument, by its schema."""
+    return bool(getattr(node.target, "is_view", False) and node.all_input_nodes)
 
 
 def is_inplace(node: fx.Node) -> bool:
@@ -188,10 +191,7 @@ def is_inplace(node: fx.Node) -> bool:
     return bool(schema and schema.arguments and schema.arguments[0].alias_info and schema.arguments[0].is_write)
 
 
-def is_written(node: fx.Node) -> bool:
-    """Whether an operator changes the node's memory in place, itself or through a view."""
-    return any(
-        user.all_input_nodes[0] is node
-        and (is_inplace(user) or (getattr(user.target, "is_view", False) and is_written(user)))
-        for user in node.users
-    )
+def writers(node: fx.Node) -> list[fx.Node]:
+    """The operators that change a node's memory in place, and the views through which they do."""
+    readers = [user for user in node.users if user.all_input_nodes[0] is node]
+    return [user for user in readers if is_inplace(user) or (is_view(user) and writers(user))]

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveInt, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
 
 from dvn_cli.data import DataSpec
 from dvn_cli.errors import InputError, did_you_mean
@@ -14,31 +14,38 @@ FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "r
 """Where the recipes that come with dvn are: in an installed package, or in a checkout."""
 
 Share = Annotated[float, Field(gt=0, lt=1)]
+Count = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is not 1
 
 
 class Keys(BaseModel):
     """A part of a recipe: a key that nothing reads is an error."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class BackboneKeys(Keys):
     name: str = Field(description="a timm or torchvision model, or one of the paper's: wrn_32_4, resnet_42")
-    input_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
+    input_size: Count | tuple[Count, Count] | None = Field(
         default=None, description="pixels at which the stem has the backbone's own stride; the smallest task's images"
     )
     in_chans: Literal[1, 3] | None = Field(default=None, description="channels of the images; the backbone's own")
     weights: str | None = Field(default=None, description="a file of weights to start from, relative to the recipe")
     pretrained: bool = Field(default=False, description="start from the weights that timm or torchvision publishes")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> "BackboneKeys":
+        if self.weights is not None and self.pretrained:
+            raise ValueError("give weights or pretrained, not both")
+        return self
+
 
 class TaskKeys(Keys):
     name: str = Field(min_length=1, description="by which commands may call the task")
     data: DataSpec = Field(description="where its images come from, and which of them")
-    order: list[PositiveInt] | None = Field(
+    order: list[Count] | None = Field(
         default=None, description="the units in the order that the task takes them; by the paper's rule (section 3.2)"
     )
-    levels: list[PositiveInt] | None = Field(
+    levels: list[Count] | None = Field(
         default=None, description="for each level how many units it has, ascending; the recipe's levels"
     )
 
@@ -68,13 +75,13 @@ class Recipe(Keys):
     partition: str | None = Field(
         default=None, description="in place of backbone and units: a checkpoint of `dvn partition` to start from"
     )
-    units: PositiveInt | None = Field(default=None, description="into how many units the backbone is divided")
+    units: Count | None = Field(default=None, description="into how many units the backbone is divided")
     tasks: list[TaskKeys] = Field(min_length=1, description="task 1 first")
-    levels: list[PositiveInt] | None = Field(
+    levels: list[Count] | None = Field(
         default=None, description="for each level how many units it has, ascending; one unit more at each level"
     )
-    epochs: PositiveInt = Field(default=200, description="passes over the task with the most images")
-    batch_size: PositiveInt = Field(default=128, description="images of each task in a step (section 4.2: CIFAR)")
+    epochs: Count = Field(default=200, description="passes over the task with the most images")
+    batch_size: Count = Field(default=128, description="images of each task in a step (section 4.2: CIFAR)")
     optimizer: OptimizerKeys = Field(default=OptimizerKeys(), description="how the weights are moved")
     schedule: ScheduleKeys = Field(default=ScheduleKeys(), description="of the learning rate over the run")
     reduction: Literal["sum", "mean"] = Field(
@@ -84,10 +91,10 @@ class Recipe(Keys):
         default="last", description="keep the last epoch, or the best on the validation images (mean of all networks)"
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast where it is safe")
-    threads: PositiveInt | None = Field(
-        default=None, description="of the CPU; torch's own choice. Networks of a few thousand weights want 1"
+    threads: Count | None = Field(
+        default=None, le=1024, description="of the CPU; torch's own choice. Networks of a few thousand weights want 1"
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, description="of initialisation, order and augmentation")
+    seed: int = Field(default=0, ge=0, lt=2**32, strict=True, description="of initialisation, order and augmentation")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
@@ -134,7 +141,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, or a date that there is not
         raise InputError(f"cannot read the recipe '{path}': {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"'{path}' is no recipe: a recipe is a mapping of keys")
@@ -158,7 +165,7 @@ def override_key(content: dict[str, Any], override: str) -> None:
         raise InputError(f"'{override}' is no override: give key=value, such as optimizer.lr=0.05")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (ValueError, yaml.YAMLError):
         raise InputError(f"the value of {key} is not YAML: {text}") from None
     *parents, last = key.split(".")
     place: Any = content

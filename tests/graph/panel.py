@@ -156,7 +156,9 @@ def summary(rows: list[Row]) -> str:
     ):
         if len(values) > 1:
             p90 = statistics.quantiles(values, n=10)[-1]
-            lines.append(f"{label}: median {statistics.median(values):.2f} s, p90 {p90:.2f} s, worst {max(values):.2f} s")
+            lines.append(
+                f"{label}: median {statistics.median(values):.2f} s, p90 {p90:.2f} s, worst {max(values):.2f} s"
+            )
     lines += [f"{row.outcome} {row.name}: {row.reason or row.error}" for row in rows if row.outcome != "passed"]
     return "\n".join(lines)
 

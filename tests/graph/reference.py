@@ -280,7 +280,9 @@ def first_tensor(output: Any) -> Tensor:
 def networks(units: int) -> list[tuple[int, ...]]:
     """Every set of units that a task uses by the paper's orders, smallest first."""
     orders = [paper_order(task, units) for task in range(1, units + 1)]
-    return sorted({tuple(sorted(order[:n])) for order in orders for n in range(1, units + 1)}, key=lambda s: (len(s), s))
+    return sorted(
+        {tuple(sorted(order[:n])) for order in orders for n in range(1, units + 1)}, key=lambda s: (len(s), s)
+    )
 
 
 class Comparison:
@@ -293,7 +295,11 @@ class Comparison:
     """
 
     def __init__(
-        self, module: nn.Module, input_shape: tuple[int, int, int], modes: Sequence[bool] = (False, True), batch: int = 3
+        self,
+        module: nn.Module,
+        input_shape: tuple[int, int, int],
+        modes: Sequence[bool] = (False, True),
+        batch: int = 3,
     ) -> None:
         self.module = randomised(module)
         generator = torch.Generator().manual_seed(1)

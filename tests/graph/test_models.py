@@ -17,13 +17,13 @@ QUICK = [
 """Backbones and the size of their images in pixels."""
 
 SLOW = [
-    *(("wrn_16_1", 32), ("resnet_10", 32), ("resnet_20", 32), ("timm/resnet18", 96), ("resnet50", 96)),
-    *(("resnext50_32x4d", 96), ("wide_resnet50_2", 64), ("densenet121", 96), ("mobilenetv2_100", 96)),
-    *(("mobilenetv3_large_100", 96), ("mobilenetv3_small_100", 96), ("efficientnet_b0", 96), ("regnety_002", 96)),
-    *(("regnety_008", 96), ("convnext_atto", 96), ("vgg11_bn", 64), ("torchvision/googlenet", 96)),
+    *(("wrn_16_1", 32), ("resnet_10", 32), ("resnet_20", 32), ("timm/resnet18", 64), ("resnet50", 64)),
+    *(("resnext50_32x4d", 64), ("wide_resnet50_2", 64), ("densenet121", 64), ("mobilenetv2_100", 64)),
+    *(("mobilenetv3_large_100", 64), ("mobilenetv3_small_100", 64), ("efficientnet_b0", 64), ("regnety_002", 64)),
+    *(("regnety_008", 64), ("convnext_atto", 64), ("vgg11_bn", 64), ("torchvision/googlenet", 96)),
     *(("inception_v3", 96), ("torchvision/inception_v3", 96), ("vit_tiny_patch16_224", 224)),
-    *(("vit_small_patch16_224", 224), ("deit_tiny_patch16_224", 224), ("torchvision/resnet18", 96)),
-    *(("torchvision/mobilenet_v3_small", 96), ("torchvision/vit_b_16", 224)),
+    *(("vit_small_patch16_224", 224), ("deit_tiny_patch16_224", 224), ("torchvision/resnet18", 64)),
+    *(("torchvision/mobilenet_v3_small", 64), ("torchvision/vit_b_16", 224)),
 ]
 
 

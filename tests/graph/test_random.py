@@ -165,7 +165,7 @@ def test_narrowed_is_masked(net, units, number, train):
 
 
 @pytest.mark.slow
-@settings(max_examples=400, **unhurried | {"phases": tuple(Phase)})
+@settings(max_examples=300, **unhurried)
 @given(*arguments)
 def test_narrowed_is_masked_often(net, units, number, train):
     check(net, units, number, train)

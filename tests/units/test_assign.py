@@ -1,5 +1,6 @@
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -103,7 +104,7 @@ def test_levels_nest_and_the_last_is_everything(units, data):
     order = paper_order(data.draw(st.integers(1, units)), units)
     levels = [kept_labels(labeller, unit, order[:n], 10) for n in range(1, units + 1)]
     assert bool(levels[-1].all())
-    for lower, upper in zip(levels, levels[1:], strict=False):
+    for lower, upper in pairwise(levels):
         assert bool((upper | ~lower).all())
         assert bool((upper & ~lower).any()) or not (unit >= 0).any()
 
@@ -116,7 +117,7 @@ def test_the_assignment_comes_back_from_a_file_and_must_fit():
     axis = assignment.tensors["stem.weight"][0]
     other = Assignment(4, [*assignment.axes, assignment.axes[axis][::-1]], dict(assignment.tensors), [])
     other.tensors["block.weight"] = [len(assignment.axes), axis, None, None]
-    with pytest.raises(InputError, match="the units of .* do not fit"):
+    with pytest.raises(InputError, match=r"the units of .* do not fit"):
         unit_of_labels(labeller, other)
 
 

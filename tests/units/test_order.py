@@ -1,13 +1,11 @@
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dvn_cli.units.order import paper_order
 
 
-@pytest.mark.parametrize(("task", "order"), [(1, [1, 2, 3, 4]), (2, [2, 1, 3, 4]), (3, [3, 2, 1, 4]), (4, [4, 3, 2, 1])])
-def test_four_units(task, order):
-    assert paper_order(task, 4) == order
+def test_four_units():
+    assert [paper_order(task, 4) for task in range(1, 5)] == [[1, 2, 3, 4], [2, 1, 3, 4], [3, 2, 1, 4], [4, 3, 2, 1]]
 
 
 def test_more_tasks_than_units_start_again():
