@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from dvn_cli import checkpoint
 from dvn_cli.errors import DvnError
-from dvn_cli.network import DTYPES, VirtualNetwork
+from dvn_cli.network import VirtualNetwork, read_tensors
 from dvn_cli.partition import Networks, Partition
 from dvn_cli.tasks import Task
 from dvn_cli.units.count import macs, params_and_density
@@ -322,7 +322,8 @@ def seconds(network: nn.Module, images: Tensor, count: int) -> list[float]:
 def _load(job: Job) -> tuple[nn.Module, Tensor]:
     """The network and a batch of random images, on the device."""
     settings = job.settings
-    network: nn.Module = VirtualNetwork(job.networks, _tensors(job.file), job.trainable, job.task, job.level).eval()
+    tensors = read_tensors(checkpoint.read_header(job.file))
+    network: nn.Module = VirtualNetwork(job.networks, tensors, job.trainable, job.task, job.level).eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(settings.batch_size, *job.image, generator=generator).to(settings.device)
     network = network.to(settings.device)
@@ -330,20 +331,6 @@ def _load(job: Job) -> tuple[nn.Module, Tensor]:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)
     return network, images
-
-
-def _tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a slice, read and not mapped, so that memory holds them once."""
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
-    header = checkpoint.read_header(file)
-    tensors = {}
-    with open(file, "rb", buffering=0) as opened:
-        for name, stored in header.tensors.items():
-            tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
-            opened.seek(stored.start)
-            if stored.stop > stored.start:
-                opened.readinto(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return tensors
 
 
 def _peak_memory(job: Job) -> int | None:

@@ -241,20 +241,30 @@ def taken(tensor: Tensor, cut: Cut) -> Tensor:
 
 def load(path: str | os.PathLike[str]) -> DeepVirtualNetwork | VirtualNetwork:
     """See `dvn_cli.load`."""
-    import safetensors.torch
-
     header = checkpoint.read_header(path)
     metadata = header.metadata
     partition = Partition.restore(metadata)
     _check(header, partition)
-    # Copies: load_file maps the file, and a map dies with whoever writes over it in place.
-    tensors = {name: tensor.clone() for name, tensor in safetensors.torch.load_file(path).items()}
+    tensors = read_tensors(header)
     if header.kind == "checkpoint":
         tasks = [Task.from_dict(entry) for entry in metadata["tasks"]]
         return DeepVirtualNetwork(partition, tasks, tensors, metadata["training"]).eval()
     task = Task.from_dict(metadata["task"])
     networks = partition.networks(metadata["kept"], len(task.classes), task.input_size)
     return VirtualNetwork(networks, tensors, partition.parameters, task, metadata["level"]).eval()
+
+
+def read_tensors(header: checkpoint.Header) -> dict[str, Tensor]:
+    """All tensors of a file; read and not mapped, so that memory holds them once and the file may go."""
+    dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    tensors = {}
+    with open(header.path, "rb") as file:
+        for name, stored in header.tensors.items():
+            tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
+            file.seek(stored.start)
+            if stored.stop > stored.start:
+                file.readinto(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    return tensors
 
 
 def _check(header: checkpoint.Header, partition: Partition) -> None:

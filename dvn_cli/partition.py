@@ -11,9 +11,10 @@ from torch import Tensor, fx, nn
 
 from dvn_cli.backbones import BackboneSpec
 from dvn_cli.errors import InputError
+from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.labels import Labeller, base_name, bind
 from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
-from dvn_cli.graph.trace import Traced, is_inplace, trace
+from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, trace
 from dvn_cli.units.assign import Assignment, Bucket, assign, axes_by_name, kept_labels, unit_of_labels
 
 Owner = Literal["shared", "task", "network"]
@@ -161,13 +162,23 @@ class Partition:
                 name = traced.names.get(str(node.target))
                 if name is not None and name not in indices:
                     indices[name] = kept_indices(self._labeller, self._labels[node], keep)
-        return Networks(train, evaluate, indices)
+        networks = Networks(train, evaluate, indices)
+        image = torch.empty(EXAMPLE_BATCH, self.spec.in_chans, *input_size, device="meta")
+        for narrowed in (train, evaluate):
+            logits = dry_run(narrowed, self.tensors(networks), image)
+            if logits.shape != (EXAMPLE_BATCH, classes):
+                raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
+        return networks
 
-    def divided(self) -> float:
-        """The share of the parameters' elements, stem and classifier included, that the units divide."""
-        sizes = {name: torch.Size(self.shapes[name]).numel() for name in self.parameters}
-        divided = sum(n for name, n in sizes.items() if any(a is not None for a in self.assignment.tensors[name]))
-        return divided / sum(sizes.values())
+    def tensors(self, networks: Networks) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of a network."""
+        return {
+            name: (
+                tuple(n if i is None else len(i) for n, i in zip(self.shapes[name], kept, strict=True)),
+                self.dtypes[name],
+            )
+            for name, kept in networks.kept.items()
+        }
 
     def _strides(self, input_size: tuple[int, int]) -> dict[str, list[int]]:
         if input_size == self.spec.input_size:

@@ -193,8 +193,8 @@ def test_what_no_unit_owns_is_counted_and_warned_of(capsys: pytest.CaptureFixtur
     assert top["divided"] < 0.9
     assert dvn("partition", "wrn_10_1", "--units", 33) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "Warning: less than 90 % of the parameters are divided, mostly because conv1.weight" in out
-    assert "fewer than 33" in out
+    assert "Warning: less than 90 % of the parameters are divided; of the others most are those of conv1.weight" in out
+    assert "groups of 16, fewer than 33 units: conv1.weight" in out
 
 
 def test_the_report_names_what_a_person_can_check(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def bench_command(
     files: Annotated[
-        list[Path] | None, typer.Argument(metavar="[CHECKPOINT-or-SLICE]...", help="Default: dvn.safetensors.")
+        list[Path] | None, typer.Argument(metavar="CHECKPOINT-or-SLICE", help="Default: dvn.safetensors.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="A task, by name or by number from 1. Default: the first.")] = None,
     level: Annotated[int | None, typer.Option(help="A level, from 1. Default: all levels.")] = None,

@@ -192,10 +192,10 @@ def _print_whole(console: "Console", partition: "Partition", undivided: Sequence
 
     share = math.floor(1000 * top["divided"]) / 10  # what is not all is not shown as 100.0
     console.print(f"\n[bold]Shared by all units:[/] {share:.1f} % of the parameters are divided, the rest is whole")
-    for bucket_size, places in _too_few(partition.buckets):
-        console.print(f"  {bucket_size} channels: fewer than {partition.units} units, in {_and_more(places, 2)}")
+    for channels, places in _too_few(partition.buckets):
+        console.print(f"  groups of {channels}, fewer than {partition.units} units: {_and_more(places, 2)}")
     for one in undivided:
-        console.print(f"  {short(one.params)} parameters: {_and_more(one.places, 2)} {one.why}")
+        console.print(f"  {short(one.params)} parameters of {_and_more(one.places, 2)}: {one.why}")
     inner = [
         f"{name} ({' x '.join(map(str, sizes))})"
         for name, axes in partition.assignment.tensors.items()
@@ -205,10 +205,10 @@ def _print_whole(console: "Console", partition: "Partition", undivided: Sequence
     if inner:
         console.print(f"  image channels, kernels and positions are not channels: {_and_more(inner, 2)}")
     if top["divided"] < 0.9:
-        biggest = undivided[0]
+        most = undivided[0]
         console.print(
-            f"[bold yellow]Warning:[/] less than 90 % of the parameters are divided, mostly because "
-            f"{_and_more(biggest.places, 1)} {biggest.why}. Fewer units divide more."
+            f"[bold yellow]Warning:[/] less than 90 % of the parameters are divided; of the others most are those of "
+            f"{_and_more(most.places)}: {most.why}. Fewer units divide more."
         )
 
 
@@ -217,7 +217,7 @@ def _too_few(buckets: Iterable["Bucket"]) -> list[tuple[int, list[str]]]:
     for bucket in buckets:
         if not bucket.sizes:
             found.setdefault(bucket.channels, []).append(bucket.places[0][0])
-    return sorted(found.items())
+    return sorted((channels, list(dict.fromkeys(places))) for channels, places in found.items())
 
 
 def _is_inner(partition: "Partition", name: str, dim: int) -> bool:

@@ -6,7 +6,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from dvn_cli.training.loop import Run
+    from dvn_cli.training.session import Session
 
 
 def train_command(
@@ -35,63 +39,83 @@ def train_command(
     from dvn_cli.training.session import Session
 
     err = Console(stderr=True)
+
+    def note(text: str) -> None:
+        err.print(text, markup=False, highlight=False, soft_wrap=True)
+
     with err.status("reading data and dividing the backbone ..."):
         session = Session(keys, file.parent, output, chosen, resume)
-    run = session.run
-    for line in describe(run):
-        err.print(line)
+    run, partition = session.run, session.run.network.partition
+    note(
+        f"{partition.spec.name}, {partition.units} units, {len(list(run.network))} networks, on {run.device}: "
+        f"{run.recipe.epochs} epochs of {run.steps} steps"
+    )
+    err.print(task_table(run))
     if session.left_over:
-        err.print("an interrupted run was here: [bold]--resume[/bold] would have continued it")
-    with Progress(run, err) as progress:
-        try:
+        note("an interrupted run of this name was here; --resume would have gone on with it")
+    elif run.epochs_done:
+        note(f"going on after epoch {run.epochs_done}")
+    try:
+        with Progress(run, err) as progress:
             session.train(progress.epoch, progress.step)
-        except KeyboardInterrupt:
-            progress.stop()
-            if run.epochs_done:
-                err.print(f"stopped after epoch {run.epochs_done}: the same command with --resume goes on from there")
-            raise
-    splits = {number: data.test for number, data in enumerate(run.data, 1)}
-    with err.status("evaluating on the test images ..."):
-        rows = evaluation.evaluate_all(run.network, splits, device=chosen)
-    session.finish([evaluation.as_json(row) for row in rows])
+        splits = {number: data.test for number, data in enumerate(run.data, 1)}
+        with err.status("evaluating on the test images ..."):
+            rows = evaluation.evaluate_all(run.network, splits, device=chosen)
+        results = [evaluation.as_json(row) for row in rows]
+        session.finish(results)
+    except KeyboardInterrupt:
+        note(how_to_go_on(session))
+        raise
     if as_json:
-        typer.echo(json.dumps({"checkpoint": str(output), "results": [evaluation.as_json(row) for row in rows]}))
+        typer.echo(json.dumps({"checkpoint": str(output), "results": results}, indent=2))
     else:
         Console().print(evaluation.accuracy_table(run.network.tasks, rows))
-        err.print(f"[bold]{output}[/bold] written; how it went is in {session.files.record}")
+    note(f"{output} is written; {session.files.record} says how it went")
 
 
-def describe(run: "Run") -> list[str]:
-    """What is about to be trained, in a few lines."""
-    network, partition = run.network, run.network.partition
-    lines = [
-        f"{partition.spec.name}, {partition.units} units, {len(list(network))} networks on {run.device}; "
-        f"{run.recipe.epochs} epochs of {run.steps} steps"
-    ]
-    for number, (task, data) in enumerate(zip(network.tasks, run.data, strict=True), 1):
-        held = 0 if data.validation is None else len(data.validation)
-        units = ", ".join(f"{level}: {'+'.join(map(str, task.kept(level)))}" for level in range(1, len(task.levels) + 1))
-        lines.append(
-            f"  task {number} {task.name}: {len(task.classes)} classes, {len(data.train)} images to learn from, {held} "
-            f"to choose by, {len(data.test)} to report on; units by level {units}"
-        )
-    return lines
+def task_table(run: "Run") -> "Table":
+    """What is about to be trained: a row for each task."""
+    from rich.markup import escape
+
+    from dvn_cli import report
+
+    made = report.table("task", "classes", "train", "validation", "test", "units, level by level", text=1)
+    for number, (task, data) in enumerate(zip(run.network.tasks, run.data, strict=True), 1):
+        held_out = 0 if data.validation is None else len(data.validation)
+        images = (len(data.train), held_out, len(data.test))
+        bounds = zip((0, *task.levels), task.levels, strict=False)
+        units = " | ".join(" ".join(map(str, task.order[start:stop])) for start, stop in bounds)
+        made.add_row(escape(f"{number} {task.name}"), str(len(task.classes)), *map(str, images), units)
+    return made
+
+
+def how_to_go_on(session: "Session") -> str:
+    """What someone who has stopped a run wants to know."""
+    run = session.run
+    if not run.epochs_done:
+        return "stopped within the first epoch: nothing has been written"
+    if session.files.state.exists():
+        return f"stopped after epoch {run.epochs_done}: the same command with --resume goes on from there"
+    return f"stopped after training: {session.files.checkpoint} is written, `dvn eval` measures it"
 
 
 class Progress:
     """A bar on a terminal, a line per epoch elsewhere, on stderr."""
 
-    def __init__(self, run: "Run", console: "object") -> None:
-        from rich.console import Console
+    def __init__(self, run: "Run", console: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
         from rich.progress import Progress as Bars
 
-        assert isinstance(console, Console)
         self.console = console
         self.bars = Bars(
-            TextColumn("epoch"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("{task.description}"),
-            console=console, disable=not console.is_terminal,
-        )  # fmt: skip
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
         self.steps = run.steps
         self.bar = self.bars.add_task("", total=run.recipe.epochs, completed=run.epochs_done)
 
@@ -100,9 +124,6 @@ class Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def stop(self) -> None:
         self.bars.stop()
 
     def step(self, run: "Run", step: int) -> None:

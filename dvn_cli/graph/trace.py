@@ -19,8 +19,9 @@ class Traced:
     """An aten graph in which everything that it reads is a placeholder.
 
     `sources` maps a placeholder's name to the tensor behind it: parameters, buffers and constants; `names` maps it to
-    the tensor's name in the module, for those that are in the module's `state_dict`. The rest are constants. The graph
-    has one further placeholder, `input`, of shape (batch, channels, height, width), and returns one tensor.
+    the tensor's name in the module (the first of several), for those that are in the module's `state_dict`. The rest
+    are constants. The graph has one further placeholder, `input`, of shape (batch, channels, height, width), and
+    returns one tensor.
     """
 
     graph: fx.Graph
@@ -88,21 +89,25 @@ def _normalise(program: torch.export.ExportedProgram, module: nn.Module) -> Trac
         **dict(module.named_buffers(remove_duplicate=False)),
         **dict(module.named_parameters(remove_duplicate=False)),
     }
-    placeholders: dict[int, fx.Node] = {}
+    first_name: dict[int, str] = {}  # of a tensor that several modules share, as `named_parameters` has it
+    for name, tensor in state.items():
+        first_name.setdefault(id(tensor), name)
+    placeholders: dict[str, fx.Node] = {}
     sources: dict[str, Tensor] = {}
     names: dict[str, str] = {}
     input_name = ""
     for node in graph.find_nodes(op="placeholder"):
         key = str(node.target)
         if key in owners:
-            first = placeholders.setdefault(id(state[owners[key]]), node)
-            if first is not node:  # a tensor that two modules share is one
+            name = first_name[id(state[owners[key]])]
+            first = placeholders.setdefault(name, node)
+            if first is not node:
                 node.replace_all_uses_with(first)
                 graph.erase_node(node)
                 continue
-            sources[key] = state[owners[key]]
-            if owners[key] in persistent:
-                names[key] = owners[key]
+            sources[key] = state[name]
+            if name in persistent:
+                names[key] = name
         elif key in signature.inputs_to_lifted_tensor_constants:
             sources[key] = program.constants[signature.inputs_to_lifted_tensor_constants[key]]
         else:

@@ -40,6 +40,7 @@ class Run:
     best: float = -math.inf
 
     def __post_init__(self) -> None:
+        torch.manual_seed(self.recipe.seed)  # of dropout and its like
         self.network.to(self.device)
         self.optimizer = make_optimizer(self.recipe.optimizer, self.network)
         self.generators = [torch.Generator() for _ in self.data]
@@ -94,7 +95,7 @@ class Run:
             after_step: called with this run and the number of the step in the epoch, from 1.
 
         Raises:
-            DvnError: a loss is not a number.
+            DvnError: a loss, or what it made of the weights, is not a number.
         """
         while self.epochs_done < self.recipe.epochs:
             start = time.perf_counter()
@@ -140,6 +141,7 @@ class Run:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             after_step(self, step)
+        self._check_weights()
         means = iter((totals / self.steps).tolist())
         return [[next(means) for _ in task.levels] for task in network.tasks]
 
@@ -147,10 +149,21 @@ class Run:
         finite = torch.isfinite(totals).tolist()
         if not all(finite):
             task, level = networks[finite.index(False)]
-            raise DvnError(
-                f"the loss of task '{self.network.tasks[task - 1].name}', level {level}, is not a number after epoch "
-                f"{self.epochs_done + 1}, step {step}: a lower optimizer.lr may help; nothing was overwritten"
-            )
+            raise self._diverged(f"the loss of task '{self.network.tasks[task - 1].name}', level {level},", step)
+
+    def _check_weights(self) -> None:
+        """The last step of an epoch has no loss after it that would show what it did."""
+        with torch.no_grad():
+            tensors = {name: t for name, t in self.network.file_tensors().items() if t.is_floating_point()}
+            finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+        if not all(finite):
+            raise self._diverged(f"{list(tensors)[finite.index(False)]}", self.steps)
+
+    def _diverged(self, what: str, step: int) -> DvnError:
+        return DvnError(
+            f"{what} is not a number after epoch {self.epochs_done + 1}, step {step}: a lower optimizer.lr may help; "
+            "nothing was overwritten"
+        )
 
     def _endless(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of a task, pass after pass: a smaller task is seen more often in an epoch."""

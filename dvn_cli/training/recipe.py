@@ -91,8 +91,8 @@ class Recipe(Keys):
         default="last", description="keep the last epoch, or the best on the validation images (mean of all networks)"
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast where it is safe")
-    threads: Count | None = Field(
-        default=None, le=1024, description="of the CPU; torch's own choice. Networks of a few thousand weights want 1"
+    threads: Annotated[Count, Field(le=1024)] | None = Field(
+        default=None, description="of the CPU; torch's own choice. Networks of a few thousand weights want 1"
     )
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True, description="of initialisation, order and augmentation")
 
@@ -191,7 +191,8 @@ def _inside(place: Any, part: str, path: str) -> Any:
 
 def _index(place: list[Any], part: str, path: str) -> int:
     if not part.isdecimal() or int(part) >= len(place):
-        raise InputError(f"{path}: give a number from 0 to {len(place) - 1}")
+        allowed = f"give a number from 0 to {len(place) - 1}" if place else "the list is empty"
+        raise InputError(f"{path}: {allowed}")
     return int(part)
 
 

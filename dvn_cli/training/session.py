@@ -1,5 +1,6 @@
 """A recipe from the command line to the files that it leaves: checkpoint, record, and meanwhile the state to resume."""
 
+import contextlib
 import json
 import platform
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 
 from dvn_cli import checkpoint
-from dvn_cli.errors import InputError
+from dvn_cli.errors import DvnError, InputError
 from dvn_cli.training import setup, state
 from dvn_cli.training.loop import Run
 from dvn_cli.training.recipe import Recipe
@@ -57,14 +58,21 @@ class Session:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "threads": torch.get_num_threads(),
         }
+        for file in vars(self.files).values():
+            _check_writable(file)  # now, not after the last epoch
         saved = state.load(self.files.state) if resume else None
         if saved is not None:
             _same_recipe(saved[1]["recipe"], self.record["recipe"])
         data = setup.load_data(recipe, base)
         self.run = Run(recipe, setup.build(recipe, data, base), data, device)
         if saved is not None:
-            self.run.restore(*saved)
-        self._write_record()  # a folder that cannot be written to shows now, not after the last epoch
+            try:
+                self.run.restore(*saved)
+            except (KeyError, RuntimeError, TypeError, ValueError):
+                raise InputError(
+                    f"'{self.files.state}' does not fit the networks that the recipe gives now: start again without "
+                    "--resume"
+                ) from None
 
     @property
     def left_over(self) -> bool:
@@ -75,18 +83,24 @@ class Session:
         """Trains to the end and writes the checkpoint.
 
         Raises:
-            DvnError: a loss is not a number, or a file cannot be written; an older checkpoint stays what it was.
+            DvnError: a loss is not a number, the device's memory is too small, or a file cannot be written; an older
+                checkpoint stays what it was, and so does its record.
         """
 
         def keep(run: Run) -> None:
             tensors, metadata = run.state()
             state.save(self.files.state, tensors, {**metadata, "recipe": self.record["recipe"]})
-            self._write_record()
             after_epoch(run)
 
-        self.run.run(keep, after_step)
+        try:
+            self.run.run(keep, after_step)
+        except torch.OutOfMemoryError as error:
+            raise DvnError(
+                f"{self.run.device} has too little memory: give a smaller batch_size than {self.recipe.batch_size}"
+            ) from error
         self.run.network.training_record = {**self.record, "epochs": self.run.epochs_done}
         self.run.network.save(self.files.checkpoint)
+        self._write_record()
         self.files.state.unlink(missing_ok=True)
 
     def finish(self, results: list[dict[str, Any]]) -> None:
@@ -100,10 +114,22 @@ class Session:
             file.write(text.encode() + b"\n")
 
 
-def _same_recipe(before: dict[str, Any], now: dict[str, Any], path: str = "") -> None:
-    for key in sorted(before.keys() | now.keys()):
-        old, new, where = before.get(key), now.get(key), f"{path}{key}"
-        if isinstance(old, dict) and isinstance(new, dict):
-            _same_recipe(old, new, f"{where}.")
-        elif old != new:
-            raise InputError(f"the interrupted run had {where}={old}, not {new}: resume it as it was, or start again")
+class _Writable(Exception):
+    """Leaves `checkpoint.atomic` before it replaces anything."""
+
+
+def _check_writable(path: Path) -> None:
+    with contextlib.suppress(_Writable), checkpoint.atomic(path):
+        raise _Writable
+
+
+def _same_recipe(before: Any, now: Any, path: str = "") -> None:
+    """Raises InputError at the first key that differs."""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            _same_recipe(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+    elif before != now:
+        old, new = (json.dumps(value) for value in (before, now))
+        raise InputError(f"the interrupted run had {path}={old}, not {new}: resume it as it was, or start again")

@@ -53,8 +53,8 @@ def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> DeepVirtualNe
         load_weights(module, spec, locate(recipe.backbone.weights, base))
     elif recipe.backbone.pretrained:
         load_pretrained(module, spec)
-    partition = Partition.create(spec, recipe.units, module)
-    network = DeepVirtualNetwork.from_backbone(partition, module, _tasks(recipe, data, recipe.units, base))
+    tasks = _tasks(recipe, data, recipe.units, base)
+    network = DeepVirtualNetwork.from_backbone(Partition.create(spec, recipe.units, module), module, tasks)
     network.make_private()
     return network
 
@@ -91,13 +91,15 @@ def _from_partition(recipe: Recipe, data: Sequence[TaskData], base: Path) -> Dee
 def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path) -> list[Task]:
     tasks = []
     for number, (keys, images) in enumerate(zip(recipe.tasks, data, strict=True), 1):
-        order = keys.order or paper_order(number, units)
+        order = paper_order(number, units) if keys.order is None else keys.order
         if sorted(order) != list(range(1, units + 1)):
             raise InputError(f"tasks.{number - 1}.order: name each of the units 1 to {units} once, not {order}")
-        levels = keys.levels or recipe.levels or list(range(1, units + 1))
+        given = (levels for levels in (keys.levels, recipe.levels) if levels is not None)
+        levels = next(given, list(range(1, units + 1)))
         if not levels or levels != sorted(set(levels)) or levels[-1] > units:
             raise InputError(
-                f"the levels of task '{keys.name}' are cumulative numbers of units, ascending, up to {units}; not {levels}"
+                f"the levels of task '{keys.name}' are cumulative numbers of units, ascending, up to {units}, not "
+                f"{levels}"
             )
         tasks.append(
             Task(

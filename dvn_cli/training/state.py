@@ -38,8 +38,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["dvn"])
-        if metadata["kind"] != KIND:
+        if metadata["kind"] != KIND or not {"recipe", "epochs_done", "history", "best"} <= metadata.keys():
             raise KeyError(KIND)
         return safetensors.torch.load_file(path), metadata
-    except (safetensors.SafetensorError, KeyError, ValueError, OSError):
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError):
         raise InputError(f"'{path}' is damaged, or not the state of a run: start again without --resume") from None

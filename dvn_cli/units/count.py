@@ -1,6 +1,5 @@
 """What networks cost: parameters, how many of them the units divide and why the rest not, multiply-accumulates."""
 
-import copy
 import math
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvn_cli import checkpoint
+from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.narrow import Narrowed
 
 if TYPE_CHECKING:
@@ -106,11 +106,11 @@ def whole(partition: "Partition") -> list[Whole]:
             continue
         places = {(name, dim) for dim in range(len(shape))}
         if places & few:
-            why = f"has channels that are coupled in classes of fewer than {partition.units}, the number of units"
+            why = f"fewer channels than the {partition.units} units"
         elif places & classes:
-            why = "has one for each class of the task"
+            why = "one number for each class"
         else:
-            why = "has no dimension of channels that a layer's weights make"
+            why = "no dimension of channels"
         counts.setdefault(why, {})[name] = count
     found = [Whole(why, sum(of.values()), tuple(of)) for why, of in counts.items()]
     return sorted(found, key=lambda one: -one.params)
@@ -124,9 +124,7 @@ def macs(network: Narrowed, shapes: dict[str, tuple[int, ...]], image: tuple[int
         shapes: of its tensors.
         image: channels, height, width.
     """
-    module = copy.deepcopy(network.module).to("meta")
-    tensors = [torch.empty(shapes[name], device="meta") for name in network.names]
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter:
-        module(torch.empty(1, *image, device="meta"), *tensors)
+    tensors = {name: (shape, torch.float32) for name, shape in shapes.items()}
+    with FlopCounterMode(display=False) as counter:
+        dry_run(network, tensors, torch.empty(1, *image, device="meta"))
     return counter.get_total_flops() // 2

@@ -106,7 +106,9 @@ def examine(name: str, quick: bool) -> Row:
                 for train in modes:
                     row.error = max(row.error, comparison.error(kept, train))
                     row.narrow_s = round(max(row.narrow_s, comparison.seconds), 2)
-        row.outcome = "passed" if row.error < TOLERANCE else "wrong"
+        idle = [] if quick else comparison.without_gradient((1,))
+        row.reason = f"no gradient for {', '.join(idle[:3])}" if idle else ""
+        row.outcome = "passed" if row.error < TOLERANCE and not idle else "wrong"
     except InputError as error:
         row.outcome, row.reason = "refused", str(error)
     except Exception as error:

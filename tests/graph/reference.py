@@ -349,6 +349,14 @@ class Comparison:
         with torch.no_grad():
             return net.module(self.x, *tensors), dict(zip(net.names, tensors, strict=True))
 
+    def without_gradient(self, kept: Sequence[int]) -> list[str]:
+        """The parameters that a backward pass of the train graph does not reach."""
+        net = self.network(kept, True)
+        named = dict(zip(net.names, self.tensors(net.names, kept), strict=True))
+        trainable = {name: named[name].requires_grad_() for name in self.traced[True].parameters}
+        net.module(self.x, *named.values()).square().sum().backward()
+        return [name for name, tensor in trainable.items() if tensor.grad is None]
+
     def error(self, kept: Sequence[int], train: bool) -> float:
         """The worst relative difference, of outputs and running statistics; infinite where the reference is not finite.
 

@@ -40,6 +40,7 @@ def compare(name: str, size: int, all_of_2: bool) -> None:
         for kept in networks(units) if all_of_2 or units == 4 else [(1,), (2,)]:
             for train in (False, True):
                 assert case.error(kept, train) < 1e-9, (units, kept, train)
+    assert not case.without_gradient((1,))
 
 
 @pytest.mark.parametrize(("name", "size"), QUICK)

@@ -112,6 +112,11 @@ def grouped_queries(x: Tensor, q: nn.Module, kv: nn.Module) -> Tensor:
     return attended.mT.flatten(1, 2).unflatten(2, (6, 6))
 
 
+def one_head(x: Tensor) -> Tensor:
+    tokens = x.flatten(2).mT[:, None] * 3
+    return F.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0].mT.unflatten(2, (6, 6))
+
+
 def twice(x: Tensor, conv: nn.Module, again: nn.Module) -> Tensor:
     return again(conv(x).relu())
 
@@ -136,6 +141,7 @@ CASES = {
     "selective kernel": Between(selective, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1), gate=nn.Conv2d(8, 16, 1)),
     "generated kernel": Between(mixture, route=nn.Linear(8, 3), experts=nn.Linear(8 * 8 * 9, 3)),
     "grouped queries": Between(grouped_queries, q=nn.Conv2d(8, 8, 1), kv=nn.Conv2d(8, 8, 1)),
+    "one head": Between(one_head),
     "shared module": Between(twice, conv=SHARED_CONV, again=SHARED_CONV),
     "transposed": Between(lambda x, up: up(x), 6, up=nn.ConvTranspose2d(8, 6, 2, 2, groups=2)),
     "instance norm": Between(lambda x, norm: norm(x), norm=nn.InstanceNorm2d(8, affine=True)),
@@ -149,6 +155,8 @@ CASES = {
     "einsum": Between(lambda x: torch.einsum("bchw,bcij->bchi", x, x) / 9),
 }
 
+WHOLE = {"cumulative", "index changed in place"}  # where every channel goes with every other
+
 
 @pytest.mark.parametrize("name", CASES)
 def test_narrowed_is_masked(name):
@@ -156,6 +164,7 @@ def test_narrowed_is_masked(name):
     comparison = Comparison(CASES[name], (3, 6, 6))
     comparison.divide(2)
     assert comparison.assignment.tensors["after.weight"][0] is not None
+    assert (comparison.assignment.tensors["stem.weight"][0] is None) == (name in WHOLE)
     for kept in [(1,), (2,), (1, 2)]:
         for train in (False, True):
             assert comparison.error(kept, train) < 1e-9

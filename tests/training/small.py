@@ -1,0 +1,84 @@
+"""The smallest run there is: two tasks of the digits, two units, four steps."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dvn_cli.backbones import BackboneSpec
+from dvn_cli.partition import Partition
+from dvn_cli.training import recipe as recipes
+from dvn_cli.training.loop import Run
+from dvn_cli.training.session import Session
+
+CPU = torch.device("cpu")
+
+
+def data(**keys: Any) -> dict[str, Any]:
+    return {"source": "digits", "train_images": 40, "test_images": 20, "validation": 0.2, **keys}
+
+
+def content(**keys: Any) -> dict[str, Any]:
+    return {
+        "backbone": {"name": "wrn_10_1", "in_chans": 1},
+        "units": 2,
+        "tasks": [
+            {"name": "low", "data": data(classes="0-4", augment="crop", pad=1)},
+            {"name": "all", "data": data()},
+        ],
+        "epochs": 2,
+        "batch_size": 16,
+        "optimizer": {"lr": 0.05},
+        "schedule": {"name": "step", "milestones": [0.5]},
+        "threads": 1,
+        **keys,
+    }
+
+
+def session(folder: Path, *overrides: str, resume: bool = False, **keys: Any) -> Session:
+    """A session of the small recipe whose checkpoint is `dvn.safetensors` in a folder."""
+    read = content(**keys)
+    for override in overrides:
+        recipes.override_key(read, override)
+    return Session(recipes.parse(read, "small.yaml"), folder, folder / "dvn.safetensors", CPU, resume)
+
+
+def trained(folder: Path, *overrides: str, resume: bool = False, **keys: Any) -> Session:
+    made = session(folder, *overrides, resume=resume, **keys)
+    made.train(nothing, nothing)
+    return made
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+class Stopped(Exception):
+    """In place of a kill."""
+
+
+def stop_after(epoch: int, step: int = 0) -> tuple[Callable[[Run], None], Callable[[Run, int], None]]:
+    """The callbacks of a run that ends after an epoch, and so many steps of the next."""
+
+    def after_epoch(run: Run) -> None:
+        if run.epochs_done == epoch and not step:
+            raise Stopped
+
+    def after_step(run: Run, now: int) -> None:
+        if run.epochs_done == epoch and now == step:
+            raise Stopped
+
+    return after_epoch, after_step
+
+
+def history(run: Run) -> list[dict[str, Any]]:
+    """What does not depend on the clock."""
+    return [{key: value for key, value in entry.items() if key != "seconds"} for entry in run.history]
+
+
+@functools.lru_cache(maxsize=8)
+def partitioned(spec: BackboneSpec, units: int) -> Partition:
+    """A partition holds no weights, so that tests may share it."""
+    return Partition.create(spec, units)

@@ -1,0 +1,311 @@
+"""One step is eq. 4 of the paper, and what is private to a network nobody else moves."""
+
+import dataclasses
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dvn_cli.checkpoint import kept_runs
+from dvn_cli.data import Split, TaskData
+from dvn_cli.errors import DvnError
+from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.training import loop
+from dvn_cli.training.loop import Run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """One epoch of two steps of the task with all digits, that has 32 images, and of the other."""
+    return small.session(tmp_path, "epochs=1").run
+
+
+def first_step(run: Run, of: type[BaseException] = small.Stopped) -> None:
+    with pytest.raises(of):
+        run.run(*small.stop_after(0, 1))
+
+
+def indices(network: DeepVirtualNetwork, name: str, task: int, level: int) -> list[Tensor]:
+    """Along each dimension of a full tensor what a network keeps, from the runs that the file lists."""
+    assignment = network.partition.assignment
+    kept = network.tasks[task - 1].kept(level)
+    own = []
+    for dim, (size, axis) in enumerate(
+        zip(network.partition.shapes[name], assignment.tensors[name], strict=True)
+    ):
+        runs = [(0, size)] if axis is None else kept_runs(assignment.axes[axis], kept, size)
+        index = torch.cat([torch.arange(start, stop) for start, stop in runs])
+        limit = len(network.tasks[task - 1].classes) if (name, dim) in assignment.classes else size
+        own.append(index[index < limit])
+    return own
+
+
+def labels_of(images: Tensor, data: TaskData) -> Tensor:
+    """Found by their pixels: nothing is augmented."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    known = ((data.train.images / 255 - mean) / std).flatten(1)
+    distance = torch.cdist(images.flatten(1).double(), known.double())
+    assert distance.min(1).values.max() < 1e-3
+    return data.train.labels[distance.argmin(1)]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_gradients_are_those_of_eq_4(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reduction: str) -> None:
+    """Of copies that know nothing of each other, each with its own loss, scattered back by the file's description."""
+    run = small.session(tmp_path, "tasks.0.data.augment=none", f"reduction={reduction}").run
+    network = run.network
+    copies = {place: network.virtual_network(*place).train() for place in network}
+    batches: dict[tuple[int, int], Tensor] = {}
+    network.register_forward_pre_hook(lambda _, given: batches.update({given[1:]: given[0]}))
+    gradients: dict[str, Tensor | None] = {}
+    steps = []
+
+    def instead_of_a_step() -> None:
+        steps.append(1)
+        gradients.update({n: t.grad for n, t in network.file_tensors().items() if t.requires_grad})
+
+    monkeypatch.setattr(run.optimizer, "step", instead_of_a_step)
+    first_step(run)
+    assert len(steps) == 1
+    assert set(batches) == set(copies)
+
+    expected = {name: torch.zeros_like(network.file_tensors()[name]) for name in gradients}
+    for (task, level), copy in copies.items():
+        images = batches[task, level]
+        loss = F.cross_entropy(copy(images), labels_of(images, run.data[task - 1]))
+        (loss / (1 if reduction == "sum" else len(copies))).backward()
+        for name, parameter in copy.named_parameters():
+            assert parameter.grad is not None
+            source = network.source(name, task, level)
+            if "/level/" in source:
+                expected[source] += parameter.grad
+            else:
+                expected[source][torch.meshgrid(*indices(network, name, task, level), indexing="ij")] += parameter.grad
+    for name, gradient in gradients.items():
+        assert gradient is not None, f"{name} has no gradient"
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_one_optimizer_step_per_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[int] = []
+    step = run.optimizer.step
+    monkeypatch.setattr(run.optimizer, "step", lambda: (done.append(1), step()))
+    run.run(small.nothing, small.nothing)
+    assert len(done) == run.steps == 2
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_step_is_that_of_the_optimizer(tmp_path: Path, name: str) -> None:
+    """The settings of the recipe arrive at torch's optimizer, and the learning rate follows the schedule."""
+    words = [f"optimizer={{name: {name}, lr: 0.01, momentum: 0.7, weight_decay: 0.2, decay_norms: false}}"]
+    run = small.session(tmp_path, *words, "schedule={name: cosine}").run
+    rates: list[float] = []
+    run.run(small.nothing, lambda run, _: rates.append(run.optimizer.param_groups[0]["lr"]))
+    assert rates == pytest.approx([0.01, 0.01 * (1 + 0.5**0.5) / 2, 0.005, 0.01 * (1 - 0.5**0.5) / 2])
+    decayed, spared = run.optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.2, 0)
+    assert {p.ndim for p in spared["params"]} == {1}
+    assert min(p.ndim for p in decayed["params"]) == 2
+    assert len(decayed["params"]) + len(spared["params"]) == len(list(run.network.parameters()))
+    if name == "sgd":
+        assert (decayed["momentum"], decayed["nesterov"]) == (0.7, True)
+    else:
+        assert decayed["betas"][0] == 0.7
+
+
+def test_private_is_private(run: Run) -> None:
+    """A network's loss reaches what is its own, its task's and shared, and nothing else; so do its statistics."""
+    network = run.network.train()
+    images = torch.randn(8, 1, 8, 8)
+    for task, level in network:
+        before = {name: tensor.detach().clone() for name, tensor in network.file_tensors().items()}
+        network.zero_grad(set_to_none=True)
+        network(images, task, level).square().sum().backward()
+        for name, tensor in network.file_tensors().items():
+            own = name.startswith((f"task/{task}/level/{level}/", "shared/")) or (
+                name.startswith(f"task/{task}/") and "/level/" not in name
+            )
+            if tensor.requires_grad:
+                assert (tensor.grad is not None) == own, (task, level, name)
+            else:
+                assert torch.equal(tensor, before[name]) == (not own), (task, level, name)
+
+
+def test_other_tasks_images_do_not_matter_to_what_is_private(tmp_path: Path) -> None:
+    """After one step from the same weights."""
+    results = []
+    for noise in (False, True):
+        session = small.session(tmp_path)
+        if noise:
+            split = session.run.train[1]
+            session.run.train[1] = Split(torch.randint_like(split.images, 256), split.labels)
+        first_step(session.run)
+        results.append(session.run.network.file_tensors())
+    for name, tensor in results[0].items():
+        assert torch.equal(tensor, results[1][name]) == name.startswith("task/1/"), name
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_frozen_stays(tmp_path: Path, name: str) -> None:
+    """Bit for bit, although weight decay and momentum move whatever they are told of."""
+    session = small.session(tmp_path, f"optimizer={{name: {name}, weight_decay: 0.5}}")
+    parameters = {n: t for n, t in session.run.network.file_tensors().items() if t.requires_grad}
+    frozen = list(parameters)[::2]
+    for key in frozen:
+        parameters[key].requires_grad_(False)
+    run = Run(session.recipe, session.run.network, session.run.data, small.CPU)
+    before = {key: tensor.detach().clone() for key, tensor in parameters.items()}
+    run.run(small.nothing, small.nothing)
+    moved = {key for key, tensor in parameters.items() if not torch.equal(tensor, before[key])}
+    assert moved == set(parameters) - set(frozen)
+
+
+class Held:
+    """What autograd keeps for backward, and for as long as it does."""
+
+    now = most = 0
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        size = tensor.numel() * tensor.element_size()
+        Held.now += size
+        Held.most = max(Held.most, Held.now)
+        weakref.finalize(self, Held.release, size)
+
+    @staticmethod
+    def release(size: int) -> None:
+        Held.now -= size
+
+
+@pytest.fixture
+def held() -> Iterator[type[Held]]:
+    Held.now = Held.most = 0
+    with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+        yield Held
+
+
+def test_peak_memory_is_one_networks(run: Run, held: type[Held]) -> None:
+    images = {number: next(data.train_batches(16, torch.Generator()))[0] for number, data in enumerate(run.data, 1)}
+    alone = []
+    for task, level in run.network.train():
+        held.most = 0
+        F.cross_entropy(run.network(images[task], task, level), torch.zeros(16, dtype=torch.long)).backward()
+        alone.append(held.most)
+        assert held.now == 0
+    held.most = 0
+    run.run(small.nothing, small.nothing)
+    assert held.most == max(alone) > max(alone[0], alone[2]) > 0
+
+
+def test_tasks_of_different_sizes(tmp_path: Path) -> None:
+    """They meet behind the stem: with its stride doubled, images of twice the size."""
+    run = small.session(tmp_path, "tasks.0.data.size=16").run
+    network = run.network
+    run.run(small.nothing, small.nothing)
+    sizes = {}
+    network.eval()
+    for task, size in ((1, 16), (2, 8)):
+        assert network.tasks[task - 1].input_size == (size, size)
+        graph = network.networks(task, 2).eval.module.graph
+        convolution = next(node for node in graph.nodes if "conv2d" in str(node.target))
+        sizes[task] = size // convolution.args[3][0] if len(convolution.args) > 3 else size
+        assert network(torch.randn(2, 1, size, size), task, 1).isfinite().all()
+    assert sizes == {1: 8, 2: 8}
+    assert torch.tensor(run.history[-1]["loss"]).isfinite().all()
+
+
+def test_smaller_tasks_are_seen_more_often(tmp_path: Path) -> None:
+    run = small.session(tmp_path, "tasks.0.data.train_images=20", "epochs=1").run
+    seen: list[Any] = []
+    run.network.register_forward_pre_hook(lambda _, given: seen.append((given[1], len(given[0]))))
+    run.run(lambda _: seen.clear(), small.nothing) if False else None
+    first_step(run)
+    assert (len(run.train[0]), len(run.train[1]), run.steps) == (16, 32, 2)
+    assert seen == [(1, 16), (1, 16), (2, 16), (2, 16)]
+
+
+# What is kept
+
+
+def copied(network: DeepVirtualNetwork) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in network.file_tensors().items()}
+
+
+@pytest.mark.parametrize(("select", "kept"), [("best", 1), ("last", 3)])
+def test_select(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str, kept: int) -> None:
+    """Of equal epochs the first is best."""
+    run = small.session(tmp_path, "epochs=4", f"select={select}").run
+    scores = [10.0, 60.0, 60.0, 20.0]
+    monkeypatch.setattr(run, "_validate", lambda: [[scores[run.epochs_done - 1]] * 2, [50.0, 50.0]])
+    after: list[dict[str, Tensor]] = []
+    run.run(lambda run: after.append(copied(run.network)), small.nothing)
+    for name, tensor in run.network.file_tensors().items():
+        assert torch.equal(tensor, after[kept][name]), name
+
+
+def test_validation_is_measured_on_validation_images(run: Run) -> None:
+    """Counted here, image by image."""
+    run.run(small.nothing, small.nothing)
+    network = run.network.eval()
+    for task, data in enumerate(run.data, 1):
+        assert data.validation is not None
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+        for level in (1, 2):
+            with torch.no_grad():
+                logits = network((data.validation.images / 255 - mean) / std, task, level)
+            right = (logits.argmax(1) == data.validation.labels).double().mean() * 100
+            assert run.history[0]["validation"][task - 1][level - 1] == pytest.approx(float(right))
+
+
+def test_without_validation(tmp_path: Path) -> None:
+    run = small.session(tmp_path, "tasks.0.data.validation=0", "tasks.1.data.validation=0", "epochs=1").run
+    run.run(small.nothing, small.nothing)
+    assert run.history[0]["validation"] is None
+
+
+@pytest.mark.parametrize(
+    ("split", "select"), [("test", "best"), ("test", "last"), ("validation", "last")]
+)
+def test_what_chooses_nothing(tmp_path: Path, split: str, select: str) -> None:
+    """The networks are the same whatever those images show."""
+    results = []
+    for garbage in (False, True):
+        session = small.session(tmp_path, f"select={select}")
+        data = session.run.data
+        if garbage:
+            torch.manual_seed(1)
+            replaced = [getattr(d, split) for d in data]
+            noise = [Split(torch.randint_like(s.images, 256), s.labels.flip(0)) for s in replaced]
+            data = [dataclasses.replace(d, **{split: n}) for d, n in zip(data, noise, strict=True)]
+        run = Run(session.recipe, session.run.network, data, small.CPU)
+        run.run(small.nothing, small.nothing)
+        results.append(run.network.file_tensors())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+# What is not a number
+
+
+def test_loss_that_is_not_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Looked at every so many steps, and after the last of each epoch."""
+    run = small.session(tmp_path, "batch_size=8").run
+    monkeypatch.setattr(loop, "CHECK_EVERY", 3)
+    with torch.no_grad():
+        next(t for n, t in run.network.file_tensors().items() if n.startswith("task/2/level/1/"))[0] = torch.nan
+    with pytest.raises(DvnError, match=r"loss of task 'all', level 1, is not a number after epoch 1, step 3") as error:
+        run.run(small.nothing, small.nothing)
+    assert error.value.exit_code == 1
+
+
+def test_weights_that_the_last_step_broke(tmp_path: Path) -> None:
+    run = small.session(tmp_path, "batch_size=32", "epochs=1", "optimizer.lr=1.0e+39").run
+    assert run.steps == 1
+    with pytest.raises(DvnError, match=r"is not a number after epoch 1, step 1: a lower optimizer.lr may help"):
+        run.run(small.nothing, small.nothing)

@@ -1,0 +1,391 @@
+"""Recipes: what comes with dvn runs, what is wrong is told in one line, and no key is without effect."""
+
+import io
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import small
+import torch
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from dvn_cli import cli
+from dvn_cli.errors import InputError
+from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.training import recipe as recipes
+from dvn_cli.training.recipe import BackboneKeys, OptimizerKeys, Recipe, ScheduleKeys, TaskKeys
+from dvn_cli.training.schedule import factor
+from dvn_cli.training.session import Session
+
+SHIPPED = sorted(path for folder in recipes.FOLDERS for path in folder.rglob("*.yaml"))
+
+
+def by_name(path: Path) -> str:
+    return path.stem
+
+
+# The recipes that come with dvn
+
+
+def test_some_come_with_dvn() -> None:
+    assert {"digits", "j1"} <= {path.stem for path in SHIPPED}
+    assert set(recipes.shipped().values()) == set(SHIPPED), "a recipe in a folder that its name does not lead to"
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=by_name)
+def test_first_line_is_the_command(path: Path) -> None:
+    """And what follows it, up to the first empty line, are commands too."""
+    lines = path.read_text().splitlines()
+    commands = [shlex.split(line.removeprefix("#")) for line in lines[: lines.index("#")]]
+    assert commands[0] == ["dvn", "train", path.stem]
+    for dvn, train, name, *words in commands:
+        assert (dvn, train, recipes.find(name)) == ("dvn", "train", path)
+        recipes.read(path, [word for word in words if "=" in word])
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=by_name)
+def test_takes_two_steps(path: Path, tmp_path: Path) -> None:
+    """On a narrow backbone of its kind of images and, where its own may not be there, on a few made here."""
+    overrides = ["backbone.name=wrn_10_1", "batch_size=8", "epochs=1", "threads=1"]
+    for number, task in enumerate(yaml.safe_load(path.read_text())["tasks"]):
+        if task["data"]["source"] == "digits":
+            overrides += [f"tasks.{number}.data.train_images=20", f"tasks.{number}.data.test_images=10"]
+        else:
+            assert task["data"]["source"] == "hf", "make some images for this kind of source"
+            folder = write_parquet(tmp_path / str(number), task["data"]["label"])
+            overrides += [f"tasks.{number}.data.path={folder}", f"tasks.{number}.data.name="]
+    session = Session(recipes.read(path, overrides), path.parent, tmp_path / "dvn.safetensors", small.CPU)
+    assert session.run.steps == 2
+    session.train(small.nothing, small.nothing)
+    assert np.isfinite(np.concatenate(session.run.history[0]["loss"])).all()
+
+
+def write_parquet(folder: Path, label: str, images: int = 20, size: int = 32) -> Path:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for split in ("train", "test"):
+        files = []
+        for _ in range(images):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "png")
+            files.append({"bytes": file.getvalue(), "path": None})
+        columns = {"img": files, label: [number % 5 for number in range(images)]}
+        pq.write_table(pa.table(columns), folder / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+# What is wrong
+
+
+@pytest.fixture
+def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Runs `dvn train` as typed, in a folder with `small.yaml`, and expects it to refuse: returns its one line."""
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(yaml.safe_dump(small.content()))
+
+    def refused(*words: str) -> str:
+        before = sorted(tmp_path.iterdir())
+        monkeypatch.setattr("sys.argv", ["dvn", "train", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        assert ended.value.code == 2
+        assert out == ""
+        assert err.startswith("dvn: ")
+        assert err.count("\n") == 1
+        assert sorted(tmp_path.iterdir()) == before
+        return err
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("epoch=3", "unknown key 'epoch'; did you mean 'epochs'?"),
+        ("optimizer.learning_rate=1", "unknown key 'optimizer.learning_rate'"),
+        ("optimizer.moment=1", "did you mean 'momentum'?"),
+        ("tasks.0.data.class=0-4", "unknown key 'tasks.0.data.class'; did you mean 'classes'?"),
+        ("tasks.0.levles=[1]", "did you mean 'levels'?"),
+        ("xyzzy.a.b=1", "unknown key 'xyzzy'; known here: backbone, partition, units"),
+        ("epochs=many", "epochs: input should be a valid integer, not 'many'"),
+        ("epochs=true", "epochs: input should be a valid integer, not True"),
+        ("epochs=", "epochs: input should be a valid integer, not None"),
+        ("epochs=0", "epochs: input should be greater than 0, not 0"),
+        ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, not -1"),
+        ("optimizer.lr=.inf", "optimizer.lr: input should be a finite number"),
+        ("optimizer.momentum=1", "optimizer.momentum: input should be less than 1"),
+        ("optimizer.weight_decay=.nan", "optimizer.weight_decay: input should be a finite number"),
+        ("optimizer.name=adam", "optimizer.name: input should be 'sgd' or 'adamw', not 'adam'"),
+        ("optimizer=sgd", "optimizer: input should be a valid dictionary"),
+        ("schedule.milestones=[0.5, 2]", "schedule.milestones.1: input should be less than 1"),
+        ("backbone.input_size=big", "backbone.input_size: input should be a valid integer, not 'big'"),
+        ("backbone.in_chans=2", "backbone.in_chans: input should be 1 or 3"),
+        ("threads=99999999999", "threads: input should be less than or equal to 1024"),
+        ("seed=-1", "seed: input should be greater than or equal to 0"),
+        ("tasks=[]", "tasks: list should have at least 1 item"),
+        ("tasks=3", "tasks: input should be a valid list"),
+        ("epochs", "'epochs' is no override: give key=value"),
+        ("=3", "'=3' is no override: give key=value"),
+        ("units.x=1", "units.x: units has no keys"),
+        ("units.x.y=1", "units.x: there is nothing of that name"),
+        ("tasks.2.name=x", "tasks.2: give a number from 0 to 1"),
+        ("tasks.one.name=x", "tasks.one: give a number from 0 to 1"),
+        ("tasks.-1.name=x", "tasks.-1: give a number from 0 to 1"),
+        ("epochs=[1", "the value of epochs is not YAML: [1"),
+        ("epochs=2024-13-45", "the value of epochs is not YAML: 2024-13-45"),
+        ("partition=x.safetensors", "give either backbone (with units) or partition"),
+        ("units=", "units is missing"),
+        ("tasks.1.name=low", "two tasks have the name 'low'"),
+        ("tasks.0.name=", "tasks.0.name: input should be a valid string"),
+        ("tasks.0.order=[1, 1]", "tasks.0.order: name each of the units 1 to 2 once, not [1, 1]"),
+        ("tasks.0.order=[1]", "tasks.0.order: name each of the units 1 to 2 once, not [1]"),
+        ("levels=[2, 1]", "ascending, up to 2, not [2, 1]"),
+        ("levels=[1, 1]", "ascending, up to 2, not [1, 1]"),
+        ("tasks.1.levels=[1, 2, 3]", "the levels of task 'all' are cumulative numbers of units, ascending, up to 2"),
+        ("levels=[]", "up to 2, not []"),
+        ("tasks.0.order=[]", "tasks.0.order: name each of the units 1 to 2 once, not []"),
+        ("tasks.0.data.classes=[3]", "task 'low': a task needs at least 2 classes, not 1"),
+        ("tasks.0.data.classes=3-11", "task 'low': no classes '3-11': they are numbered 0 to 9"),
+        ("tasks.0.data={source: hf, path: not-there}", "task 'low': no folder"),
+        ("tasks.0.data={source: folder, path: not-there}", "task 'low': no folder"),
+        ("tasks.0.data={source: folder}", "tasks.0.data: source folder needs path"),
+        ("tasks.0.data.source=digit", "tasks.0.data.source: input should be 'digits', "),
+        ("tasks.0.data.train_images=2", "task 'low': 2 images are too few"),
+        ("units=500", "cannot be divided into 500 units"),
+        ("backbone.name=wrn_11_1", "wrn_11_1"),
+        ("backbone.name=resnt18", "did you mean 'resnet18'?"),
+        ("backbone.input_size=32", "images of 8x8 cannot meet those of 32x32"),
+        ("backbone.weights=no.pth", "no file no.pth"),
+        ("backbone.pretrained=true", "there are no pretrained weights of wrn_10_1"),
+    ],
+)
+def test_refused(dvn: Callable[..., str], override: str, told: str) -> None:
+    assert told in dvn("small.yaml", override)
+
+
+def test_what_excludes_each_other(dvn: Callable[..., str]) -> None:
+    assert "give weights or pretrained" in dvn("small.yaml", "backbone.weights=x", "backbone.pretrained=true")
+    assert "units is given by the partition" in dvn("small.yaml", "partition=x", "backbone=")
+    assert "test images choose nothing" in dvn("small.yaml", "select=best", "tasks.1.data.validation=0")
+
+
+def test_no_such_file(dvn: Callable[..., str]) -> None:
+    assert "there is no recipe 'digit'; did you mean 'digits'?" in dvn("digit")
+    assert "there is no recipe 'qqq': give a file, or the name of one that comes with dvn, digits, " in dvn("qqq")
+    assert "there is no checkpoint 'x'" in dvn("small.yaml", "partition=x", "backbone=", "units=")
+    assert "there is no device" in dvn("small.yaml", "--device", "cuda:99")
+    assert "unknown device 'gpu'" in dvn("small.yaml", "--device", "gpu")
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        (b"", "'odd.yaml' is no recipe: a recipe is a mapping of keys"),
+        (b"- 1\n- 2\n", "'odd.yaml' is no recipe"),
+        (b"\x89PNG\xff\xfe\x00", "cannot read the recipe 'odd.yaml'"),
+        (b"a: [1\nb: 2", "cannot read the recipe 'odd.yaml'"),
+        (b"a: 2024-13-45", "cannot read the recipe 'odd.yaml'"),
+        (b"units: 2\nbackbone: {name: wrn_10_1}", "odd.yaml: 'tasks' is missing"),
+        (b"1: 2", "odd.yaml: "),
+    ],
+)
+def test_no_recipe(dvn: Callable[..., str], written: bytes, told: str) -> None:
+    Path("odd.yaml").write_bytes(written)
+    assert told in dvn("odd.yaml")
+
+
+def test_folder(dvn: Callable[..., str]) -> None:
+    Path("folder").mkdir()
+    assert "there is no recipe 'folder'" in dvn("folder")
+    assert "cannot write 'folder': it is a folder" in dvn("small.yaml", "-o", "folder")
+    assert "there is no folder" in dvn("small.yaml", "-o", "none/x.safetensors")
+
+
+values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+PATHS = [
+    *(f"{part}{key}" for part, keys in (("", Recipe), ("backbone.", BackboneKeys)) for key in keys.model_fields),
+    *(f"optimizer.{key}" for key in OptimizerKeys.model_fields),
+    *(f"schedule.{key}" for key in ScheduleKeys.model_fields),
+    *(f"tasks.0.{key}" for key in TaskKeys.model_fields),
+]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(PATHS) | st.text(max_size=8), values | st.text(max_size=8))
+def test_any_value_is_taken_or_refused(path: str, value: Any) -> None:
+    read = small.content()
+    text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
+    try:
+        recipes.override_key(read, f"{path}={text}")
+        taken = recipes.parse(read, "x")
+    except InputError as error:
+        assert len(str(error)) < 400
+    else:
+        assert recipes.parse(taken.model_dump(mode="json"), "x") == taken
+
+
+# No key is without effect
+
+CHANGES = {
+    "backbone": "{name: wrn_10_2, in_chans: 1}",
+    "backbone.name": "wrn_10_2",
+    "backbone.input_size": "4",
+    "backbone.in_chans": "3",
+    "backbone.weights": "not-there.pth",
+    "backbone.pretrained": "true",
+    "partition": "not-there.safetensors",
+    "units": "3",
+    "tasks": str([small.content()["tasks"][0]]),
+    "tasks.0.name": "other",
+    "tasks.0.data": str(small.data(classes="0-4", augment="crop", pad=2)),
+    "tasks.0.order": "[2, 1]",
+    "tasks.0.levels": "[2]",
+    "levels": "[2]",
+    "epochs": "1",
+    "batch_size": "8",
+    "optimizer": "{lr: 0.04}",
+    "optimizer.name": "adamw",
+    "optimizer.lr": "0.04",
+    "optimizer.momentum": "0.8",
+    "optimizer.nesterov": "false",
+    "optimizer.weight_decay": "0.1",
+    "optimizer.decay_norms": "false",
+    "schedule": "{name: step, milestones: [0.1]}",
+    "schedule.name": "cosine",
+    "schedule.milestones": "[0.1]",
+    "schedule.gamma": "0.3",
+    "schedule.warmup": "0.3",
+    "reduction": "mean",
+    "select": "best",
+    "precision": "bf16",
+    "threads": "2",
+    "seed": "1",
+}
+
+
+def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
+    """All that a recipe can have an effect on, and nothing that repeats its words; of an error, its message."""
+    folder.mkdir(exist_ok=True)
+    threads = torch.get_num_threads()
+    try:
+        session = small.trained(folder, *overrides)
+        network = session.run.network
+        return {
+            "tensors": {name: tensor.detach().numpy().tobytes() for name, tensor in network.file_tensors().items()},
+            "tasks": [{**task.to_dict(), "data": None} for task in network.tasks],
+            "history": small.history(session.run),
+            "best": session.run.best,
+            "threads": torch.get_num_threads(),
+        }
+    except InputError as error:
+        return {"error": str(error)}
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    result = outcome(tmp_path_factory.mktemp("unchanged"))
+    assert "error" not in result
+    return result
+
+
+def test_every_key_is_tried() -> None:
+    assert set(CHANGES) == set(PATHS)
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_every_key_has_an_effect(key: str, unchanged: dict[str, Any], tmp_path: Path) -> None:
+    with_it = ["backbone=", "units="] if key == "partition" else []
+    changed = outcome(tmp_path, *with_it, f"{key}={CHANGES[key]}")
+    assert changed != unchanged
+    errors = {
+        "backbone.weights": "no file not-there.pth",
+        "backbone.pretrained": "there are no pretrained weights of wrn_10_1",
+        "partition": "there is no checkpoint 'not-there.safetensors'; `dvn partition` and `dvn train` write one",
+    }
+    assert changed.get("error") == errors.get(key)
+
+
+@pytest.mark.parametrize("done", [0.0, 0.1, 0.25, 0.5, 0.75, 0.999])
+def test_schedules(done: float) -> None:
+    """Each against the formula as written in words."""
+
+    def at(**keys: Any) -> float:
+        return factor(ScheduleKeys(**keys), done)
+
+    assert at(name="constant") == 1
+    assert at(name="step", milestones=[0.2, 0.5], gamma=0.1) == pytest.approx(
+        1 if done < 0.2 else 0.1 if done < 0.5 else 0.01
+    )
+    assert at(name="cosine") == pytest.approx(np.cos(done * np.pi / 2) ** 2)
+    assert at(name="constant", warmup=0.2) == pytest.approx(min(done / 0.2, 1))
+
+
+# Where the weights come from
+
+
+def test_weights(tmp_path: Path) -> None:
+    """A file of weights is what the networks start from."""
+    torch.manual_seed(5)
+    spec = small.session(tmp_path).run.network.partition.spec
+    module = spec.build()
+    torch.save(module.state_dict(), tmp_path / "w.pth")
+    network = small.session(tmp_path, "backbone.weights=w.pth").run.network
+    images = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(network.eval()(images, 2, 2), module(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("classes", [10, 13])
+def test_partition(tmp_path: Path, classes: int) -> None:
+    """Networks of a partition's file, made for another number of classes too: their logits are its first ones."""
+    first = small.session(tmp_path)
+    torch.manual_seed(5)
+    partition = small.partitioned(replaced(first, classes), 2)
+    module = partition.spec.build()
+    tasks = first.run.network.tasks
+    DeepVirtualNetwork.from_backbone(partition, module, tasks).save(tmp_path / "p.safetensors")
+    session = small.session(tmp_path, "backbone=", "units=", "partition=p.safetensors")
+    images = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        for task, count in ((1, 5), (2, 10)):
+            logits = session.run.network.eval()(images, task, 2)
+            torch.testing.assert_close(logits, module(images)[:, :count], atol=1e-5, rtol=0)
+    session.train(small.nothing, small.nothing)
+    again = small.trained(tmp_path, "backbone=", "units=", "partition=p.safetensors")
+    assert small.history(again.run) == small.history(session.run)
+    assert session.run.network.training_record is not None
+
+
+def replaced(session: Session, classes: int) -> Any:
+    spec = session.run.network.partition.spec
+    return type(spec).from_dict({**spec.to_dict(), "num_classes": classes})
+
+
+def test_no_partition(tmp_path: Path) -> None:
+    first = small.session(tmp_path)
+    words = ("backbone=", "units=", "partition=p.safetensors")
+    partition = small.partitioned(replaced(first, 5), 2)
+    tasks = first.run.network.tasks[:1]
+    fresh = DeepVirtualNetwork.from_backbone(partition, partition.spec.build(), tasks)
+    fresh.save(tmp_path / "p.safetensors")
+    with pytest.raises(InputError, match="task 'all' has 10 classes, .* 5: partition with --num-classes 10"):
+        small.session(tmp_path, *words)
+    fresh.training_record = {}
+    fresh.save(tmp_path / "p.safetensors")
+    with pytest.raises(InputError, match="has been trained already"):
+        small.session(tmp_path, *words)
