@@ -27,7 +27,9 @@ ROWS = 24
 
 
 def partition_command(
-    backbone: Annotated[str, typer.Argument(help="A model of timm or torchvision, wrn_N_S, resnet_N, or a family.")],
+    backbone: Annotated[
+        str, typer.Argument(metavar="BACKBONE", help="A model of timm or torchvision, wrn_N_S, resnet_N, or a family.")
+    ],
     units: Annotated[int, typer.Option(help="How many units.")],
     num_classes: Annotated[
         int | None, typer.Option(help="Outputs of the classifier. Default: the model's own.")

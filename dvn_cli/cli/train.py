@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 def train_command(
-    recipe: Annotated[str, typer.Argument(help="A recipe's file, or the name of one that comes with dvn: digits.")],
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of one that comes with dvn: digits.")
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to override.")
     ] = None,

@@ -18,7 +18,7 @@ from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.recipe import OptimizerKeys, Recipe
 from dvn_cli.training.schedule import factor
 
-CHECK_EVERY = 50  # steps between looks at the loss: on a GPU each look waits for all that came before
+CHECK_EVERY = 50  # steps between looks at the losses where each look waits for all that came before: not on a CPU
 
 
 @dataclass
@@ -124,6 +124,7 @@ class Run:
         weight = 1.0 if recipe.reduction == "sum" else 1 / len(networks)
         batches = [self._endless(number) for number in range(len(self.data))]
         totals = torch.zeros(len(networks), device=self.device)
+        check_every = 1 if self.device.type == "cpu" else CHECK_EVERY
         for step in range(1, self.steps + 1):
             done = (self.epochs_done * self.steps + step - 1) / (recipe.epochs * self.steps)
             for group in self.optimizer.param_groups:
@@ -136,7 +137,7 @@ class Run:
                 # Backward at once: no more than one network's activations are ever held.
                 (weight * loss).backward()
                 totals[place] += loss.detach()
-            if step % CHECK_EVERY == 0 or step == self.steps:
+            if step % check_every == 0 or step == self.steps:
                 self._check(totals, networks, step)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -149,7 +150,8 @@ class Run:
         finite = torch.isfinite(totals).tolist()
         if not all(finite):
             task, level = networks[finite.index(False)]
-            raise self._diverged(f"the loss of task '{self.network.tasks[task - 1].name}', level {level},", step)
+            name = self.network.tasks[task - 1].name
+            raise self._diverged(f"the loss of task '{name}', level {level}, is not a number", step)
 
     def _check_weights(self) -> None:
         """The last step of an epoch has no loss after it that would show what it did."""
@@ -157,12 +159,12 @@ class Run:
             tensors = {name: t for name, t in self.network.file_tensors().items() if t.is_floating_point()}
             finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
         if not all(finite):
-            raise self._diverged(f"{list(tensors)[finite.index(False)]}", self.steps)
+            raise self._diverged(f"{list(tensors)[finite.index(False)]} is not finite", self.steps)
 
     def _diverged(self, what: str, step: int) -> DvnError:
         return DvnError(
-            f"{what} is not a number after epoch {self.epochs_done + 1}, step {step}: a lower optimizer.lr may help; "
-            "nothing was overwritten"
+            f"{what} after epoch {self.epochs_done + 1}, step {step}: a lower optimizer.lr may help; nothing was "
+            "overwritten"
         )
 
     def _endless(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dvn_cli.data import DataSpec
 from dvn_cli.errors import InputError, did_you_mean
@@ -52,10 +52,10 @@ class TaskKeys(Keys):
 
 class OptimizerKeys(Keys):
     name: Literal["sgd", "adamw"] = Field(default="sgd", description="of torch.optim")
-    lr: float = Field(default=0.1, gt=0, description="the highest learning rate")
+    lr: float = Field(default=0.1, gt=0, le=1e30, description="the highest learning rate")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd: momentum; adamw: beta 1")
     nesterov: bool = Field(default=True, description="sgd: Nesterov's momentum (section 4.2)")
-    weight_decay: NonNegativeFloat = Field(default=5e-4, description="WRN's published setting")
+    weight_decay: float = Field(default=5e-4, ge=0, le=1e30, description="WRN's published setting")
     decay_norms: bool = Field(default=True, description="decay norms and biases too (vectors), as WRN does")
 
 

@@ -16,7 +16,6 @@ from dvn_cli.checkpoint import kept_runs
 from dvn_cli.data import Split, TaskData
 from dvn_cli.errors import DvnError
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.training import loop
 from dvn_cli.training.loop import Run
 
 
@@ -149,7 +148,8 @@ def test_other_tasks_images_do_not_matter_to_what_is_private(tmp_path: Path) -> 
         first_step(session.run)
         results.append(session.run.network.file_tensors())
     for name, tensor in results[0].items():
-        assert torch.equal(tensor, results[1][name]) == name.startswith("task/1/"), name
+        if tensor.is_floating_point():  # norms count their batches too
+            assert torch.equal(tensor, results[1][name]) == name.startswith("task/1/"), name
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
@@ -225,7 +225,6 @@ def test_smaller_tasks_are_seen_more_often(tmp_path: Path) -> None:
     run = small.session(tmp_path, "tasks.0.data.train_images=20", "epochs=1").run
     seen: list[Any] = []
     run.network.register_forward_pre_hook(lambda _, given: seen.append((given[1], len(given[0]))))
-    run.run(lambda _: seen.clear(), small.nothing) if False else None
     first_step(run)
     assert (len(run.train[0]), len(run.train[1]), run.steps) == (16, 32, 2)
     assert seen == [(1, 16), (1, 16), (2, 16), (2, 16)]
@@ -293,19 +292,27 @@ def test_what_chooses_nothing(tmp_path: Path, split: str, select: str) -> None:
 # What is not a number
 
 
-def test_loss_that_is_not_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looked at every so many steps, and after the last of each epoch."""
-    run = small.session(tmp_path, "batch_size=8").run
-    monkeypatch.setattr(loop, "CHECK_EVERY", 3)
-    with torch.no_grad():
-        next(t for n, t in run.network.file_tensors().items() if n.startswith("task/2/level/1/"))[0] = torch.nan
-    with pytest.raises(DvnError, match=r"loss of task 'all', level 1, is not a number after epoch 1, step 3") as error:
-        run.run(small.nothing, small.nothing)
+@pytest.mark.parametrize("task", [1, 2])
+@pytest.mark.parametrize("level", [1, 2])
+def test_loss_that_is_not_a_number(run: Run, task: int, level: int) -> None:
+    """The network that it began with is named."""
+
+    def break_it(run: Run, _: int) -> None:
+        with torch.no_grad():
+            run.network.file_tensors()[f"task/{task}/level/{level}/fc.bias"][0] = torch.nan
+
+    name = ("low", "all")[task - 1]
+    with pytest.raises(DvnError, match=f"the loss of task '{name}', level {level}, .* epoch 1, step 2: ") as error:
+        run.run(small.nothing, break_it)
     assert error.value.exit_code == 1
 
 
-def test_weights_that_the_last_step_broke(tmp_path: Path) -> None:
-    run = small.session(tmp_path, "batch_size=32", "epochs=1", "optimizer.lr=1.0e+39").run
-    assert run.steps == 1
-    with pytest.raises(DvnError, match=r"is not a number after epoch 1, step 1: a lower optimizer.lr may help"):
+def test_weights_that_the_last_step_broke(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def break_it() -> None:
+        with torch.no_grad():
+            run.network.file_tensors()["shared/layer1.0.conv1.weight"][0] = torch.inf
+
+    monkeypatch.setattr(run, "steps", 1)
+    monkeypatch.setattr(run.optimizer, "step", break_it)
+    with pytest.raises(DvnError, match=r"shared/layer1.0.conv1.weight is not finite after epoch 1, step 1: a lower"):
         run.run(small.nothing, small.nothing)

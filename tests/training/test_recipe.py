@@ -122,6 +122,8 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("epochs=0", "epochs: input should be greater than 0, not 0"),
         ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, not -1"),
         ("optimizer.lr=.inf", "optimizer.lr: input should be a finite number"),
+        ("optimizer.lr=1e39", "optimizer.lr: input should be less than or equal to"),
+        ("optimizer.weight_decay=1e39", "optimizer.weight_decay: input should be less than or equal to"),
         ("optimizer.momentum=1", "optimizer.momentum: input should be less than 1"),
         ("optimizer.weight_decay=.nan", "optimizer.weight_decay: input should be a finite number"),
         ("optimizer.name=adam", "optimizer.name: input should be 'sgd' or 'adamw', not 'adam'"),
@@ -278,22 +280,21 @@ CHANGES = {
 
 def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
     """All that a recipe can have an effect on, and nothing that repeats its words; of an error, its message."""
-    folder.mkdir(exist_ok=True)
-    threads = torch.get_num_threads()
+    threads: list[int] = []
     try:
-        session = small.trained(folder, *overrides)
-        network = session.run.network
-        return {
-            "tensors": {name: tensor.detach().numpy().tobytes() for name, tensor in network.file_tensors().items()},
-            "tasks": [{**task.to_dict(), "data": None} for task in network.tasks],
-            "history": small.history(session.run),
-            "best": session.run.best,
-            "threads": torch.get_num_threads(),
-        }
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "set_num_threads", threads.append)
+            session = small.trained(folder, *overrides)
     except InputError as error:
         return {"error": str(error)}
-    finally:
-        torch.set_num_threads(threads)
+    network = session.run.network
+    return {
+        "tensors": {name: tensor.detach().numpy().tobytes() for name, tensor in network.file_tensors().items()},
+        "tasks": [{**task.to_dict(), "data": None} for task in network.tasks],
+        "history": small.history(session.run),
+        "best": session.run.best,
+        "threads": threads,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,66 @@
+"""The entry of the command line: help without torch, and one line for what is wrong."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dvn_cli import cli
+
+COMMANDS = ["partition", "train", "slice", "eval", "bench"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["dvn", *words])
+    with pytest.raises(SystemExit) as exit_:
+        cli.main()
+    return exit_.value.code or 0  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])
+def test_help_imports_nothing_heavy(words: list[str]) -> None:
+    code = (
+        "import sys; from dvn_cli import cli; sys.argv = ['dvn', *sys.argv[1:]]\n"
+        "try: cli.main()\n"
+        "finally: print(sorted({'torch', 'timm', 'pyarrow'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines()[-1] == "[]"
+    assert done.stdout
+
+
+def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--help") == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["slcie"], "No such command 'slcie'"),
+        (["slice", "--tsak", "1"], "No such option: --tsak"),
+        (["slice", "--level", "one"], "Invalid value for '--level'"),
+        (["partition"], "Missing argument"),
+        (["train"], "Missing argument"),
+        (["eval", "nothing.safetensors"], "there is no checkpoint 'nothing.safetensors'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_2(
+    words: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, *words) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("dvn: ")
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(cli, "app", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
