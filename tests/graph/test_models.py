@@ -39,7 +39,7 @@ def compare(name: str, size: int, all_of_2: bool) -> None:
         assert any(bucket.sizes for bucket in case.buckets)
         for kept in networks(units) if all_of_2 or units == 4 else [(1,), (2,)]:
             for train in (False, True):
-                assert case.error(kept, train) < 1e-9, (units, kept, train)
+                assert case.error(kept, train) < 1e-8, (units, kept, train)
     assert not case.without_gradient((1,))
 
 
@@ -63,7 +63,7 @@ def test_all_units_are_the_module(name, size):
         with torch.no_grad():
             expected = module(case.x)
         result, after = case.narrowed((1, 2, 3, 4), train)
-        exact = {"rtol": 1e-12, "atol": 1e-12}
+        exact = {"rtol": 1e-8, "atol": 1e-8}  # the fused attention kernel approximates exp, and is not always chosen
         torch.testing.assert_close(result, expected, **exact)
         for key, tensor in after.items():
             torch.testing.assert_close(tensor, module.state_dict()[key], **exact)

@@ -35,9 +35,7 @@ def indices(network: DeepVirtualNetwork, name: str, task: int, level: int) -> li
     assignment = network.partition.assignment
     kept = network.tasks[task - 1].kept(level)
     own = []
-    for dim, (size, axis) in enumerate(
-        zip(network.partition.shapes[name], assignment.tensors[name], strict=True)
-    ):
+    for dim, (size, axis) in enumerate(zip(network.partition.shapes[name], assignment.tensors[name], strict=True)):
         runs = [(0, size)] if axis is None else kept_runs(assignment.axes[axis], kept, size)
         index = torch.cat([torch.arange(start, stop) for start, stop in runs])
         limit = len(network.tasks[task - 1].classes) if (name, dim) in assignment.classes else size
@@ -269,9 +267,7 @@ def test_without_validation(tmp_path: Path) -> None:
     assert run.history[0]["validation"] is None
 
 
-@pytest.mark.parametrize(
-    ("split", "select"), [("test", "best"), ("test", "last"), ("validation", "last")]
-)
+@pytest.mark.parametrize(("split", "select"), [("test", "best"), ("test", "last"), ("validation", "last")])
 def test_what_chooses_nothing(tmp_path: Path, split: str, select: str) -> None:
     """The networks are the same whatever those images show."""
     results = []

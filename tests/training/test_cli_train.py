@@ -1,0 +1,247 @@
+"""`dvn train` as it is typed, and what can be typed after it."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+import yaml
+
+import dvn_cli
+from dvn_cli import cli
+from dvn_cli.data import DataSpec, batches, load_test
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+from dvn_cli.training import recipe as recipes
+from dvn_cli.training.loop import Run
+from dvn_cli.training.session import Session
+
+# `dvn` in a process of its own
+
+
+def start(folder: Path, *words: str) -> subprocess.Popen[str]:
+    run = [sys.executable, "-c", "from dvn_cli.cli import main; main()", *words]
+    more = {"PYTHONPATH": str(Path(dvn_cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    # With the signal as a shell leaves it: whoever runs the tests in the background may have it ignored.
+    return subprocess.Popen(
+        run,
+        cwd=folder,
+        env=os.environ | more,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+def dvn(folder: Path, *words: str) -> str:
+    process = start(folder, *words)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return out
+
+
+def stopped(folder: Path, sign: signal.Signals, line: str, *words: str) -> tuple[int, str]:
+    """Sends a signal when a line is seen on stderr; returns the exit code, and what came after that line."""
+    process = start(folder, *words)
+    assert process.stderr is not None
+    before = []
+    for text in process.stderr:
+        before.append(text)
+        if text.startswith(line):
+            process.send_signal(sign)
+            break
+    else:
+        pytest.fail(f"no {line!r} in {''.join(before)}")
+    _, err = process.communicate(timeout=300)
+    return process.returncode, err
+
+
+WORDS = ("train", "digits", "epochs=4", "backbone.name=wrn_10_1", "units=2")
+
+
+@pytest.fixture(scope="module")
+def typed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """The folder of a run that was killed, resumed, stopped with Ctrl-C and resumed again, and what it all said."""
+    folder = tmp_path_factory.mktemp("typed")
+    code, _ = stopped(folder, signal.SIGKILL, "epoch 1/4", *WORDS)
+    assert code == -signal.SIGKILL
+    assert "dvn.safetensors" not in {path.name for path in folder.iterdir()}
+    code, told = stopped(folder, signal.SIGINT, "epoch 2/4", *WORDS, "--resume")
+    assert code == 130
+    return folder, [told, dvn(folder, *WORDS, "--resume")]
+
+
+def test_stopped_with_ctrl_c(typed: tuple[Path, list[str]]) -> None:
+    told = [line for line in typed[1][0].splitlines() if line and not line.startswith("epoch ")]
+    assert len(told) == 1
+    assert re.fullmatch(r"stopped after epoch [23]: the same command with --resume goes on from there", told[0])
+
+
+def test_table(typed: tuple[Path, list[str]]) -> None:
+    lines = typed[1][1].splitlines()
+    assert lines[0].split() == ["top-1", "in", "%", "level", "1", "level", "2", "images"]
+    assert [line.split()[:2] for line in lines[2:]] == [["1", "low"], ["2", "high"], ["3", "digits"], ["4", "parity"]]
+    record = json.loads((typed[0] / "dvn.run.json").read_text())
+    shown = [float(value) for line in lines[2:] for value in line.split()[2:4]]
+    assert shown == pytest.approx([row["top1"] for row in record["test"]], abs=0.006)
+
+
+def test_only_these_files(typed: tuple[Path, list[str]]) -> None:
+    """Leftovers of the killed process are gone too."""
+    assert {"dvn.safetensors", "dvn.run.json"} == {p.name for p in typed[0].iterdir() if "task" not in p.name} - {
+        "dvn-slices"
+    }
+
+
+def test_as_if_nothing_had_interrupted_it(typed: tuple[Path, list[str]], tmp_path: Path) -> None:
+    path = recipes.find("digits")
+    session = Session(recipes.read(path, WORDS[2:]), path.parent, tmp_path / "dvn.safetensors", small.CPU)
+    session.train(small.nothing, small.nothing)
+    record = json.loads((typed[0] / "dvn.run.json").read_text())
+    for mine, theirs in zip(session.run.history, record["epochs"], strict=True):
+        assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
+    assert (tmp_path / "dvn.safetensors").read_bytes() == (typed[0] / "dvn.safetensors").read_bytes()
+
+
+def test_then_slice_and_eval(typed: tuple[Path, list[str]]) -> None:
+    """No further argument; every slice equals the network that it was cut from, and so does what is told of it."""
+    folder = typed[0]
+    assert "dvn-task2-level1.safetensors" in dvn(folder, "slice", "--task", "2", "--level", "1")
+    whole = json.loads(dvn(folder, "eval", "--json"))["results"]
+    assert [(row["task"], row["level"]) for row in whole] == [
+        (task, level) for task in (1, 2, 3, 4) for level in (1, 2)
+    ]
+    of_training = json.loads((folder / "dvn.run.json").read_text())["test"]
+    for row, then in zip(whole, of_training, strict=True):
+        assert row["loss"] == pytest.approx(then["loss"], abs=1e-5)
+        assert row | {"loss": 0, "file": None} == then | {"loss": 0}
+    dvn(folder, "slice", "--all")
+    files = sorted(path.relative_to(folder) for path in (folder / "dvn-slices").iterdir())
+    assert len(files) == len(whole)
+    of_slices = json.loads(dvn(folder, "eval", *map(str, files), "--json"))["results"]
+    for row, of_slice, file in zip(whole, of_slices, files, strict=True):
+        assert of_slice["loss"] == pytest.approx(row["loss"], abs=1e-5)
+        assert of_slice | {"loss": 0, "file": ""} == row | {"loss": 0, "file": ""}, file
+
+    network = dvn_cli.load(folder / "dvn.safetensors")
+    assert isinstance(network, DeepVirtualNetwork)
+    for row, file in zip(whole, files, strict=True):
+        alone = dvn_cli.load(folder / file)
+        assert isinstance(alone, VirtualNetwork)
+        assert alone.task.data is not None
+        split, _ = load_test(DataSpec.model_validate(alone.task.data["spec"]), channels=1)
+        with torch.no_grad():
+            for images, _ in batches(split, 250, mean=alone.task.mean, std=alone.task.std):
+                expected = network(images, row["task"], row["level"])
+                assert (alone(images) - expected).abs().max() <= 1e-5
+        same = (folder / "dvn-task2-level1.safetensors").read_bytes() == (folder / file).read_bytes()
+        assert same == (row["task"] == 2 and row["level"] == 1)
+
+
+# `dvn` in this process
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.chdir(tmp_path)
+    Path("small.yaml").write_text(yaml.safe_dump(small.content()))
+    yield tmp_path
+
+
+def ends(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["dvn", "train", *words])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return int(ended.value.code or 0)
+
+
+def test_json(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """One document on stdout, all else on stderr; the files are named as asked."""
+    assert ends(monkeypatch, "small.yaml", "--json", "-o", "my.safetensors") == 0
+    out, err = capfd.readouterr()
+    document = json.loads(out)
+    assert document["checkpoint"] == "my.safetensors"
+    assert {path.name for path in here.iterdir()} == {"small.yaml", "my.safetensors", "my.run.json"}
+    assert document["results"] == json.loads(Path("my.run.json").read_text())["test"]
+    assert [(row["name"], row["level"], row["images"]) for row in document["results"]] == [
+        (name, level, 20) for name in ("low", "all") for level in (1, 2)
+    ]
+    assert "epoch 2/2: loss " in err
+    assert err.endswith("my.safetensors is written; my.run.json says how it went\n")
+
+
+def test_what_is_told_fits(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """80 columns, with no line broken, and names as they are."""
+    monkeypatch.setenv("COLUMNS", "80")
+    assert ends(monkeypatch, "small.yaml", "tasks.0.name='[red]low'", "tasks.0.order=[2, 1]", "tasks.1.levels=[2]") == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[0] == "wrn_10_1, 2 units, 3 networks, on cpu: 2 epochs of 2 steps"
+    assert lines[3].split() == ["1", "[red]low", "5", "32", "8", "20", "2", "|", "1"]
+    assert lines[4].split() == ["2", "all", "10", "32", "8", "20", "2", "1"]
+    assert lines[5].startswith("epoch 1/2: loss ")
+
+
+def test_not_a_number(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """Exit code 1, one line that names task and level, and the old files as they were."""
+    assert ends(monkeypatch, "small.yaml") == 0
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    capfd.readouterr()
+    assert ends(monkeypatch, "small.yaml", "optimizer.lr=1e30") == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    told = [line for line in err.splitlines() if line.startswith("dvn: ")]
+    assert len(told) == 1 and err.endswith(f"{told[0]}\n")
+    assert re.match(r"dvn: the loss of task '(low|all)', level [12], is not a number after epoch 1, step 2: ", told[0])
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+
+
+def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    def ctrl_c(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    assert ends(monkeypatch, "small.yaml", "--resume") == 2
+    told = capfd.readouterr().err
+    assert told == "dvn: there is nothing to resume: no file 'dvn.state.safetensors'\n"
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_epoch", ctrl_c)
+        assert ends(monkeypatch, "small.yaml") == 130
+    assert "stopped within the first epoch: nothing has been written\n" in capfd.readouterr().err
+    assert [path.name for path in here.iterdir()] == ["small.yaml"]
+
+    epoch = Run._epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_epoch", lambda run, step: ctrl_c() if run.epochs_done else epoch(run, step))
+        assert ends(monkeypatch, "small.yaml") == 130
+    assert "stopped after epoch 1: the same command with --resume goes on from there" in capfd.readouterr().err
+
+    assert ends(monkeypatch, "small.yaml", "seed=3", "--resume") == 2
+    told = capfd.readouterr().err
+    assert told == "dvn: the interrupted run had seed=0, not 3: resume it as it was, or start again\n"
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dvn_cli.evaluation.evaluate_all", ctrl_c)
+        assert ends(monkeypatch, "small.yaml", "--resume") == 130
+    told = capfd.readouterr().err
+    assert "going on after epoch 1\n" in told
+    assert "stopped after training: dvn.safetensors is written, `dvn eval` measures it" in told
+    record = json.loads(Path("dvn.run.json").read_text())
+    assert len(record["epochs"]) == 2 and "test" not in record
+
+
+def test_a_new_run_says_that_it_is_one(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(small.Stopped):
+        small.session(here).train(*small.stop_after(1))
+    assert ends(monkeypatch, "small.yaml") == 0
+    assert "an interrupted run of this name was here; --resume would have gone on with it" in capfd.readouterr().err
+    assert not Path("dvn.state.safetensors").exists()
