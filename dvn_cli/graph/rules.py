@@ -223,8 +223,9 @@ def _type_as(labeller: Labeller, call: Call) -> Labels:
 
 @rule("prelu")
 def _prelu(labeller: Labeller, call: Call) -> Labels:
-    labels = call.labels("self")
-    _unite_channels(labeller, labels, [call.labels("weight")] if max(call.labels("weight").shape) > 1 else [])
+    labels, weight = call.labels("self"), call.labels("weight")
+    if max(weight.shape) > 1:
+        _unite_affine(labeller, labeller.separate(labels, prefer=[1]), [weight])
     return labels
 
 
@@ -324,10 +325,11 @@ def reduced(labeller: Labeller, call: Call, labels: Labels, dims: Sequence[int])
 # Normalisations
 
 
-def _unite_channels(labeller: Labeller, labels: Labels, affine: Sequence[Labels | None], first: int = 1) -> None:
-    """Unites vectors of parameters with the dimensions of `labels` that they belong to, from `first` on."""
-    vectors = labeller.separate(labels, prefer=[first])
-    for parameter in affine:
+def _unite_affine(
+    labeller: Labeller, vectors: dict[int, Tensor], parameters: Sequence[Labels | None], first: int = 1
+) -> None:
+    """Unites parameters with the dimensions of a tensor, from `first` on, that each index of theirs is for."""
+    for parameter in parameters:
         if parameter is not None:
             for dim, vector in labeller.separate(parameter).items():
                 labeller.classes.unite(vector, vectors.get(first + dim, torch.zeros(1, dtype=torch.int64)))
@@ -336,28 +338,25 @@ def _unite_channels(labeller: Labeller, labels: Labels, affine: Sequence[Labels 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 def _batch_norm(labeller: Labeller, call: Call) -> Labels:
     labels = call.labels("input")
-    _unite_channels(labeller, labels, [call.optional(a) for a in ("weight", "bias", "running_mean", "running_var")])
+    affine = [call.optional(name) for name in ("weight", "bias", "running_mean", "running_var")]
+    _unite_affine(labeller, labeller.separate(labels, prefer=[1]), affine)
     return labeller.refresh(labels)
 
 
 @rule("layer_norm", "rms_norm")
 def _layer_norm(labeller: Labeller, call: Call) -> Labels:
     labels = call.labels("input")
-    first = len(labels.shape) - len(call.number("normalized_shape"))
     vectors = labeller.separate(labels)
-    for name in ("weight", "bias"):
-        parameter = call.optional(name)
-        if parameter is not None:
-            for dim, vector in labeller.separate(parameter).items():
-                labeller.classes.unite(vector, vectors.get(first + dim, torch.zeros(1, dtype=torch.int64)))
+    first = len(labels.shape) - len(call.number("normalized_shape"))
+    _unite_affine(labeller, vectors, [call.optional("weight"), call.optional("bias")], first)
     return from_vectors(labels.shape, vectors)
 
 
 @rule("group_norm")
 def _group_norm(labeller: Labeller, call: Call) -> Labels:
     labels, groups = call.labels("input"), call.number("num_groups")
-    _unite_channels(labeller, labels, [call.optional("weight"), call.optional("bias")])
     vectors = labeller.separate(labels, prefer=[1])
+    _unite_affine(labeller, vectors, [call.optional("weight"), call.optional("bias")])
     if groups > 1 and 1 in vectors:
         split_groups(labeller, groups, [vectors[1]])
     return labeller.refresh(labels)
@@ -386,17 +385,20 @@ def split_groups(labeller: Labeller, groups: int, sides: Sequence[Tensor]) -> bo
 
 
 def contract(
-    labeller: Labeller, call: Call, operands: Sequence[tuple[Labels, Sequence[str]]], output: Sequence[str]
+    labeller: Labeller,
+    call: Call,
+    operands: Sequence[tuple[Labels, Sequence[str]]],
+    output: Sequence[str],
+    prefer: str = "",
 ) -> Labels:
     """A sum of products, written as in einsum: each operand with a letter for each of its dimensions.
 
-    A letter is one dimension wherever it stands; a sum over it is taken over what is kept. What a parameter alone
-    contributes to the output is a channel that it makes.
+    A letter is one dimension wherever it stands; a sum over it is taken over what is kept. Where labels vary along
+    several dimensions, `prefer` is the one that stays.
     """
     found: dict[str, list[Tensor]] = {}
     for labels, letters in operands:
-        last = [len(letters) - 1] if len(letters) > 2 and letters[-1] not in output and _is_linear(operands) else []
-        vectors = labeller.separate(labels, prefer=last)
+        vectors = labeller.separate(labels, prefer=[dim for dim, letter in enumerate(letters) if letter == prefer])
         for dim, letter in enumerate(letters):
             if labels.shape[dim] > 1:
                 zeros = torch.zeros(labels.shape[dim], dtype=torch.int64)
@@ -409,10 +411,6 @@ def contract(
     )
 
 
-def _is_linear(operands: Sequence[tuple[Labels, Sequence[str]]]) -> bool:
-    return len(operands[1][1]) == 2
-
-
 @rule("linear")
 def _linear(labeller: Labeller, call: Call) -> Labels:
     x, weight = call.labels("input"), call.labels("weight")
@@ -421,7 +419,7 @@ def _linear(labeller: Labeller, call: Call) -> Labels:
     if out is not None:
         labeller.classes.mark_produced(out)
         _add_bias(labeller, call, out)
-    return contract(labeller, call, [(x, [*batch, "k"]), (weight, ["j", "k"])], [*batch, "j"])
+    return contract(labeller, call, [(x, [*batch, "k"]), (weight, ["j", "k"])], [*batch, "j"], prefer="k")
 
 
 def _add_bias(labeller: Labeller, call: Call, out: Tensor) -> None:

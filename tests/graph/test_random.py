@@ -104,7 +104,7 @@ def nets(draw: st.DrawFn) -> Net:
         kinds += ["space"] if c % 4 == 0 and c > 4 else []
         kind = draw(st.sampled_from(kinds))
         to = draw(st.sampled_from(CHANNELS))
-        some = draw(st.sampled_from(divisors(c)))
+        some = draw(st.sampled_from(divisors(c) or [1]))
         if kind == "conv":
             net.add(nn.Conv2d(c, to, 3, padding=1, bias=draw(st.booleans())), to)
         elif kind == "linear":

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +149,10 @@ def test_then_slice_and_eval(typed: tuple[Path, list[str]]) -> None:
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     Path("small.yaml").write_text(yaml.safe_dump(small.content()))
-    yield tmp_path
+    return tmp_path
 
 
 def ends(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
@@ -199,7 +198,8 @@ def test_not_a_number(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     out, err = capfd.readouterr()
     assert out == ""
     told = [line for line in err.splitlines() if line.startswith("dvn: ")]
-    assert len(told) == 1 and err.endswith(f"{told[0]}\n")
+    assert len(told) == 1
+    assert err.endswith(f"{told[0]}\n")
     assert re.match(r"dvn: the loss of task '(low|all)', level [12], is not a number after epoch 1, step 2: ", told[0])
     assert {path.name: path.read_bytes() for path in here.iterdir()} == before
 
@@ -234,7 +234,8 @@ def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     assert "going on after epoch 1\n" in told
     assert "stopped after training: dvn.safetensors is written, `dvn eval` measures it" in told
     record = json.loads(Path("dvn.run.json").read_text())
-    assert len(record["epochs"]) == 2 and "test" not in record
+    assert len(record["epochs"]) == 2
+    assert "test" not in record
 
 
 def test_a_new_run_says_that_it_is_one(

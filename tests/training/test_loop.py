@@ -25,9 +25,9 @@ def run(tmp_path: Path) -> Run:
     return small.session(tmp_path, "epochs=1").run
 
 
-def first_step(run: Run, of: type[BaseException] = small.Stopped) -> None:
-    with pytest.raises(of):
-        run.run(*small.stop_after(0, 1))
+def first_steps(run: Run, steps: int = 1) -> None:
+    with pytest.raises(small.Stopped):
+        run.run(*small.stop_after(0, steps))
 
 
 def indices(network: DeepVirtualNetwork, name: str, task: int, level: int) -> list[Tensor]:
@@ -59,7 +59,11 @@ def test_gradients_are_those_of_eq_4(tmp_path: Path, monkeypatch: pytest.MonkeyP
     network = run.network
     copies = {place: network.virtual_network(*place).train() for place in network}
     batches: dict[tuple[int, int], Tensor] = {}
-    network.register_forward_pre_hook(lambda _, given: batches.update({given[1:]: given[0]}))
+
+    def seen(_: Any, given: Any) -> None:
+        batches[given[1:]] = given[0]
+
+    network.register_forward_pre_hook(seen)
     gradients: dict[str, Tensor | None] = {}
     steps = []
 
@@ -68,8 +72,8 @@ def test_gradients_are_those_of_eq_4(tmp_path: Path, monkeypatch: pytest.MonkeyP
         gradients.update({n: t.grad for n, t in network.file_tensors().items() if t.requires_grad})
 
     monkeypatch.setattr(run.optimizer, "step", instead_of_a_step)
-    first_step(run)
-    assert len(steps) == 1
+    first_steps(run, 2)  # the second begins with none of the first's
+    assert len(steps) == 2
     assert set(batches) == set(copies)
 
     expected = {name: torch.zeros_like(network.file_tensors()[name]) for name in gradients}
@@ -87,13 +91,12 @@ def test_gradients_are_those_of_eq_4(tmp_path: Path, monkeypatch: pytest.MonkeyP
     for name, gradient in gradients.items():
         assert gradient is not None, f"{name} has no gradient"
         assert gradient.abs().max() > 0, name
-        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_one_optimizer_step_per_step(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_optimizer_step_per_step(run: Run) -> None:
     done: list[int] = []
-    step = run.optimizer.step
-    monkeypatch.setattr(run.optimizer, "step", lambda: (done.append(1), step()))
+    run.optimizer.register_step_post_hook(lambda *_: done.append(1))
     run.run(small.nothing, small.nothing)
     assert len(done) == run.steps == 2
 
@@ -143,7 +146,7 @@ def test_other_tasks_images_do_not_matter_to_what_is_private(tmp_path: Path) -> 
         if noise:
             split = session.run.train[1]
             session.run.train[1] = Split(torch.randint_like(split.images, 256), split.labels)
-        first_step(session.run)
+        first_steps(session.run)
         results.append(session.run.network.file_tensors())
     for name, tensor in results[0].items():
         if tensor.is_floating_point():  # norms count their batches too
@@ -221,9 +224,9 @@ def test_tasks_of_different_sizes(tmp_path: Path) -> None:
 
 def test_smaller_tasks_are_seen_more_often(tmp_path: Path) -> None:
     run = small.session(tmp_path, "tasks.0.data.train_images=20", "epochs=1").run
-    seen: list[Any] = []
+    seen: list[tuple[int, int]] = []
     run.network.register_forward_pre_hook(lambda _, given: seen.append((given[1], len(given[0]))))
-    first_step(run)
+    first_steps(run)
     assert (len(run.train[0]), len(run.train[1]), run.steps) == (16, 32, 2)
     assert seen == [(1, 16), (1, 16), (2, 16), (2, 16)]
 
@@ -267,6 +270,10 @@ def test_without_validation(tmp_path: Path) -> None:
     assert run.history[0]["validation"] is None
 
 
+def noise(name: str, split: Split) -> dict[str, Any]:
+    return {name: Split(torch.randint_like(split.images, 256), split.labels.flip(0))}
+
+
 @pytest.mark.parametrize(("split", "select"), [("test", "best"), ("test", "last"), ("validation", "last")])
 def test_what_chooses_nothing(tmp_path: Path, split: str, select: str) -> None:
     """The networks are the same whatever those images show."""
@@ -276,9 +283,7 @@ def test_what_chooses_nothing(tmp_path: Path, split: str, select: str) -> None:
         data = session.run.data
         if garbage:
             torch.manual_seed(1)
-            replaced = [getattr(d, split) for d in data]
-            noise = [Split(torch.randint_like(s.images, 256), s.labels.flip(0)) for s in replaced]
-            data = [dataclasses.replace(d, **{split: n}) for d, n in zip(data, noise, strict=True)]
+            data = [dataclasses.replace(one, **noise(split, getattr(one, split))) for one in data]
         run = Run(session.recipe, session.run.network, data, small.CPU)
         run.run(small.nothing, small.nothing)
         results.append(run.network.file_tensors())

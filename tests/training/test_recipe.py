@@ -1,6 +1,7 @@
 """Recipes: what comes with dvn runs, what is wrong is told in one line, and no key is without effect."""
 
 import io
+import json
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -233,10 +234,9 @@ def test_any_value_is_taken_or_refused(path: str, value: Any) -> None:
     try:
         recipes.override_key(read, f"{path}={text}")
         taken = recipes.parse(read, "x")
-    except InputError as error:
-        assert len(str(error)) < 400
-    else:
-        assert recipes.parse(taken.model_dump(mode="json"), "x") == taken
+    except InputError:
+        return
+    assert recipes.parse(json.loads(json.dumps(taken.model_dump(mode="json"), allow_nan=False)), "x") == taken
 
 
 # No key is without effect
@@ -360,14 +360,16 @@ def test_partition(tmp_path: Path, classes: int) -> None:
     module = partition.spec.build()
     tasks = first.run.network.tasks
     DeepVirtualNetwork.from_backbone(partition, module, tasks).save(tmp_path / "p.safetensors")
-    session = small.session(tmp_path, "backbone=", "units=", "partition=p.safetensors")
+    words = ("backbone=", "units=", "partition=p.safetensors", "seed=7")
+    session = small.session(tmp_path, *words)
+    assert torch.initial_seed() == 7, "dropout is repeatable too"
     images = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         for task, count in ((1, 5), (2, 10)):
             logits = session.run.network.eval()(images, task, 2)
             torch.testing.assert_close(logits, module(images)[:, :count], atol=1e-5, rtol=0)
     session.train(small.nothing, small.nothing)
-    again = small.trained(tmp_path, "backbone=", "units=", "partition=p.safetensors")
+    again = small.trained(tmp_path, *words)
     assert small.history(again.run) == small.history(session.run)
     assert session.run.network.training_record is not None
 
@@ -384,7 +386,7 @@ def test_no_partition(tmp_path: Path) -> None:
     tasks = first.run.network.tasks[:1]
     fresh = DeepVirtualNetwork.from_backbone(partition, partition.spec.build(), tasks)
     fresh.save(tmp_path / "p.safetensors")
-    with pytest.raises(InputError, match="task 'all' has 10 classes, .* 5: partition with --num-classes 10"):
+    with pytest.raises(InputError, match=r"task 'all' has 10 classes, .* 5: partition with --num-classes 10"):
         small.session(tmp_path, *words)
     fresh.training_record = {}
     fresh.save(tmp_path / "p.safetensors")

@@ -142,7 +142,7 @@ def test_resume_of_another_recipe(tmp_path: Path, override: str, told: str) -> N
 
 
 def test_nothing_to_resume(whole: tuple[Path, Session], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="there is nothing to resume: no file '.*dvn.state.safetensors'"):
+    with pytest.raises(InputError, match=r"there is nothing to resume: no file '.*dvn.state.safetensors'"):
         small.session(tmp_path, resume=True)
     with pytest.raises(InputError, match="there is nothing to resume"):
         small.session(whole[0], resume=True)
