@@ -52,7 +52,7 @@ def eval_command(
     from dvn_cli import device as devices
     from dvn_cli import evaluation
 
-    err = Console(stderr=True)
+    err = Console(stderr=True, markup=False)
 
     def note(text: str) -> None:
         err.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -74,7 +74,7 @@ def eval_command(
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
-        Console().print(*evaluation.result_tables(rows))
+        Console(markup=False).print(*evaluation.result_tables(rows))
     problem = evaluation.failure(rows, judged)
     if problem is not None:
         raise DvnError(problem)

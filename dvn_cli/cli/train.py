@@ -40,7 +40,7 @@ def train_command(
     from dvn_cli import evaluation
     from dvn_cli.training.session import Session
 
-    err = Console(stderr=True)
+    err = Console(stderr=True, markup=False)
 
     def note(text: str) -> None:
         err.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -71,14 +71,12 @@ def train_command(
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(output), "results": results}, indent=2))
     else:
-        Console().print(evaluation.accuracy_table(run.network.tasks, rows))
+        Console(markup=False).print(evaluation.accuracy_table(run.network.tasks, rows))
     note(f"{output} is written; {session.files.record} says how it went")
 
 
 def task_table(run: "Run") -> "Table":
     """What is about to be trained: a row for each task."""
-    from rich.markup import escape
-
     from dvn_cli import report
 
     made = report.table("task", "classes", "train", "validation", "test", "units, level by level", text=1)
@@ -87,7 +85,7 @@ def task_table(run: "Run") -> "Table":
         images = (len(data.train), held_out, len(data.test))
         bounds = zip((0, *task.levels), task.levels, strict=False)
         units = " | ".join(" ".join(map(str, task.order[start:stop])) for start, stop in bounds)
-        made.add_row(escape(f"{number} {task.name}"), str(len(task.classes)), *map(str, images), units)
+        made.add_row(f"{number} {task.name}", str(len(task.classes)), *map(str, images), units)
     return made
 
 
