@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,14 +32,6 @@ from dvn_cli.tasks import Task
 MEAN, STD = (0.3,), (0.25,)
 COLOURS = ("black", "blue", "grey", "olive", "red", "white")
 KEYS = ["task", "name", "level", "units", "params", "density", "top1", "top5", "loss", "images", "file"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def picture(label: int, index: int, size: int = 8) -> np.ndarray:

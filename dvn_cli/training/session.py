@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dvn_cli import checkpoint
+from dvn_cli.data.spec import locate
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.training import setup, state
 from dvn_cli.training.loop import Run
@@ -58,6 +59,8 @@ class Session:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "threads": torch.get_num_threads(),
         }
+        if recipe.partition is not None and _same_file(locate(recipe.partition, base), output):
+            raise InputError(f"'{output}' is the partition that the recipe starts from: give another output with -o")
         for file in vars(self.files).values():
             _check_writable(file)  # now, not after the last epoch
         saved = state.load(self.files.state) if resume else None
@@ -112,6 +115,10 @@ class Session:
         text = json.dumps({**self.record, "epochs": self.run.history}, indent=1, allow_nan=False)
         with checkpoint.atomic(self.files.record) as file:
             file.write(text.encode() + b"\n")
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
 
 
 class _Writable(Exception):

@@ -3,18 +3,9 @@ from typing import Any
 
 import pytest
 import small
-import torch
 
 from dvn_cli.partition import Partition
 from dvn_cli.training import setup
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True, scope="module")

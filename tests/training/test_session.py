@@ -209,3 +209,10 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=f"cannot write .*{STATE}': it is a folder"):
         small.session(tmp_path)
     assert names(tmp_path) == {STATE}
+
+
+def test_a_partition_is_not_replaced_by_what_starts_from_it(tmp_path: Path) -> None:
+    (tmp_path / "dvn.safetensors").write_bytes(b"a partition")
+    with pytest.raises(InputError, match="is the partition that the recipe starts from: give another output with -o"):
+        small.session(tmp_path, backbone=None, units=None, partition="dvn.safetensors")
+    assert (tmp_path / "dvn.safetensors").read_bytes() == b"a partition"
