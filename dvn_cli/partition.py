@@ -91,6 +91,8 @@ class Partition:
                 f"{spec.name} cannot be divided into {units} units: at most {widest} channels can be told apart"
             )
         assignment = assignment or assigned
+        graphs = {train: _without_data(traced) for train, traced in graphs.items()}
+        labeller.traced = graphs[True]
         return cls(
             spec=spec,
             units=units,
@@ -100,7 +102,7 @@ class Partition:
             shapes={name: tuple(state[name].shape) for name in names},
             dtypes={name: state[name].dtype for name in names},
             parameters={name for name in names if isinstance(state[name], nn.Parameter)},
-            _graphs={train: _without_data(traced) for train, traced in graphs.items()},
+            _graphs=graphs,
             _labels=labels,
             _labeller=labeller,
             _unit=unit_of_labels(labeller, assignment),

@@ -1,8 +1,10 @@
 """Networks as slices of one store: equal to the backbone, to each other's files, and apart where they must be."""
 
 import copy
+import gc
 import json
 import math
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -510,3 +512,14 @@ def test_files_that_are_no_networks(slice_tensors):
         dvn_cli.load(path)
     with pytest.raises(InputError, match="there is no checkpoint"):
         dvn_cli.load(path.with_name("nothing.safetensors"))
+
+
+def test_a_partition_holds_no_weights() -> None:
+    spec = resolve("wrn_10_1")
+    module = spec.build()
+    weight = weakref.ref(module.conv1.weight)
+    partition = Partition.create(spec, 2, module)
+    del module
+    gc.collect()
+    assert weight() is None
+    assert partition.networks((1,), 100).eval.names

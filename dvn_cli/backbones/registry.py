@@ -49,8 +49,6 @@ FAMILIES = {
 }
 """The usual member of each family whose bare name people type."""
 
-IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
 
 @dataclass(frozen=True)
 class BackboneSpec:

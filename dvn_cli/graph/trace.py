@@ -29,11 +29,6 @@ class Traced:
     sources: Mapping[str, Tensor]
     names: Mapping[str, str]
 
-    @property
-    def parameters(self) -> set[str]:
-        """Names in the module of the sources that are parameters."""
-        return {name for key, name in self.names.items() if isinstance(self.sources[key], nn.Parameter)}
-
 
 def hint(value: object) -> int:
     """The concrete number behind an int or a symbolic one (the batch is `EXAMPLE_BATCH`)."""

@@ -49,9 +49,6 @@ class Assignment:
     tensors: dict[str, list[int | None]]
     classes: list[tuple[str, int]]
 
-    def to_metadata(self) -> dict[str, Any]:
-        return {"axes": self.axes, "class_axis": [list(c) for c in self.classes]}
-
 
 def assign(labeller: Labeller, names: Sequence[str]) -> tuple[Assignment, list[Bucket]]:
     """Divides each class of coupled channels evenly among the units, in runs as long as can be.

@@ -10,6 +10,8 @@ import torch
 from dvn_cli.backbones import BackboneSpec, classifier_tensors, preprocessing, registry, resolve
 from dvn_cli.errors import InputError
 
+IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
 
 @pytest.mark.parametrize(
     ("name", "source", "member"),
@@ -103,8 +105,8 @@ def test_classifier_tensors():
 
 
 def test_preprocessing():
-    assert preprocessing(resolve("resnet50")) == registry.IMAGENET_MEAN_STD
-    assert preprocessing(resolve("torchvision/resnet50")) == registry.IMAGENET_MEAN_STD
+    assert preprocessing(resolve("resnet50")) == IMAGENET_MEAN_STD
+    assert preprocessing(resolve("torchvision/resnet50")) == IMAGENET_MEAN_STD
     assert preprocessing(resolve("wrn_32_4")) is None
     assert preprocessing(resolve("resnet18", in_chans=1)) is None
 
@@ -113,7 +115,7 @@ def test_preprocessing_stands_in_for_the_conversion_inside_a_model():
     from torchvision import models
 
     pixels = torch.rand(2, 3, 4, 4)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in registry.IMAGENET_MEAN_STD)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in IMAGENET_MEAN_STD)
     with torch.device("meta"):
         published = models.googlenet(weights=None, transform_input=True, init_weights=False, aux_logits=False)
     own_mean, own_std = (torch.tensor(v).view(1, 3, 1, 1) for v in preprocessing(resolve("googlenet")))
