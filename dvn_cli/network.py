@@ -155,8 +155,12 @@ class DeepVirtualNetwork(nn.Module):
 
     def _place(self, name: str, task: int, level: int) -> tuple[nn.Module, str, Cut]:
         source = self.source(name, task, level)
-        narrow_already = "/level/" in source
-        return (*self._places[source], () if narrow_already else as_cut(self.networks(task, level).kept[name]))
+        module, key = self._places[source]
+        if "/level/" in source:  # narrow already
+            return module, key, ()
+        device = getattr(module, key).device  # where indices are needed at every step
+        cut = as_cut(self.networks(task, level).kept[name])
+        return module, key, tuple(part.to(device) if isinstance(part, Tensor) else part for part in cut)
 
     def forward(self, images: Tensor, task: int, level: int) -> Tensor:
         """The logits (batch, classes) of a task and level, by number from 1; gradients meet in the shared tensors."""
@@ -171,7 +175,7 @@ class DeepVirtualNetwork(nn.Module):
         return graph(images, *[taken(getattr(module, name), cut) for module, name, cut in plan])
 
     def _apply(self, *args: Any, **kwargs: Any) -> "DeepVirtualNetwork":
-        self._plans.clear()  # their constants are where the weights were
+        self._plans.clear()  # their constants and indices are where the weights were
         return super()._apply(*args, **kwargs)
 
     def virtual_network(self, task: int | str, level: int) -> VirtualNetwork:
