@@ -353,7 +353,8 @@ class Comparison:
         """The parameters that a backward pass of the train graph does not reach."""
         net = self.network(kept, True)
         named = dict(zip(net.names, self.tensors(net.names, kept), strict=True))
-        trainable = {name: named[name].requires_grad_() for name in self.traced[True].parameters}
+        parameters = [name for name, _ in self.module.named_parameters() if name in named]
+        trainable = {name: named[name].requires_grad_() for name in parameters}
         net.module(self.x, *named.values()).square().sum().backward()
         return [name for name, tensor in trainable.items() if tensor.grad is None]
 
