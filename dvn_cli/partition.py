@@ -275,7 +275,7 @@ def _owners(graphs: Mapping[bool, Traced], names: Sequence[str], assignment: Ass
     """Who has a copy of its own of each tensor; see the design's table.
 
     Private to the network are the tensors with a dimension of classes, and those of normalisations with running
-    statistics: what the training graph writes to, and whatever else the writing operator, or its module, has.
+    statistics: whatever an operator with a `running_mean` takes besides its input, and what is written to in place.
     """
     owners: dict[str, Owner] = dict.fromkeys(names, "shared")
     for traced in graphs.values():

@@ -16,6 +16,7 @@ import dvn_cli
 from dvn_cli import checkpoint
 from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
+from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.units.count import params_and_density
 
@@ -238,13 +239,29 @@ def test_only_a_fresh_partition_is_replaced(capsys: pytest.CaptureFixture[str]) 
         before = path.read_bytes()
         assert dvn(*command, "-o", path) == 2
         err = capsys.readouterr().err
-        assert why in err or file == "weights"
+        assert why in err
         assert "--force" in err
         assert err.count("\n") == 1
         assert path.read_bytes() == before
         assert dvn(*command, "-o", path, "--force") == 0
         assert path.read_bytes() == Path("dvn.safetensors").read_bytes()
         capsys.readouterr()
+
+
+def test_what_cannot_be_narrowed_replaces_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert dvn("partition", "wrn_10_1", "--units", "2") == 0
+    before = Path("dvn.safetensors").read_bytes()
+    capsys.readouterr()
+
+    def refused(*_: object) -> None:
+        raise InputError("aten.odd cannot be narrowed so")
+
+    monkeypatch.setattr("dvn_cli.partition.narrow", refused)
+    assert dvn("partition", "wrn_16_1", "--units", "2") == 2
+    assert capsys.readouterr().err == "dvn: aten.odd cannot be narrowed so\n"
+    assert Path("dvn.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

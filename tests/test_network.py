@@ -483,21 +483,19 @@ def test_a_checkpoint_is_checked_as_a_whole(trained, tmp_path, name):
         dvn_cli.load(path)
 
 
-def test_a_slice_of_a_backbone_that_is_not_there(slice_tensors):
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wrn_10_one", "timm has no model 'wrn_10_one'"),
+        ("wrn_16_1", "wrn_16_1 is not the backbone that was divided"),
+    ],
+)
+def test_a_slice_of_a_backbone_that_is_not_there_or_has_changed(slice_tensors, name, message):
     tensors, metadata, path = slice_tensors
     dvn = json.loads(metadata["dvn"])
-    dvn["backbone"]["name"] = "wrn_10_one"
+    dvn["backbone"]["name"] = name
     safetensors.torch.save_file(tensors, path, {"dvn": json.dumps(dvn)})
-    with pytest.raises(InputError, match="timm has no model 'wrn_10_one'"):
-        dvn_cli.load(path)
-
-
-def test_a_backbone_that_has_changed_since(slice_tensors):
-    tensors, metadata, path = slice_tensors
-    dvn = json.loads(metadata["dvn"])
-    dvn["backbone"]["name"] = "wrn_16_1"
-    safetensors.torch.save_file(tensors, path, {"dvn": json.dumps(dvn)})
-    with pytest.raises(InputError, match="wrn_16_1 is not the backbone that was divided"):
+    with pytest.raises(InputError, match=message):
         dvn_cli.load(path)
 
 

@@ -79,6 +79,10 @@ def partition_command(
         network = DeepVirtualNetwork.from_backbone(
             partition, module, default_tasks(units, spec.num_classes, spec.input_size, mean, std)
         )
+        for number in range(1, units + 1):  # what cannot be narrowed is refused before a file is replaced
+            status.update(f"narrowing to {number} of {units} units")
+            network.networks(1, number)
+            network.networks(number, 1)
         network.save(output)
         header = checkpoints.read_checkpoint(output)
         levels = []
