@@ -309,7 +309,10 @@ def test_every_key_is_tried() -> None:
 
 
 @pytest.mark.parametrize("key", CHANGES)
-def test_every_key_has_an_effect(key: str, unchanged: dict[str, Any], tmp_path: Path) -> None:
+def test_every_key_has_an_effect(
+    key: str, unchanged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # what lies in the working directory would be suggested
     with_it = ["backbone=", "units="] if key == "partition" else []
     changed = outcome(tmp_path, *with_it, f"{key}={CHANGES[key]}")
     assert changed != unchanged
