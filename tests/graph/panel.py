@@ -1,22 +1,26 @@
 """The panel: how many of timm's and torchvision's architectures can be divided, and whether what comes out is right.
 
-    python tests/graph/panel.py            run it and write panel.csv beside this file
+    python tests/graph/panel.py --jobs 8   run it, 8 models at a time, and write panel.csv beside this file
     python tests/graph/panel.py --choose   choose the models again and write them to panel.txt
 
 One model (the smallest) for every distinct combination of timm module file, model class and block classes, and for each
-module file of torchvision's classifiers. Every model has a process and a time limit of its own.
+module file of torchvision's classifiers. Every model has a process, of one thread, and a time limit of its own; the
+largest come first. Rows are appended as they are done, and models that the table has already are not run again.
 """
 
 import argparse
 import csv
+import math
 import multiprocessing
 import statistics
 import sys
 import time
 import traceback
+import warnings
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
@@ -24,31 +28,52 @@ from reference import Comparison, networks
 
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.errors import InputError
+from dvn_cli.partition import Partition
+from dvn_cli.units.assign import Assignment
 
 HERE = Path(__file__).parent
 NAMES = HERE / "panel.txt"
+TABLE = HERE / "panel.csv"
 LARGE = 30_000_000  # parameters; of a combination whose models are all larger the smallest is taken all the same
-HUGE = 500_000_000  # parameters: in double precision, three times over
+HUGE = 500_000_000  # parameters: in double precision, up to four times over
 SMALL_SIZE = 128  # pixels, where a model takes images of any size
 TOLERANCE = 1e-5  # some models compute in fp32 whatever they are given
 
 
 @dataclass
 class Row:
+    """One model.
+
+    Attributes:
+        partition_s: time of `Partition.create` for 4 units, in seconds.
+        partition_mb: the memory it took at its peak, in MB beyond that of the imported libraries.
+        divided: share of the parameters that units own, for the number of units for which it is least.
+        networks: how many narrow networks were compared with masked ones.
+        error: the worst relative difference.
+        peak_mb: memory of the whole comparison, in MB.
+    """
+
     name: str
     params: int = 0
     size: int = 0
     outcome: str = "failed"  # passed, refused, wrong, failed
     reason: str = ""
-    trace_s: float = 0.0
-    label_s: float = 0.0
-    narrow_s: float = 0.0
+    divided: float = 0.0
+    networks: int = 0
     error: float = 0.0
-    divided: float = 0.0  # share of the parameters, in the worst case of k
+    partition_s: float = 0.0
+    partition_mb: int = 0
+    narrow_s: float = 0.0
+    total_s: float = 0.0
+    peak_mb: int = 0
+
+    @classmethod
+    def read(cls, entry: dict[str, str]) -> "Row":
+        return cls(**{f.name: f.type(entry[f.name]) for f in fields(cls)})  # type: ignore[operator]
 
 
-def choose() -> list[str]:
-    """The models of the panel, by building every model of the registries without data."""
+def choose() -> dict[str, int]:
+    """The models of the panel and their parameters, by building every model of the registries without data."""
     import timm
     import torchvision
     from timm.models import get_arch_name, model_entrypoint
@@ -71,7 +96,12 @@ def choose() -> list[str]:
         count = sum(p.numel() for p in module.parameters())
         entry = (count > LARGE, count, f"{source}/{name}")
         best[key] = min(best.get(key, entry), entry)
-    return sorted(name for _, _, name in best.values())
+    return dict(sorted((name, count) for _, count, name in best.values()))
+
+
+def chosen() -> dict[str, int]:
+    """The models of panel.txt and their parameters."""
+    return {name: int(count) for name, count in (line.split() for line in NAMES.read_text().splitlines())}
 
 
 def spec_of(name: str) -> BackboneSpec:
@@ -84,85 +114,149 @@ def spec_of(name: str) -> BackboneSpec:
 def examine(name: str, quick: bool) -> Row:
     """Divides a model among 2 and 4 units and compares its networks with the masked ones, in eval and train graphs."""
     row = Row(name)
-    spec = spec_of(name)
-    module = spec.build("meta")
-    row.params, row.size = sum(p.numel() for p in module.parameters()), spec.input_size[0]
-    if row.params > HUGE:
-        row.reason = "more than this machine holds"
-        return row
-    module = spec.build()
     start = time.perf_counter()
     try:
-        modes = (False,) if quick else (False, True)
-        comparison = Comparison(module, (spec.in_chans, *spec.input_size), modes, batch=2)
-        row.trace_s = round((time.perf_counter() - start) / len(modes), 2)
-        row.divided = 1.0
-        for units in (2, 4):
-            start = time.perf_counter()
-            assignment = comparison.divide(units)
-            row.label_s = round(max(row.label_s, time.perf_counter() - start), 2)
-            row.divided = round(min(row.divided, share_divided(comparison.module, assignment.tensors)), 4)
-            for kept in [(2,)] if quick else networks(units):
-                for train in modes:
-                    row.error = max(row.error, comparison.error(kept, train))
-                    row.narrow_s = round(max(row.narrow_s, comparison.seconds), 2)
-        idle = [] if quick else comparison.without_gradient((1,))
-        row.reason = f"no gradient for {', '.join(idle[:3])}" if idle else ""
-        row.outcome = "passed" if row.error < TOLERANCE and not idle else "wrong"
+        _examine(row, spec_of(name), quick)
     except InputError as error:
         row.outcome, row.reason = "refused", str(error)
     except Exception as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
+        row.outcome = "failed"
         row.reason = f"{type(error).__name__}: {str(error)[:150]} ({Path(last.filename).name}:{last.lineno})"
+    row.total_s, row.peak_mb = round(time.perf_counter() - start, 2), peak()
     return row
 
 
-def share_divided(module: torch.nn.Module, axes: dict[str, list[int | None]]) -> float:
-    """The share of parameters that belong to a unit or a pair of units, the classifier aside counts as divided."""
-    state = dict(module.named_parameters())
-    total = sum(p.numel() for p in state.values())
-    return sum(p.numel() for n, p in state.items() if any(a is not None for a in axes.get(n, []))) / total
+def _examine(row: Row, spec: BackboneSpec, quick: bool) -> None:
+    row.params, row.size = sum(p.numel() for p in spec.build("meta").parameters()), spec.input_size[0]
+    before, start = peak(), time.perf_counter()
+    partition = Partition.create(spec, 4)
+    row.partition_s, row.partition_mb = round(time.perf_counter() - start, 2), peak() - before
+    row.divided = share_divided(partition.assignment, partition.shapes, partition.parameters)
+    if row.params > HUGE:
+        row.reason = "divided, but larger than what is compared"
+        return
+    modes = (False,) if quick else (False, True)
+    comparison = Comparison(spec.build(), (spec.in_chans, *spec.input_size), modes, batch=2)
+    for units in (4, 2):
+        assignment = comparison.divide(units)
+        if units == 4 and assignment != partition.assignment:
+            raise AssertionError("with weights it is divided in another way than without")
+        row.divided = min(row.divided, share_divided(assignment, partition.shapes, partition.parameters))
+        for kept in [(2,)] if quick else networks(units):
+            for train in modes:
+                error = comparison.error(kept, train)
+                row.narrow_s = round(max(row.narrow_s, comparison.seconds), 2)
+                row.networks, row.error = row.networks + 1, max(row.error, error)
+                if not error < TOLERANCE:
+                    row.outcome = "wrong"
+                    row.reason = f"{error:.0e} off for units {kept} of {units} in {'train' if train else 'eval'} mode"
+                    return
+            idle = [] if quick else comparison.without_gradient(kept)
+            if idle:
+                row.outcome, row.reason = "wrong", f"no gradient for {', '.join(idle[:3])} with units {kept} of {units}"
+                return
+    row.outcome = "passed"
+
+
+def share_divided(assignment: Assignment, shapes: dict[str, tuple[int, ...]], parameters: set[str]) -> float:
+    """The share of all parameters, stem and classifier included, whose elements belong to a unit or a pair of units."""
+    owned = [sum(stop - start for runs in axis for start, stop in runs) for axis in assignment.axes]
+    whole = total = 0
+    for name in parameters:
+        total += math.prod(shapes[name])
+        axes = assignment.tensors[name]
+        whole += math.prod(n - (0 if a is None else owned[a]) for n, a in zip(shapes[name], axes, strict=True))
+    return round(1 - whole / total, 4)
+
+
+def peak() -> int:
+    """The most memory that this process has held so far, in MB."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1024**2)
 
 
 def _child(name: str, quick: bool, pipe: Connection) -> None:
+    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     pipe.send(examine(name, quick))
 
 
-def run(name: str, quick: bool, limit: float) -> Row:
+@dataclass
+class Job:
+    name: str
+    process: multiprocessing.Process
+    pipe: Connection
+    deadline: float
+
+
+def run(names: Sequence[str], quick: bool, limit: float, jobs: int) -> Iterator[Row]:
+    """Yields a row for each model, as they are done."""
     context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, quick, theirs))
-    process.start()
-    theirs.close()
-    row = Row(name, reason=f"took longer than {limit:.0f} s")
-    try:
-        if ours.poll(limit):
-            row = ours.recv()
-    except EOFError:
-        row.reason = "its process died"
-    process.kill()
-    process.join()
-    return row
+    waiting, running = list(names)[::-1], dict[Connection, Job]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_child, args=(name := waiting.pop(), quick, theirs))
+            process.start()
+            theirs.close()
+            running[ours] = Job(name, process, ours, time.monotonic() + limit)
+        first = min(job.deadline for job in running.values())
+        ready = wait(list(running), timeout=max(first - time.monotonic(), 0))
+        for pipe, job in list(running.items()):
+            row = Row(job.name, reason=f"took longer than {limit:.0f} s")
+            if pipe in ready:
+                try:
+                    row = pipe.recv()
+                except EOFError:
+                    row.reason = "its process died"
+            elif time.monotonic() < job.deadline:
+                continue
+            job.process.kill()
+            job.process.join()
+            pipe.close()
+            del running[pipe]
+            yield row
 
 
-def summary(rows: list[Row]) -> str:
+def summary(rows: Sequence[Row]) -> str:
     counts = Counter(row.outcome for row in rows)
-    lines = [f"{len(rows)} models: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common())]
-    done = [row for row in rows if row.outcome == "passed"]
-    for label, values in (
-        ("trace", [r.trace_s for r in done]),
-        ("label", [r.label_s for r in done]),
-        ("narrow", [r.narrow_s for r in done]),
-        ("trace + label", [r.trace_s + r.label_s for r in done]),
+    passed = [row for row in rows if row.outcome == "passed"]
+    lines = [
+        f"{len(rows)} models: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common()),
+        f"{len(passed) / len(rows):.1%} passed, {sum(row.networks for row in passed)} networks compared",
+    ]
+    for label, values, unit in (
+        ("time of partition", [r.partition_s for r in passed], "s"),
+        ("memory of partition", [r.partition_mb for r in passed], "MB"),
+        ("time to narrow", [r.narrow_s for r in passed], "s"),
+        ("time in all", [r.total_s for r in passed], "s"),
     ):
         if len(values) > 1:
-            p90 = statistics.quantiles(values, n=10)[-1]
+            p90 = statistics.quantiles(values, n=10, method="inclusive")[-1]
             lines.append(
-                f"{label}: median {statistics.median(values):.2f} s, p90 {p90:.2f} s, worst {max(values):.2f} s"
+                f"{label}: median {statistics.median(values):.4g} {unit}, p90 {p90:.4g}, worst {max(values):.4g}"
             )
-    lines += [f"{row.outcome} {row.name}: {row.reason or row.error}" for row in rows if row.outcome != "passed"]
+    few = sorted((row.divided, row.name) for row in passed if row.divided < 0.9)
+    lines.append(f"less than 90 % divided: {', '.join(f'{name} {share:.0%}' for share, name in few) or 'none'}")
+    lines += [f"{row.outcome} {row.name}: {row.reason}" for row in rows if row.outcome != "passed"]
     return "\n".join(lines)
+
+
+def read(path: Path) -> list[Row]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [Row.read(entry) for entry in csv.DictReader(file)]
+
+
+def write(path: Path, rows: Sequence[Row], append: bool) -> None:
+    with path.open("a" if append else "w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        if not file.tell():
+            writer.writeheader()
+        writer.writerows(map(asdict, rows))
 
 
 def main() -> None:
@@ -170,21 +264,22 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="models; by default all of panel.txt")
     parser.add_argument("--choose", action="store_true", help="choose the models again")
     parser.add_argument("--quick", action="store_true", help="one network for each number of units, eval graphs only")
-    parser.add_argument("--limit", type=float, default=60, help="seconds for one model")
-    parser.add_argument("-o", "--output", type=Path, default=HERE / "panel.csv")
+    parser.add_argument("--jobs", type=int, default=1, help="models at a time")
+    parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
+    parser.add_argument("-o", "--output", type=Path, default=TABLE)
     args = parser.parse_args()
     if args.choose:
-        NAMES.write_text("\n".join(choose()) + "\n")
+        NAMES.write_text("".join(f"{name} {count}\n" for name, count in choose().items()))
         return
-    rows = []
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        for name in args.names or NAMES.read_text().split():
-            rows.append(run(name, args.quick, args.limit))
-            writer.writerow(asdict(rows[-1]))
-            file.flush()
-            print(rows[-1].outcome, name, rows[-1].reason, f"{rows[-1].error:.0e}", file=sys.stderr, flush=True)
+    torch.set_num_threads(1)
+    sizes = chosen()
+    done = {row.name for row in read(args.output)}
+    names = sorted(args.names or sizes, key=lambda name: -sizes.get(name, 0))
+    for row in run([name for name in names if name not in done], args.quick, args.limit, args.jobs):
+        write(args.output, [row], append=True)
+        print(row.outcome, row.name, row.reason, f"{row.error:.0e} {row.total_s:.0f} s", file=sys.stderr, flush=True)
+    rows = sorted(read(args.output), key=lambda row: row.name)
+    write(args.output, rows, append=False)
     print(summary(rows))
 
 

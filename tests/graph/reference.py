@@ -316,23 +316,23 @@ class Comparison:
         return self.assignment
 
     def reference(self, module: nn.Module, train: bool) -> tuple[Tensor, nn.Module]:
-        """Output of the masked module, and the module with what its running statistics are afterwards."""
+        """Output of a masked module, whose running statistics are afterwards what the run made of them."""
         if train not in self.whole:
             mode = KeptStatistics()
             with torch.no_grad(), mode:
                 copy.deepcopy(self.module).train(train)(self.x)
             self.whole[train] = mode
-        module = copy.deepcopy(module).train(train)
         with torch.no_grad(), KeptStatistics(self.whole[train]):
-            return first_tensor(module(self.x)), module
+            return first_tensor(module.train(train)(self.x)), module
 
     def tensors(self, names: Sequence[str], kept: Sequence[int]) -> list[Tensor]:
         state, result = self.module.state_dict(), []
         for name in names:
             tensor = state[name]
             for dim, mask in enumerate(kept_by_axes(self.assignment, name, tensor.shape, kept)):
-                tensor = tensor.index_select(dim, mask.nonzero().reshape(-1))
-            result.append(tensor.clone())
+                if not mask.all():
+                    tensor = tensor.index_select(dim, mask.nonzero().reshape(-1))
+            result.append(tensor.clone() if tensor is state[name] else tensor)
         return result
 
     def network(self, kept: Sequence[int], train: bool) -> Narrowed:
@@ -350,13 +350,19 @@ class Comparison:
             return net.module(self.x, *tensors), dict(zip(net.names, tensors, strict=True))
 
     def without_gradient(self, kept: Sequence[int]) -> list[str]:
-        """The parameters that a backward pass of the train graph does not reach."""
+        """The parameters without a finite gradient in the train graph that have one in the module itself."""
         net = self.network(kept, True)
         named = dict(zip(net.names, self.tensors(net.names, kept), strict=True))
         parameters = [name for name, _ in self.module.named_parameters() if name in named]
         trainable = {name: named[name].requires_grad_() for name in parameters}
         net.module(self.x, *named.values()).square().sum().backward()
-        return [name for name, tensor in trainable.items() if tensor.grad is None]
+        idle = [name for name, t in trainable.items() if t.grad is None or not bool(t.grad.isfinite().all())]
+        if idle:
+            module = copy.deepcopy(self.module).train()
+            first_tensor(module(self.x)).square().sum().backward()
+            own = {name for name, p in module.named_parameters() if p.grad is not None}
+            idle = [name for name in idle if name in own]
+        return idle
 
     def error(self, kept: Sequence[int], train: bool) -> float:
         """The worst relative difference, of outputs and running statistics; infinite where the reference is not finite.
