@@ -80,7 +80,7 @@ class KeptStatistics(TorchFunctionMode):
             return None if bool(scale.all()) else scale.ne(0).to(x.dtype)
         seen = [x.detach().movedim(d, 0).reshape(n, -1).ne(0).any(1) for d, n in enumerate(x.shape)]
         self.seen.append(seen)
-        if self.whole is None:
+        if self.whole is None or not seen[0].any():  # of what is zero altogether nothing can be told
             return None
         result = None
         for d, (now, before) in enumerate(zip(seen, self.whole.seen[len(self.seen) - 1], strict=True)):
