@@ -20,7 +20,7 @@ from dvn_cli.data.sources import TEST_SPLITS
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
 from dvn_cli.tasks import Task
-from dvn_cli.training.recipe import first_problem, override_key
+from dvn_cli.training.recipe import first_problem, override_key, parse_override
 from dvn_cli.units.count import params_and_density
 
 Progress = Callable[[int], None]
@@ -371,7 +371,7 @@ def parse_data(words: Sequence[str], note: Callable[[str], None] | None = None) 
         elif key in _NOT_EVALUATED:
             raise InputError(f"--data {word}: '{key}' is for training; images are normalised as the task's were")
         else:
-            override_key(content, word)
+            override_key(content, *parse_override(word))
     try:
         return DataSpec.model_validate(content), base
     except ValidationError as error:

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from dvn_cli import checkpoint
 from dvn_cli.errors import InputError
 from dvn_cli.graph.narrow import Kept, Narrowed
-from dvn_cli.partition import Networks, Partition
+from dvn_cli.partition import Networks, Owner, Partition
 from dvn_cli.tasks import Task
 
 DTYPES = {
@@ -121,20 +121,24 @@ class DeepVirtualNetwork(nn.Module):
         own = f"task/{task}/level/{level}/{name}"
         return next(n for n in (own, f"task/{task}/{name}", f"shared/{name}") if n in self._places)
 
-    def make_private(self) -> None:
-        """Gives each task its stem, and each network its norms and classifier: copies of the slices they had so far."""
-        private = {name: owner for name, owner in self.partition.owners.items() if owner != "shared"}
+    def make_private(self, owners: Mapping[str, Owner] | None = None) -> None:
+        """Gives tasks and networks tensors of their own: copies of the slices that they had so far.
+
+        Args:
+            owners: of each tensor; by default each task gets its stem, and each network its norms and classifier.
+        """
+        owners = self.partition.owners if owners is None else owners
+        private = {name: owner for name, owner in owners.items() if owner != "shared"}
         new: dict[str, Tensor] = {}
-        for number, task in enumerate(self.tasks, 1):
-            for level in range(1, len(task.levels) + 1):
-                kept = self.networks(number, level).kept
-                for name, owner in private.items():
-                    prefix = f"task/{number}/" if owner == "task" else f"task/{number}/level/{level}/"
-                    source = self.source(name, number, level)
-                    if prefix + name not in self._places and prefix + name not in new:
-                        module, key = self._places[source]
-                        cut = () if owner == "task" else as_cut(kept[name])
-                        new[prefix + name] = taken(getattr(module, key), cut).detach().clone()
+        for number, level in self:
+            kept = self.networks(number, level).kept
+            for name, owner in private.items():
+                prefix = f"task/{number}/" if owner == "task" else f"task/{number}/level/{level}/"
+                source = self.source(name, number, level)
+                if prefix + name not in self._places and prefix + name not in new:
+                    module, key = self._places[source]
+                    cut = () if owner == "task" else as_cut(kept[name])
+                    new[prefix + name] = taken(getattr(module, key), cut).detach().clone()
         for name, tensor in new.items():
             self._register(name, tensor)
         for name in private:
@@ -142,6 +146,26 @@ class DeepVirtualNetwork(nn.Module):
             if place is not None:
                 delattr(*place)
         self._plans.clear()
+
+    @torch.no_grad()
+    def inherit(self, task: int, level: int, before: Sequence[tuple[int, int]]) -> None:
+        """Starts what a network has of its own from what others have learnt: all but its classifier.
+
+        Its norms from the latest network of the same units, where there is one; its stem from the latest task.
+
+        Args:
+            before: numbers of task and level of the others, the latest last.
+        """
+        head = self.partition.head
+        for name in self.partition.shapes:
+            own = self.source(name, task, level)
+            if own.startswith("shared/") or name in head:
+                continue
+            units = self.tasks[task - 1].kept(level)
+            alike = [of for of in before if "/level/" not in own or self.tasks[of[0] - 1].kept(of[1]) == units]
+            tensors = self.file_tensors()
+            if alike and own != (source := self.source(name, *alike[-1])):
+                tensors[own].copy_(tensors[source])
 
     def networks(self, task: int, level: int) -> Networks:
         """The graphs of a task and level, both by number from 1, and what they take of each tensor."""
@@ -162,12 +186,15 @@ class DeepVirtualNetwork(nn.Module):
         cut = as_cut(self.networks(task, level).kept[name])
         return module, key, tuple(part.to(device) if isinstance(part, Tensor) else part for part in cut)
 
-    def forward(self, images: Tensor, task: int, level: int) -> Tensor:
-        """The logits (batch, classes) of a task and level, by number from 1; gradients meet in the shared tensors."""
-        key = (task, level, self.training)
+    def forward(self, images: Tensor, task: int, level: int, training: bool | None = None) -> Tensor:
+        """The logits (batch, classes) of a task and level, by number from 1; gradients meet in the shared tensors.
+
+        `training` says which mode this one network is in; by default that of all.
+        """
+        key = (task, level, self.training if training is None else training)
         if key not in self._plans:
             networks = self.networks(task, level)
-            narrowed: Narrowed = networks.train if self.training else networks.eval
+            narrowed: Narrowed = networks.train if key[2] else networks.eval
             with torch.inference_mode(False):
                 module = copy.deepcopy(narrowed.module).to(images.device)
             self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])

@@ -37,6 +37,10 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
 
+    def zero_init_last(self) -> None:
+        """Makes the block pass its input on; the name is timm's."""
+        nn.init.zeros_(self.bn2.weight)
+
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x
         if self.stride > 1:

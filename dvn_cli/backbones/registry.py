@@ -60,6 +60,7 @@ class BackboneSpec:
         num_classes: Outputs of the classifier.
         in_chans: Channels of the images.
         input_size: Height and width of the images in pixels.
+        hidden_layers: Fully connected layers put before the classifier, each as wide as the features.
     """
 
     source: str
@@ -67,6 +68,7 @@ class BackboneSpec:
     num_classes: int
     in_chans: int = 3
     input_size: tuple[int, int] = (224, 224)
+    hidden_layers: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
@@ -104,6 +106,8 @@ class BackboneSpec:
                 module = library.build(self)
             except (AssertionError, ValueError) as error:  # how both libraries refuse a size
                 raise InputError(f"{self.name} cannot be built for {_images(self)}: {first_line(error)}") from error
+            if self.hidden_layers:
+                _deepen(module, self)
         return module.eval()
 
 
@@ -192,6 +196,28 @@ def classifier_tensors(spec: BackboneSpec) -> dict[str, int]:
         for name, shape in shapes.items()
         if shape != wider[name].shape
     }
+
+
+def head(spec: BackboneSpec) -> tuple[str, ...]:
+    """Returns the paths of the modules that map features to classes, hidden layers included: `("fc",)`."""
+    return tuple(dict.fromkeys(name.rpartition(".")[0] for name in classifier_tensors(replace(spec, hidden_layers=0))))
+
+
+def _deepen(module: "nn.Module", spec: BackboneSpec) -> None:
+    """Puts the spec's hidden layers, each followed by ReLU, before the classifier.
+
+    Raises:
+        InputError: The classifier is not one fully connected layer.
+    """
+    from torch import nn
+
+    for path in head(spec):
+        classifier = module.get_submodule(path)
+        if not isinstance(classifier, nn.Linear):
+            raise InputError(f"{spec.name} takes no hidden layers: its classifier '{path}' is no fully connected layer")
+        width = classifier.in_features
+        layers = [layer for _ in range(spec.hidden_layers) for layer in (nn.Linear(width, width), nn.ReLU())]
+        module.set_submodule(path, nn.Sequential(*layers, classifier))
 
 
 def preprocessing(spec: BackboneSpec) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

@@ -50,7 +50,7 @@ def train_command(
     run, partition = session.run, session.run.network.partition
     note(
         f"{partition.spec.name}, {partition.units} units, {len(list(run.network))} networks, on {run.device}: "
-        f"{run.recipe.epochs} epochs of {run.steps} steps"
+        f"{run.total_epochs} epochs of {run.steps} steps"
     )
     err.print(task_table(run))
     if session.left_over:
@@ -60,7 +60,7 @@ def train_command(
     try:
         with Progress(run, err) as progress:
             session.train(progress.epoch, progress.step)
-        splits = {number: data.test for number, data in enumerate(run.data, 1)}
+        splits = {number: data.test for number, data in run.data.items()}
         with err.status("evaluating on the test images ..."):
             rows = evaluation.evaluate_all(run.network, splits, device=chosen)
         results = [evaluation.as_json(row) for row in rows]
@@ -80,12 +80,14 @@ def task_table(run: "Run") -> "Table":
     from dvn_cli import report
 
     made = report.table("task", "classes", "train", "validation", "test", "units, level by level", text=1)
-    for number, (task, data) in enumerate(zip(run.network.tasks, run.data, strict=True), 1):
-        held_out = 0 if data.validation is None else len(data.validation)
-        images = (len(data.train), held_out, len(data.test))
+    for number, task in enumerate(run.network.tasks, 1):
+        images = ("-", "-", "-")  # of a task learnt in an earlier run
+        if data := run.data.get(number):
+            held_out = 0 if data.validation is None else len(data.validation)
+            images = (str(len(data.train)), str(held_out), str(len(data.test)))
         bounds = zip((0, *task.levels), task.levels, strict=False)
         units = " | ".join(" ".join(map(str, task.order[start:stop])) for start, stop in bounds)
-        made.add_row(f"{number} {task.name}", str(len(task.classes)), *map(str, images), units)
+        made.add_row(f"{number} {task.name}", str(len(task.classes)), *images, units)
     return made
 
 
@@ -116,8 +118,7 @@ class Progress:
             console=console,
             disable=not console.is_terminal,
         )
-        self.steps = run.steps
-        self.bar = self.bars.add_task("", total=run.recipe.epochs, completed=run.epochs_done)
+        self.bar = self.bars.add_task("", total=run.total_epochs, completed=run.epochs_done)
 
     def __enter__(self) -> "Progress":
         self.bars.start()
@@ -127,15 +128,17 @@ class Progress:
         self.bars.stop()
 
     def step(self, run: "Run", step: int) -> None:
-        self.bars.update(self.bar, completed=run.epochs_done + step / self.steps)
+        self.bars.update(self.bar, completed=run.epochs_done + step / run.steps)
 
     def epoch(self, run: "Run") -> None:
+        from dvn_cli.training import loop
+
         last = run.history[-1]
-        losses = [loss for levels in last["loss"] for loss in levels]
+        losses = loop.numbers(last["loss"])
         text = f"loss {sum(losses) / len(losses):.3f}"
         if last["validation"] is not None:
-            values = [value for levels in last["validation"] for value in levels]
+            values = loop.numbers(last["validation"])
             text += f", validation {min(values):.1f} to {max(values):.1f} %"
         self.bars.update(self.bar, completed=run.epochs_done, description=text)
         if self.bars.disable:
-            self.console.print(f"epoch {run.epochs_done}/{run.recipe.epochs}: {text}, {last['seconds']:.1f} s")
+            self.console.print(f"epoch {run.epochs_done}/{run.total_epochs}: {text}, {last['seconds']:.1f} s")

@@ -1,5 +1,8 @@
-"""The one loop: every task and level in every step, gradients accumulated, one optimizer step (eq. 4 of the paper)."""
+"""The one loop: all networks of a stage in every step, gradients accumulated, one optimizer step (eq. 4 and 6)."""
 
+import bisect
+import copy
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,6 +18,9 @@ from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError
 from dvn_cli.evaluation import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.training.losses import as_seen_by, distillation
+from dvn_cli.training.methods import METHODS, Network, plan
+from dvn_cli.training.moves import Moves
 from dvn_cli.training.recipe import OptimizerKeys, Recipe
 from dvn_cli.training.schedule import factor
 
@@ -26,15 +32,21 @@ class Run:
     """A run of a recipe, from its start or from where it was interrupted.
 
     Attributes:
-        epochs_done: how many epochs it has behind it.
-        history: for each epoch what it gave: learning rate, loss and validation accuracy of every network.
-        best: of the epochs so far, the validation accuracy (mean of all networks, per cent) of the best.
+        data: the images of each task that is learnt, by its number from 1.
+        before: networks that were trained in an earlier run, as numbers of task and level.
+        epochs_done: how many epochs it has behind it, of all stages.
+        history: for each epoch what it gave: learning rate, loss and validation accuracy by task and level, None for
+            networks that were not trained or have no such images.
+        best: of the epochs so far of this stage, the validation accuracy (mean of its networks, per cent) of the best.
+        stages: the parts of the run.
+        stage: the one that it is in.
     """
 
     recipe: Recipe
     network: DeepVirtualNetwork
-    data: Sequence[TaskData]
+    data: Mapping[int, TaskData]
     device: torch.device
+    before: Sequence[Network] = ()
     epochs_done: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float = -math.inf
@@ -42,14 +54,35 @@ class Run:
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)  # of dropout and its like
         self.network.to(self.device)
-        self.optimizer = make_optimizer(self.recipe.optimizer, self.network)
-        self.generators = [torch.Generator() for _ in self.data]
-        for number, generator in enumerate(self.generators):
-            generator.manual_seed(self.recipe.seed * 1000 + number)
-        self.train = [d.train.to(self.device) for d in self.data]
-        self.validation = [d.validation.to(self.device) if d.validation is not None else None for d in self.data]
-        self.steps = max(batch_count(split, self.recipe.batch_size, training=True) for split in self.train)
-        self.best_tensors: dict[str, Tensor] = {}
+        self.generators = {number: torch.Generator() for number in self.data}
+        for number, generator in self.generators.items():
+            generator.manual_seed(self.recipe.seed * 1000 + number - 1)
+        self.train = {number: data.train.to(self.device) for number, data in self.data.items()}
+        self.validation = {
+            number: data.validation.to(self.device) for number, data in self.data.items() if data.validation is not None
+        }
+        sequential = self.recipe.sequential
+        self.stages = plan(
+            METHODS[self.recipe.method],
+            self.network.tasks,
+            before=self.before,
+            sequential=self.recipe.learning == "sequential",
+            grow=sequential.grow,
+            epochs=self.recipe.epochs,
+            warmup_epochs=sequential.warmup_epochs,
+        )
+        self._begin()
+
+    @property
+    def total_epochs(self) -> int:
+        """Of all stages together."""
+        return sum(stage.epochs for stage in self.stages)
+
+    @property
+    def steps(self) -> int:
+        """Of an epoch of this stage."""
+        size = self.recipe.batch_size
+        return max(batch_count(self.train[task], size, training=True) for task in self.stage.tasks)
 
     # The state between two epochs
 
@@ -57,9 +90,11 @@ class Run:
         """All that changes during a run, as tensors and JSON."""
         tensors = {f"network/{name}": tensor for name, tensor in self.network.file_tensors().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_tensors.items()}
+        if self.teacher is not None:
+            tensors |= {f"teacher/{name}": tensor for name, tensor in self.teacher.file_tensors().items()}
         for index, state in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in state.items()}
-        tensors |= {f"generator/{i}": generator.get_state() for i, generator in enumerate(self.generators)}
+        tensors |= {f"generator/{i}": generator.get_state() for i, generator in self.generators.items()}
         tensors["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -67,28 +102,54 @@ class Run:
 
     def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
         """Goes back to a state."""
-        with torch.no_grad():
-            for name, tensor in self.network.file_tensors().items():
-                tensor.copy_(tensors[f"network/{name}"])
-        self.best_tensors = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            if name.startswith("optimizer/"):
-                _, index, key = name.split("/")
-                state.setdefault(int(index), {})[key] = tensor
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        for i, generator in enumerate(self.generators):
+        self._put(self.network, tensors, "network/")
+        self.epochs_done, self.history = metadata["epochs_done"], list(metadata["history"])
+        self._begin()
+        if self.epochs_done > self._start:
+            if self.teacher is not None:
+                self._put(self.teacher, tensors, "teacher/")
+            self.best_tensors = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
+            self.best = -math.inf if metadata["best"] is None else metadata["best"]
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, tensor in tensors.items():
+                if name.startswith("optimizer/"):
+                    _, index, key = name.split("/")
+                    state.setdefault(int(index), {})[key] = tensor
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+        for i, generator in self.generators.items():
             generator.set_state(tensors[f"generator/{i}"])
         torch.set_rng_state(tensors["random"])
         if self.device.type == "cuda" and "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
-        self.epochs_done, self.history = metadata["epochs_done"], list(metadata["history"])
-        self.best = -math.inf if metadata["best"] is None else metadata["best"]
+
+    @staticmethod
+    @torch.no_grad()
+    def _put(network: DeepVirtualNetwork, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+        for name, tensor in network.file_tensors().items():
+            tensor.copy_(tensors[prefix + name])
+
+    def _begin(self) -> None:
+        """Makes ready for the stage that the next epoch is of."""
+        ends = list(itertools.accumulate(stage.epochs for stage in self.stages))
+        place = min(bisect.bisect_right(ends, self.epochs_done), len(ends) - 1)  # after the last epoch: still the last
+        self.stage = self.stages[place]
+        self._start = ends[place] - self.stage.epochs
+        self.teacher: DeepVirtualNetwork | None = None
+        if self.stage.hold:
+            self.teacher = copy.deepcopy(self.network).eval().requires_grad_(False)
+        if self.epochs_done == self._start:
+            earlier = self.stages[place - 1].trained if place and self.stages[place - 1].warmup else ()
+            for network in self.stage.trained:
+                if self.stage.before and network not in (*self.stage.before, *earlier):
+                    self.network.inherit(*network, self.stage.before)
+        self.moves = Moves(self.network, self.stage)
+        self.optimizer = make_optimizer(self.recipe.optimizer, self.network)
+        self.best, self.best_tensors = -math.inf, {}
 
     # The loop
 
     def run(self, after_epoch: Callable[["Run"], None], after_step: Callable[["Run", int], None]) -> None:
-        """Trains to the end, then leaves in the network what the recipe selects.
+        """Trains to the end of the last stage; each one leaves in the network what the recipe selects.
 
         Args:
             after_epoch: called with this run, such as to save its state.
@@ -97,12 +158,13 @@ class Run:
         Raises:
             DvnError: a loss, or what it made of the weights, is not a number.
         """
-        while self.epochs_done < self.recipe.epochs:
+        while self.epochs_done < self.total_epochs:
             start = time.perf_counter()
             losses = self._epoch(after_step)
             self.epochs_done += 1
             entry = {
                 "epoch": self.epochs_done,
+                "stage": self.stages.index(self.stage) + 1,
                 "lr": self.optimizer.param_groups[0]["lr"],
                 "loss": losses,
                 "validation": self._validate(),
@@ -111,42 +173,99 @@ class Run:
             self.history.append(entry)
             if self.recipe.select == "best":
                 self._keep_best(entry["validation"])
+            ended = self.epochs_done == self._start + self.stage.epochs
+            if ended and self.best_tensors:
+                self._put(self.network, self.best_tensors)
             after_epoch(self)
-        if self.recipe.select == "best":
-            with torch.no_grad():
-                for name, tensor in self.network.file_tensors().items():
-                    tensor.copy_(self.best_tensors[name])
+            if ended and self.epochs_done < self.total_epochs:
+                self._begin()
+        for name, tensor in self.network.file_tensors().items():
+            tensor.requires_grad_(name.rpartition("/")[2] in self.network.partition.parameters)
 
-    def _epoch(self, after_step: Callable[["Run", int], None]) -> list[list[float]]:
-        """One pass over the largest task. Returns the mean loss of every network, by task and level."""
-        network, recipe = self.network.train(), self.recipe
-        networks = list(network)
-        weight = 1.0 if recipe.reduction == "sum" else 1 / len(networks)
-        batches = [self._endless(number) for number in range(len(self.data))]
-        totals = torch.zeros(len(networks), device=self.device)
+    def _epoch(self, after_step: Callable[["Run", int], None]) -> list[list[float | None]]:
+        """One pass over the stage's largest task. Returns the mean loss of every network, by task and level."""
+        recipe, stage = self.recipe, self.stage
+        self.network.train()
+        teachers = self._teachers()
+        weight = 1.0 if recipe.reduction == "sum" else 1 / len(teachers)
+        batches = {number: self._endless(number) for number in stage.tasks}
+        totals = torch.zeros(len(teachers), device=self.device)
         check_every = 1 if self.device.type == "cpu" else CHECK_EVERY
-        for step in range(1, self.steps + 1):
-            done = (self.epochs_done * self.steps + step - 1) / (recipe.epochs * self.steps)
+        steps = self.steps
+        for step in range(1, steps + 1):
+            done = ((self.epochs_done - self._start) * steps + step - 1) / (stage.epochs * steps)
+            rate = recipe.optimizer.lr * (1.0 if stage.warmup else factor(recipe.schedule, done))
             for group in self.optimizer.param_groups:
-                group["lr"] = recipe.optimizer.lr * factor(recipe.schedule, done)
-            images = [next(batch) for batch in batches]
-            for place, (task, level) in enumerate(networks):
-                inputs, labels = images[task - 1]
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-                    loss = F.cross_entropy(network(inputs, task, level).float(), labels)
+                group["lr"] = rate * (recipe.sequential.lr_factor if stage.before else 1.0)
+            images = {number: next(batch) for number, batch in batches.items()}
+            seen: dict[Network, Tensor] = {}
+            for place, (student, teacher) in enumerate(teachers.items()):
+                loss, logits = self._loss(student, teacher, images, seen)
                 # Backward at once: no more than one network's activations are ever held.
                 (weight * loss).backward()
+                seen[student] = logits.detach()
                 totals[place] += loss.detach()
-            if step % check_every == 0 or step == self.steps:
-                self._check(totals, networks, step)
+            if step % check_every == 0 or step == steps:
+                self._check(totals, list(teachers), step)
             self.optimizer.step()
+            self.moves.restore()
             self.optimizer.zero_grad(set_to_none=True)
             after_step(self, step)
         self._check_weights()
-        means = iter((totals / self.steps).tolist())
-        return [[next(means) for _ in task.levels] for task in network.tasks]
+        means = dict(zip(teachers, (totals / steps).tolist(), strict=True))
+        return self._by_level(means)
 
-    def _check(self, totals: Tensor, networks: Sequence[tuple[int, int]], step: int) -> None:
+    def _teachers(self) -> dict[Network, Network | None]:
+        """The networks of this stage in the order of a step, each with the network that it learns from; None: labels.
+
+        A network of the old ones is one of `teacher`, a network of the same task one of this step.
+        """
+        stage = self.stage
+        learn: dict[Network, Network | None] = dict.fromkeys(stage.learn)
+        if self.recipe.inplace_distillation:
+            top = {task: max(of for of in stage.learn if of[0] == task) for task, _ in stage.learn}
+            learn = {of: None if of == top[of[0]] else top[of[0]] for of in sorted(stage.learn, key=lambda n: -n[1])}
+        return {**learn, **dict(stage.hold)}
+
+    def _loss(
+        self,
+        student: Network,
+        teacher: Network | None,
+        images: Mapping[int, tuple[Tensor, Tensor]],
+        seen: Mapping[Network, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """The loss of one network, and its logits.
+
+        Args:
+            images: a batch, with labels, of each task.
+            seen: the logits of networks that had their turn in this step.
+        """
+        number, _ = student
+        held = number not in images
+        source = self.stage.tasks[0] if held else number
+        inputs, labels = images[source]
+        if held:  # old images are gone
+            inputs = as_seen_by(inputs, self.network.tasks[source - 1], self.network.tasks[number - 1])
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
+            logits = self.network(inputs, *student, student in self.moves.train_mode).float()
+            if held:
+                assert self.teacher is not None
+                assert teacher is not None
+                with torch.no_grad():
+                    target = self.teacher(inputs, *teacher).float()
+        keys = self.recipe.sequential
+        if held:
+            return keys.weight * distillation(logits, target, keys.temperature, keys.squared_temperature), logits
+        if teacher is not None:
+            return distillation(logits, seen[teacher], 1.0), logits
+        return F.cross_entropy(logits, labels), logits
+
+    def _by_level(self, values: Mapping[Network, float]) -> list[list[float | None]]:
+        """Values of networks by task and level, None where there is none."""
+        tasks = enumerate(self.network.tasks, 1)
+        return [[values.get((task, level)) for level in range(1, len(of.levels) + 1)] for task, of in tasks]
+
+    def _check(self, totals: Tensor, networks: Sequence[Network], step: int) -> None:
         finite = torch.isfinite(totals).tolist()
         if not all(finite):
             task, level = networks[finite.index(False)]
@@ -169,21 +288,21 @@ class Run:
 
     def _endless(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of a task, pass after pass: a smaller task is seen more often in an epoch."""
-        data = self.data[number]
-        resident = TaskData(**{**vars(data), "train": self.train[number]})
+        resident = TaskData(**{**vars(self.data[number]), "train": self.train[number]})
         while True:
             yield from resident.train_batches(self.recipe.batch_size, self.generators[number], self.device)
 
-    def _validate(self) -> list[list[float]] | None:
-        """Top-1 accuracy in per cent of every network on images held out of train; None if there are none."""
-        splits = {number: split for number, split in enumerate(self.validation, 1) if split is not None}
+    def _validate(self) -> list[list[float | None]] | None:
+        """Top-1 accuracy in per cent on images held out of train, of each network whose task has some in this stage."""
+        splits = {number: self.validation[number] for number in self.stage.tasks if number in self.validation}
         if not splits:
             return None
-        rows = evaluate_all(self.network, splits, device=self.device)
-        return [[row.result.top1 for row in rows if row.task == number] for number in range(1, len(self.data) + 1)]
+        networks = [network for network in self.stage.learn if network[0] in splits]
+        rows = evaluate_all(self.network, splits, networks=networks, device=self.device)
+        return self._by_level({(row.task, row.level): row.result.top1 for row in rows})
 
-    def _keep_best(self, validation: list[list[float]] | None) -> None:
-        values = [value for levels in validation or [] for value in levels]
+    def _keep_best(self, validation: list[list[float | None]] | None) -> None:
+        values = numbers(validation or [])
         score = sum(values) / len(values)
         if score > self.best:
             self.best = score
@@ -205,3 +324,8 @@ def make_optimizer(keys: OptimizerKeys, network: DeepVirtualNetwork) -> torch.op
 def json_number(value: float) -> float | None:
     """A number that JSON has, or None."""
     return value if math.isfinite(value) else None
+
+
+def numbers(by_level: Sequence[Sequence[float | None]]) -> list[float]:
+    """The values of an entry of the history that are there."""
+    return [value for levels in by_level for value in levels if value is not None]

@@ -1,5 +1,6 @@
 """A recipe: one typed definition that is the file's schema, its validation and its documentation."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -9,9 +10,21 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dvn_cli.data import DataSpec
 from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.training.methods import METHODS, together
 
 FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
 """Where the recipes that come with dvn are: in an installed package, or in a checkout."""
+
+SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "paper": {},
+    "modern": {
+        "inplace_distillation": True,  # Yu & Huang, "Universally slimmable networks", ICCV 2019
+        "optimizer.decay_norms": False,  # He et al., "Bag of tricks", CVPR 2019; so too the next two
+        "backbone.zero_init_last": True,
+        "schedule.name": "cosine",
+    },
+}
+"""What each setting overrides in a recipe's file, whatever its method."""
 
 Share = Annotated[float, Field(gt=0, lt=1)]
 Count = Annotated[int, Field(gt=0, strict=True)]  # strict: `true` is not 1
@@ -31,6 +44,9 @@ class BackboneKeys(Keys):
     in_chans: Literal[1, 3] | None = Field(default=None, description="channels of the images; the backbone's own")
     weights: str | None = Field(default=None, description="a file of weights to start from, relative to the recipe")
     pretrained: bool = Field(default=False, description="start from the weights that timm or torchvision publishes")
+    zero_init_last: bool = Field(
+        default=False, description="start the last norm of every residual branch at zero, where the blocks know how"
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "BackboneKeys":
@@ -68,9 +84,44 @@ class ScheduleKeys(Keys):
     warmup: float = Field(default=0.0, ge=0, lt=1, description="share of the run during which it rises from 0")
 
 
+class SequentialKeys(Keys):
+    grow: bool = Field(
+        default=False,
+        description="each task brings a unit, the last task the last one; else all units are there from the start. "
+        "Methods with one level a task have theirs either way",
+    )
+    temperature: float = Field(
+        default=2.0, gt=0, le=1e30, description="of the distillation that holds old tasks (LwF's)"
+    )
+    weight: float = Field(default=1.0, ge=0, le=1e30, description="of that distillation, against the new task's losses")
+    squared_temperature: bool = Field(
+        default=False, description="multiply that distillation by its temperature's square (Hinton et al. 2015)"
+    )
+    warmup_epochs: Annotated[int, Field(ge=0, strict=True)] = Field(
+        default=0, description="of a later task's new parts alone, at the highest learning rate, all else frozen (LwF)"
+    )
+    lr_factor: float = Field(default=1.0, gt=0, le=1e30, description="of the learning rate of tasks after the first")
+
+
 class Recipe(Keys):
     """What is trained, on what, and how. Keys of a file; any can be overridden as `key=value`, `tasks.0.name=x`."""
 
+    scenario: str | None = Field(default=None, description="of the paper, in whose table `dvn bench` shows the run")
+    scale: str = Field(default="full", description="one of the file's scales: overrides that it brings along")
+    setting: str = Field(
+        default="paper", description="modern: each method with what has become usual since; overrides keys like `scale`"
+    )
+    method: str = Field(default="dvn", description=f"what is trained: {', '.join(METHODS)}")
+    learning: Literal["joint", "sequential"] = Field(
+        default="joint",
+        description="all tasks together (section 3.2), or one after the other without the images of the last (3.3); "
+        "packnet, feature_extraction, da_cnn and lwf are always sequential, baseline knows no difference",
+    )
+    sequential: SequentialKeys = Field(default=SequentialKeys(), description="how one task follows another")
+    continues: str | None = Field(
+        default=None,
+        description="in place of backbone and units: a trained checkpoint, to whose tasks those here are added",
+    )
     backbone: BackboneKeys | None = Field(default=None, description="the network that is divided into units")
     partition: str | None = Field(
         default=None, description="in place of backbone and units: a checkpoint of `dvn partition` to start from"
@@ -80,12 +131,18 @@ class Recipe(Keys):
     levels: list[Count] | None = Field(
         default=None, description="for each level how many units it has, ascending; one unit more at each level"
     )
-    epochs: Count = Field(default=200, description="passes over the task with the most images")
+    epochs: Count = Field(
+        default=200, description="passes over the task with the most images; sequential: over each task's"
+    )
     batch_size: Count = Field(default=128, description="images of each task in a step (section 4.2: CIFAR)")
     optimizer: OptimizerKeys = Field(default=OptimizerKeys(), description="how the weights are moved")
     schedule: ScheduleKeys = Field(default=ScheduleKeys(), description="of the learning rate over the run")
     reduction: Literal["sum", "mean"] = Field(
         default="sum", description="of the losses of all networks in a step: their sum (eq. 4) or their mean"
+    )
+    inplace_distillation: bool = Field(
+        default=False,
+        description="levels below a task's top one learn the top one's output in the same step, in place of the labels",
     )
     select: Literal["last", "best"] = Field(
         default="last", description="keep the last epoch, or the best on the validation images (mean of all networks)"
@@ -98,12 +155,17 @@ class Recipe(Keys):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
-        if (self.backbone is None) == (self.partition is None):
-            raise ValueError("give either backbone (with units) or partition")
+        if sum(start is not None for start in (self.backbone, self.partition, self.continues)) != 1:
+            raise ValueError("give one of backbone (with units), partition and continues")
         if self.backbone is not None and self.units is None:
             raise ValueError("units is missing: into how many is the backbone divided?")
-        if self.partition is not None and self.units is not None:
-            raise ValueError("units is given by the partition")
+        if self.backbone is None and self.units is not None:
+            raise ValueError(f"units is given by the {'partition' if self.partition else 'checkpoint'}")
+        if self.method not in METHODS:
+            hint = did_you_mean(self.method, METHODS) or f"; known are {', '.join(METHODS)}"
+            raise ValueError(f"no method '{self.method}'{hint}")
+        if self.continues is not None and together(METHODS[self.method], self.learning == "sequential"):
+            raise ValueError("a checkpoint's tasks are only added to with learning sequential")
         names = [task.name for task in self.tasks]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -145,9 +207,29 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise InputError(f"cannot read the recipe '{path}': {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"'{path}' is no recipe: a recipe is a mapping of keys")
-    for override in overrides:
-        override_key(content, override)
-    return parse(content, str(path))
+    return parse(resolved(content, overrides, str(path)), str(path))
+
+
+def resolved(content: dict[str, Any], overrides: Sequence[str], origin: str) -> dict[str, Any]:
+    """What a file has, with the overrides of its scale, then those of its setting, then those that are given.
+
+    Raises:
+        InputError: there is no such scale or setting, or nothing to override.
+    """
+    given = [parse_override(override) for override in overrides]
+    labels = {key: value for key, value in [*content.items(), *given] if key in ("scale", "setting")}
+    scales = content.pop("scales", None) or {}
+    if not isinstance(scales, dict) or not all(isinstance(changes, dict) for changes in scales.values()):
+        raise InputError(f"{origin}: scales is a mapping of names to the keys that each overrides")
+    for label, default, known in (("scale", "full", {"full": {}, **scales}), ("setting", "paper", SETTINGS)):
+        name = labels.get(label, default)
+        if name not in known:
+            raise InputError(f"{origin}: {label} is one of {', '.join(known)}, not '{name}'")
+        for key, value in known[name].items():
+            override_key(content, key, value)
+    for key, value in given:
+        override_key(content, key, value)
+    return content
 
 
 def parse(content: Mapping[str, Any], origin: str) -> Recipe:
@@ -158,42 +240,45 @@ def parse(content: Mapping[str, Any], origin: str) -> Recipe:
         raise InputError(f"{origin}: {first_problem(error, Recipe)}") from None
 
 
-def override_key(content: dict[str, Any], override: str) -> None:
-    """Sets the key that `key=value` names, the value in YAML, in what a file had."""
+def parse_override(override: str) -> tuple[str, Any]:
+    """The key and the value, in YAML, of `key=value`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise InputError(f"'{override}' is no override: give key=value, such as optimizer.lr=0.05")
     try:
-        value = yaml.safe_load(text)
+        return key, yaml.safe_load(text)
     except (ValueError, yaml.YAMLError):
         raise InputError(f"the value of {key} is not YAML: {text}") from None
+
+
+def override_key(content: dict[str, Any], key: str, value: Any) -> None:
+    """Sets what a dotted key names; `*` in it is every one of a list."""
     *parents, last = key.split(".")
-    place: Any = content
-    for index, part in enumerate(parents):
-        if isinstance(place, dict) and place.get(part) is None:
-            place[part] = {}
-        place = _inside(place, part, ".".join(parents[: index + 1]))
-    if isinstance(place, list):
-        place[_index(place, last, key)] = value
-    elif isinstance(place, dict):
-        place[last] = value
-    else:
-        raise InputError(f"{key}: {'.'.join(parents)} has no keys")
+    places: list[tuple[str, Any]] = [("", content)]
+    for part in parents:
+        inside = []
+        for path, place in places:
+            if isinstance(place, dict) and place.get(part) is None:
+                place[part] = {}
+            inside += [(f"{path}.{name}" if path else name, place[at]) for name, at in _places(place, part, path)]
+        places = inside
+    for path, place in places:
+        for _, at in [("", last)] if isinstance(place, dict) else _places(place, last, path):
+            place[at] = copy.deepcopy(value)
 
 
-def _inside(place: Any, part: str, path: str) -> Any:
-    if isinstance(place, list):
-        return place[_index(place, part, path)]
+def _places(place: Any, part: str, path: str) -> list[tuple[str, Any]]:
+    """The names and keys that a part of a dotted key stands for, in the dict or list that is at a path."""
     if isinstance(place, dict):
-        return place[part]
-    raise InputError(f"{path}: there is nothing of that name")
-
-
-def _index(place: list[Any], part: str, path: str) -> int:
+        return [(part, part)]
+    if not isinstance(place, list):
+        raise InputError(f"{path} has no keys: there is no {path}.{part}")
+    if part == "*":
+        return [(str(index), index) for index in range(len(place))]
     if not part.isdecimal() or int(part) >= len(place):
-        allowed = f"give a number from 0 to {len(place) - 1}" if place else "the list is empty"
-        raise InputError(f"{path}: {allowed}")
-    return int(part)
+        allowed = f"give a number from 0 to {len(place) - 1}, or *" if place else "the list is empty"
+        raise InputError(f"{path}.{part}: {allowed}")
+    return [(part, int(part))]
 
 
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:

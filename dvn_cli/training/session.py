@@ -59,15 +59,18 @@ class Session:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
             "threads": torch.get_num_threads(),
         }
-        if recipe.partition is not None and _same_file(locate(recipe.partition, base), output):
-            raise InputError(f"'{output}' is the partition that the recipe starts from: give another output with -o")
+        start = recipe.partition or recipe.continues
+        if start is not None and _same_file(locate(start, base), output):
+            raise InputError(f"'{output}' is what the recipe starts from: give another output with -o")
         for file in vars(self.files).values():
             _check_writable(file)  # now, not after the last epoch
         saved = state.load(self.files.state) if resume else None
         if saved is not None:
             _same_recipe(saved[1]["recipe"], self.record["recipe"])
         data = setup.load_data(recipe, base)
-        self.run = Run(recipe, setup.build(recipe, data, base), data, device)
+        network, before = setup.build(recipe, data, base)
+        known = len(network.tasks) - len(data)
+        self.run = Run(recipe, network, dict(enumerate(data, known + 1)), device, before)
         if saved is not None:
             try:
                 self.run.restore(*saved)
@@ -102,6 +105,7 @@ class Session:
                 f"{self.run.device} has too little memory: give a smaller batch_size than {self.recipe.batch_size}"
             ) from error
         self.run.network.training_record = {**self.record, "epochs": self.run.epochs_done}
+        self.record["stored"] = sum(p.numel() for p in self.run.network.parameters())
         self.run.network.save(self.files.checkpoint)
         self._write_record()
         self.files.state.unlink(missing_ok=True)

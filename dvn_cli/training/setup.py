@@ -1,9 +1,12 @@
 """From a recipe to what the loop needs: the tasks' images and the untrained networks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from dvn_cli import checkpoint
 from dvn_cli.backbones import BackboneSpec, load_pretrained, load_weights, resolve
@@ -11,8 +14,9 @@ from dvn_cli.data import TaskData, load_task
 from dvn_cli.data.spec import locate
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork, load
-from dvn_cli.partition import Partition
+from dvn_cli.partition import Owner, Partition
 from dvn_cli.tasks import Task
+from dvn_cli.training.methods import METHODS, Method, Network, levels_of
 from dvn_cli.training.recipe import Recipe
 from dvn_cli.units.order import paper_order
 
@@ -33,10 +37,40 @@ def load_data(recipe: Recipe, base: Path) -> list[TaskData]:
     return loaded
 
 
-def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> DeepVirtualNetwork:
-    """Partitions the recipe's backbone, or opens its partition, and gives every task and network its private part."""
-    if recipe.partition is not None:
-        return _from_partition(recipe, data, base)
+def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[Network]]:
+    """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
+
+    Returns:
+        all networks, and which of them were trained in an earlier run.
+    """
+    if recipe.continues is not None:
+        return _continued(recipe, data, base)
+    method = METHODS[recipe.method]
+    partition, tensors = (_opened if recipe.partition is not None else _divided)(recipe, data, base)
+    network = DeepVirtualNetwork(partition, _tasks(recipe, data, partition.units, base), tensors)
+    network.make_private(owners(method, partition))
+    return network, []
+
+
+def owners(method: Method, partition: Partition) -> Mapping[str, Owner]:
+    """Who has a tensor of its own, of each."""
+    if method.private == "norms":
+        return partition.owners
+    names = partition.shapes if method.private == "all" else partition.head
+    return dict.fromkeys(names, "network")
+
+
+def _channels(recipe: Recipe, base: Path) -> int:
+    """Channels of the images, before any is read."""
+    start = recipe.partition or recipe.continues
+    if start is not None:
+        header = checkpoint.read_checkpoint(locate(start, base))
+        return BackboneSpec.from_dict(header.metadata["backbone"]).in_chans
+    assert recipe.backbone is not None
+    return recipe.backbone.in_chans or resolve(recipe.backbone.name, num_classes=2).in_chans
+
+
+def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Partition, dict[str, Tensor]]:
     assert recipe.backbone is not None
     assert recipe.units is not None
     smallest = min((d.input_size for d in data), key=lambda size: size[0] * size[1])
@@ -47,53 +81,104 @@ def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> DeepVirtualNe
         in_chans=recipe.backbone.in_chans,
         input_size=(asked, asked) if isinstance(asked, int) else asked or smallest,
     )
+    spec = replace(spec, hidden_layers=METHODS[recipe.method].hidden)
     torch.manual_seed(recipe.seed)
     module = spec.build()
+    if recipe.backbone.zero_init_last:
+        _zero_last_norms(module, spec)
     if recipe.backbone.weights is not None:
         load_weights(module, spec, locate(recipe.backbone.weights, base))
     elif recipe.backbone.pretrained:
         load_pretrained(module, spec)
-    tasks = _tasks(recipe, data, recipe.units, base)
-    network = DeepVirtualNetwork.from_backbone(Partition.create(spec, recipe.units, module), module, tasks)
-    network.make_private()
-    return network
+    partition = Partition.create(spec, recipe.units, module)
+    return partition, _templates(partition, module)
 
 
-def _channels(recipe: Recipe, base: Path) -> int:
-    """Channels of the images, before any is read."""
-    if recipe.partition is not None:
-        header = checkpoint.read_checkpoint(locate(recipe.partition, base))
-        return BackboneSpec.from_dict(header.metadata["backbone"]).in_chans
-    assert recipe.backbone is not None
-    return recipe.backbone.in_chans or resolve(recipe.backbone.name, num_classes=2).in_chans
+def _zero_last_norms(module: nn.Module, spec: BackboneSpec) -> None:
+    zero: list[Any] = [block for block in module.modules() if hasattr(block, "zero_init_last")]
+    if not zero:
+        raise InputError(f"backbone.zero_init_last: the blocks of {spec.name} have no zero_init_last(), as timm's do")
+    for block in zero:
+        block.zero_init_last()
 
 
-def _from_partition(recipe: Recipe, data: Sequence[TaskData], base: Path) -> DeepVirtualNetwork:
-    assert recipe.partition is not None
-    opened = load(locate(recipe.partition, base))
+def _templates(partition: Partition, module: nn.Module) -> dict[str, Tensor]:
+    """The backbone's tensors by their names in the file."""
+    state = module.state_dict()
+    return {f"shared/{name}": state[name].detach().clone() for name in partition.shapes}
+
+
+def _open(file: str, base: Path) -> DeepVirtualNetwork:
+    opened = load(locate(file, base))
     if not isinstance(opened, DeepVirtualNetwork):
-        raise InputError(f"'{recipe.partition}' is a slice: give a partition")
+        raise InputError(f"'{file}' is a slice: give a checkpoint")
+    return opened
+
+
+def _opened(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Partition, dict[str, Tensor]]:
+    assert recipe.partition is not None
+    if METHODS[recipe.method].hidden:
+        raise InputError(f"method {recipe.method} has layers that '{recipe.partition}' lacks: give backbone and units")
+    opened = _open(recipe.partition, base)
     if opened.training_record is not None:
-        raise InputError(f"'{recipe.partition}' has been trained already: give a partition")
-    tasks = _tasks(recipe, data, opened.partition.units, base)
+        raise InputError(f"'{recipe.partition}' has been trained already: `continues` adds tasks to it")
     most = opened.partition.spec.num_classes
-    for task in tasks:
-        if len(task.classes) > most:
+    for task, images in zip(recipe.tasks, data, strict=True):
+        if len(images.classes) > most:
             raise InputError(
-                f"task '{task.name}' has {len(task.classes)} classes, the partition's classifier {most}: "
-                f"partition with --num-classes {max(len(t.classes) for t in tasks)}"
+                f"task '{task.name}' has {len(images.classes)} classes, the partition's classifier {most}: "
+                f"partition with --num-classes {max(len(d.classes) for d in data)}"
             )
-    network = DeepVirtualNetwork(opened.partition, tasks, opened.file_tensors())
-    network.make_private()
-    return network
+    return opened.partition, opened.file_tensors()
 
 
-def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path) -> list[Task]:
+def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[Network]]:
+    """A trained checkpoint, with new tasks and, where a new unit makes them possible, new levels of the old tasks."""
+    assert recipe.continues is not None
+    opened, method = _open(recipe.continues, base), METHODS[recipe.method]
+    if opened.training_record is None:
+        raise InputError(f"'{recipe.continues}' has not been trained yet: give it as partition")
+    trained = opened.training_record["recipe"].get("method", "dvn")
+    if trained != recipe.method:
+        raise InputError(f"'{recipe.continues}' was trained with method={trained}: continue with the same")
+    known, units = opened.tasks, opened.partition.units
+    twice = {task.name for task in known} & {task.name for task in recipe.tasks}
+    if twice:
+        raise InputError(f"'{recipe.continues}' has a task '{min(twice)}' already: give the new one another name")
+    before = list(opened)
+    if method.levels == "all":
+        used = max(unit for of in before for unit in known[of[0] - 1].kept(of[1]))
+        there = min(used + len(data), units) if recipe.sequential.grow else units
+        levels = recipe.levels or range(1, units + 1)
+        for place, task in enumerate(known):
+            more = (n for n in levels if n > task.levels[-1] and max(task.order[:n]) <= there)
+            known[place] = replace(task, levels=(*task.levels, *more))
+    tasks = [*known, *_tasks(recipe, data, units, base, len(known))]
+    partition = opened.partition
+    most = max(len(task.classes) for task in tasks)
+    if most > partition.spec.num_classes:
+        spec = replace(partition.spec, num_classes=most)
+        partition = Partition.create(spec, units, assignment=partition.assignment)
+    torch.manual_seed(recipe.seed)
+    tensors = {**_templates(partition, partition.spec.build()), **opened.file_tensors()}
+    network = DeepVirtualNetwork(partition, tasks, tensors)
+    network.make_private(owners(method, partition))
+    return network, before
+
+
+def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, known: int = 0) -> list[Task]:
+    """The recipe's tasks, where so many are known already."""
+    method, count = METHODS[recipe.method], known + len(data)
     tasks = []
-    for number, (keys, images) in enumerate(zip(recipe.tasks, data, strict=True), 1):
-        order = paper_order(number, units) if keys.order is None else keys.order
+    for place, (keys, images) in enumerate(zip(recipe.tasks, data, strict=True)):
+        number = known + place + 1
+        if method.order == "same" and keys.order is not None:
+            raise InputError(f"tasks.{place}.order: with method={recipe.method} all tasks have the same order")
+        order = paper_order(number, units) if method.order == "paper" else list(range(1, units + 1))
+        if keys.order is not None:
+            order = keys.order
         if sorted(order) != list(range(1, units + 1)):
-            raise InputError(f"tasks.{number - 1}.order: name each of the units 1 to {units} once, not {order}")
+            raise InputError(f"tasks.{place}.order: name each of the units 1 to {units} once, not {order}")
         given = (levels for levels in (keys.levels, recipe.levels) if levels is not None)
         levels = next(given, list(range(1, units + 1)))
         if not levels or levels != sorted(set(levels)) or levels[-1] > units:
@@ -109,7 +194,7 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path) -> 
                 tuple(images.mean),
                 tuple(images.std),
                 tuple(order),
-                tuple(levels),
+                levels_of(method, number, count, levels, keys.name),
                 {"spec": keys.data.model_dump(mode="json"), "base": str(base.resolve())},
             )
         )

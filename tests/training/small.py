@@ -39,9 +39,7 @@ def content(**keys: Any) -> dict[str, Any]:
 
 def session(folder: Path, *overrides: str, resume: bool = False, **keys: Any) -> Session:
     """A session of the small recipe whose checkpoint is `dvn.safetensors` in a folder."""
-    read = content(**keys)
-    for override in overrides:
-        recipes.override_key(read, override)
+    read = recipes.resolved(content(**keys), overrides, "small.yaml")
     return Session(recipes.parse(read, "small.yaml"), folder, folder / "dvn.safetensors", CPU, resume)
 
 

@@ -138,8 +138,8 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("tasks=3", "tasks: input should be a valid list"),
         ("epochs", "'epochs' is no override: give key=value"),
         ("=3", "'=3' is no override: give key=value"),
-        ("units.x=1", "units.x: units has no keys"),
-        ("units.x.y=1", "units.x: there is nothing of that name"),
+        ("units.x=1", "units has no keys: there is no units.x"),
+        ("units.x.y=1", "units has no keys: there is no units.x"),
         ("tasks.2.name=x", "tasks.2: give a number from 0 to 1"),
         ("tasks.one.name=x", "tasks.one: give a number from 0 to 1"),
         ("tasks.-1.name=x", "tasks.-1: give a number from 0 to 1"),
@@ -232,7 +232,7 @@ def test_any_value_is_taken_or_refused(path: str, value: Any) -> None:
     read = small.content()
     text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
     try:
-        recipes.override_key(read, f"{path}={text}")
+        recipes.override_key(read, *recipes.parse_override(f"{path}={text}"))
         taken = recipes.parse(read, "x")
     except InputError:
         return

@@ -1,0 +1,156 @@
+"""The methods, as data: which networks exist, which parameters each has of its own, and what moves when.
+
+Those that the paper compares itself with (section 4): NestedNet (E. Kim, C. Ahn, S. Oh, CVPR 2018), PackNet (A. Mallya,
+S. Lazebnik, CVPR 2018) by groups of feature maps as in section 4.3, feature extraction (J. Donahue et al., ICML 2014),
+DA-CNN (Y.-X. Wang, D. Ramanan, M. Hebert, CVPR 2017), learning without forgetting (Z. Li, D. Hoiem, ECCV 2016).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from dvn_cli.errors import InputError
+from dvn_cli.tasks import Task
+
+Network = tuple[int, int]  # task and level, both from 1
+
+
+@dataclass(frozen=True)
+class Method:
+    """What sets a method apart.
+
+    Attributes:
+        order: of the units: the paper's, another for each task, or the same for all tasks.
+        levels: of a task: all; its `own`, level j for task j (all where there is one task); or the `top` alone.
+        private: what each network has of its own: `norms` (the stem, normalisations with running statistics and the
+            classifier), the `head` alone (the classifier and hidden layers before it), or `all`.
+        arrival: of the tasks: as the recipe says (`any`), `together`, or `one by one`.
+        later: what a task that comes later moves of the weights it shares with earlier ones: `all`, and then those are
+            held by distillation; or only what is `new`, in no earlier network.
+        hidden: fully connected layers before the classifier, which the backbone has not.
+    """
+
+    order: Literal["paper", "same"]
+    levels: Literal["all", "own", "top"]
+    private: Literal["norms", "head", "all"]
+    arrival: Literal["any", "together", "one by one"]
+    later: Literal["all", "new"]
+    hidden: int = 0
+
+
+METHODS: Mapping[str, Method] = {
+    "dvn": Method("paper", "all", "norms", "any", "all"),
+    "baseline": Method("paper", "all", "all", "together", "all"),
+    "nestednet": Method("same", "own", "norms", "any", "all"),
+    "packnet": Method("same", "own", "norms", "one by one", "new"),
+    "feature_extraction": Method("same", "top", "head", "one by one", "new"),
+    "da_cnn": Method("same", "top", "head", "one by one", "new", hidden=2),
+    "lwf": Method("same", "top", "norms", "one by one", "all"),
+}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of a run: some tasks' images, and what is learnt from them.
+
+    Attributes:
+        tasks: whose images there are.
+        learn: networks that learn from labels.
+        hold: old tasks' networks and the network, of before the stage, that each one learns to agree with.
+        before: networks that were trained in an earlier stage.
+        moves: `all` that those networks have; or only what is `new`, in no network of before.
+        epochs: passes over the largest of the tasks.
+        warmup: whether it only prepares the next stage, at an even learning rate.
+    """
+
+    tasks: tuple[int, ...]
+    learn: tuple[Network, ...]
+    hold: tuple[tuple[Network, Network], ...]
+    before: tuple[Network, ...]
+    moves: Literal["all", "new"]
+    epochs: int
+    warmup: bool = False
+
+    @property
+    def trained(self) -> tuple[Network, ...]:
+        """All networks that this stage trains."""
+        return (*self.learn, *(student for student, _ in self.hold))
+
+
+def levels_of(method: Method, number: int, tasks: int, levels: Sequence[int], name: str) -> tuple[int, ...]:
+    """The levels of task `number` of so many `tasks`, of those that the recipe has, each a number of units.
+
+    Raises:
+        InputError: there is no level for this task.
+    """
+    if method.levels == "top":
+        return (levels[-1],)
+    if method.levels == "all" or tasks == 1:
+        return tuple(levels)
+    if number > len(levels):
+        raise InputError(f"task '{name}' is number {number}, and there are {len(levels)} levels, one for each task")
+    return (levels[number - 1],)
+
+
+def together(method: Method, sequential: bool) -> bool:
+    """Whether all tasks are learnt at once."""
+    return method.arrival == "together" or (method.arrival == "any" and not sequential)
+
+
+def plan(
+    method: Method,
+    tasks: Sequence[Task],
+    *,
+    before: Sequence[Network] = (),
+    sequential: bool,
+    grow: bool,
+    epochs: int,
+    warmup_epochs: int,
+) -> list[Stage]:
+    """The stages of a run.
+
+    Args:
+        method: the method.
+        tasks: as they are at the end, task 1 first.
+        before: networks that were trained in an earlier run, which the first tasks are all of.
+        sequential: learn one task after the other, where the method leaves that open.
+        grow: each task brings a unit, the last one the last unit: before it comes nobody uses that.
+        epochs: for all tasks together, or for each.
+        warmup_epochs: of new parts alone, before each later task.
+
+    Raises:
+        InputError: a task has no network among the units that there are when it comes.
+    """
+    every = [(number, level) for number, task in enumerate(tasks, 1) for level in range(1, len(task.levels) + 1)]
+    if together(method, sequential):
+        return [Stage(tuple(range(1, len(tasks) + 1)), tuple(every), (), (), "all", epochs)]
+    units = len(tasks[0].order)
+    known = max((task for task, _ in before), default=0)
+    used = max((unit for task, level in before for unit in tasks[task - 1].kept(level)), default=units - len(tasks))
+    before = tuple(before)
+    stages: list[Stage] = []
+    for newest in range(known + 1, len(tasks) + 1):
+        active = min(used + newest - known, units) if grow and method.levels == "all" else units
+        there = tuple(
+            (task, level)
+            for task, level in every
+            if task <= newest and all(unit <= active for unit in tasks[task - 1].kept(level))
+        )
+        learn = tuple(network for network in there if network[0] == newest)
+        if not learn:
+            raise InputError(
+                f"task '{tasks[newest - 1].name}' has no level within {max(active, 0)} of the {units} units, which is "
+                "all that there are when it comes: give it a lower level, more units, or sequential.grow=false"
+            )
+        old = tuple(network for network in there if network[0] < newest) if method.later == "all" else ()
+        hold = tuple((network, network if network in before else _highest(before, network[0])) for network in old)
+        if before and warmup_epochs:
+            fresh = tuple((student, teacher) for student, teacher in hold if student not in before)
+            stages.append(Stage((newest,), learn, fresh, before, "new", warmup_epochs, warmup=True))
+        stages.append(Stage((newest,), learn, hold, before, method.later if before else "all", epochs))
+        before = there
+    return stages
+
+
+def _highest(networks: Sequence[Network], task: int) -> Network:
+    return max(network for network in networks if network[0] == task)
