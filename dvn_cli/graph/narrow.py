@@ -1,5 +1,6 @@
 """The graph of a part of the channels: every tensor loses what is not kept, every size in the graph follows."""
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,19 @@ def kept_indices(labeller: Labeller, labels: Labels, keep: Tensor) -> Kept:
         if not torch.equal(outer.expand(mask.shape), mask):
             raise NotOuterError
     return [None if mask is None or bool(mask.all()) else mask.nonzero().reshape(-1) for mask in masks]
+
+
+def on_device(module: fx.GraphModule, device: torch.device | str) -> fx.GraphModule:
+    """A copy of a narrow network with its constants on a device, where it also makes the tensors that it makes."""
+    module = copy.deepcopy(module).to(device)
+    device = torch.device(device)
+    for node in module.graph.nodes:
+        moved = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda value: device if isinstance(value, torch.device) else value
+        )
+        node.args, node.kwargs = moved  # type: ignore[misc]
+    module.recompile()
+    return module
 
 
 def narrow(

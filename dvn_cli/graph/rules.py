@@ -29,7 +29,8 @@ RESHAPES = {"reshape_as", "view_as"}
 STORAGE = {"as_strided", "view_as_complex", "view_as_real"}
 # Give every element its own value without mixing elements, but carry no pointwise tag.
 POINTWISE = {"dropout", "alpha_dropout", "feature_dropout", "hardswish", "log_sigmoid", "to", "_to_copy"}
-POINTWISE |= {"bernoulli", "copy", "detach", "lift_fresh_copy", "fill", "zero", "masked_fill", "isnan", "where"}
+POINTWISE |= {"bernoulli", "copy", "detach", "lift_fresh_copy", "fill", "floor_divide", "isnan", "masked_fill", "where"}
+POINTWISE |= {"zero"}
 # Make a tensor that takes nothing but its shape (and type) from others.
 FACTORIES = {"arange", "empty", "eye", "full", "linspace", "new_empty", "new_full", "new_ones", "new_zeros", "ones"}
 FACTORIES |= {"rand", "randn", "zeros", "scalar_tensor"}
@@ -298,7 +299,10 @@ def _grid_sampler(labeller: Labeller, call: Call) -> Labels:
     return from_vectors(call.shape, vectors)
 
 
-@rule("mean", "sum", "amax", "amin", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "logsumexp", "norm")
+@rule(
+    *("mean", "sum", "amax", "amin", "all", "any", "linalg_vector_norm", "var", "std", "var_mean", "std_mean", "norm"),
+    "logsumexp",
+)
 def _reduce(labeller: Labeller, call: Call) -> Labels | list[Labels]:
     """Over channels they are taken over those that are kept."""
     return reduced(labeller, call, call.labels("self"), call.dims() if "dim" in call.args else call.dims("__all__"))

@@ -9,6 +9,7 @@ largest come first. Rows are appended as they are done, and models that the tabl
 """
 
 import argparse
+import contextlib
 import csv
 import math
 import multiprocessing
@@ -36,7 +37,7 @@ NAMES = HERE / "panel.txt"
 TABLE = HERE / "panel.csv"
 LARGE = 30_000_000  # parameters; of a combination whose models are all larger the smallest is taken all the same
 HUGE = 500_000_000  # parameters: in double precision, up to four times over
-SMALL_SIZE = 128  # pixels, where a model takes images of any size
+SMALL_SIZES = (128, 144, 192)  # pixels, of which a model gets the first that it takes, else its own
 TOLERANCE = 1e-5  # some models compute in fp32 whatever they are given
 
 
@@ -105,18 +106,18 @@ def chosen() -> dict[str, int]:
 
 
 def spec_of(name: str) -> BackboneSpec:
-    try:
-        return resolve(name, num_classes=10, input_size=(SMALL_SIZE, SMALL_SIZE))
-    except InputError:
-        return resolve(name, num_classes=10)
+    for size in SMALL_SIZES:
+        with contextlib.suppress(InputError):
+            return resolve(name, num_classes=10, input_size=(size, size))
+    return resolve(name, num_classes=10)
 
 
-def examine(name: str, quick: bool) -> Row:
+def examine(name: str, quick: bool, device: str) -> Row:
     """Divides a model among 2 and 4 units and compares its networks with the masked ones, in eval and train graphs."""
     row = Row(name)
     start = time.perf_counter()
     try:
-        _examine(row, spec_of(name), quick)
+        _examine(row, spec_of(name), quick, device)
     except InputError as error:
         row.outcome, row.reason = "refused", str(error)
     except Exception as error:
@@ -127,7 +128,7 @@ def examine(name: str, quick: bool) -> Row:
     return row
 
 
-def _examine(row: Row, spec: BackboneSpec, quick: bool) -> None:
+def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str) -> None:
     row.params, row.size = sum(p.numel() for p in spec.build("meta").parameters()), spec.input_size[0]
     before, start = peak(), time.perf_counter()
     partition = Partition.create(spec, 4)
@@ -137,7 +138,7 @@ def _examine(row: Row, spec: BackboneSpec, quick: bool) -> None:
         row.reason = "divided, but larger than what is compared"
         return
     modes = (False,) if quick else (False, True)
-    comparison = Comparison(spec.build(), (spec.in_chans, *spec.input_size), modes, batch=2)
+    comparison = Comparison(spec.build(), (spec.in_chans, *spec.input_size), modes, 2, device)
     for units in (4, 2):
         assignment = comparison.divide(units)
         if units == 4 and assignment != partition.assignment:
@@ -177,10 +178,11 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1024**2)
 
 
-def _child(name: str, quick: bool, pipe: Connection) -> None:
+def _child(name: str, quick: bool, device: str, pipe: Connection) -> None:
     warnings.simplefilter("ignore")
+    torch.backends.cudnn.allow_tf32 = False  # some models compute in fp32 whatever they are given
     torch.set_num_threads(1)
-    pipe.send(examine(name, quick))
+    pipe.send(examine(name, quick, device))
 
 
 @dataclass
@@ -191,14 +193,14 @@ class Job:
     deadline: float
 
 
-def run(names: Sequence[str], quick: bool, limit: float, jobs: int) -> Iterator[Row]:
+def run(names: Sequence[str], quick: bool, device: str, limit: float, jobs: int) -> Iterator[Row]:
     """Yields a row for each model, as they are done."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(names)[::-1], dict[Connection, Job]()
     while waiting or running:
         while waiting and len(running) < jobs:
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name := waiting.pop(), quick, theirs))
+            process = context.Process(target=_child, args=(name := waiting.pop(), quick, device, theirs))
             process.start()
             theirs.close()
             running[ours] = Job(name, process, ours, time.monotonic() + limit)
@@ -264,6 +266,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="models; by default all of panel.txt")
     parser.add_argument("--choose", action="store_true", help="choose the models again")
     parser.add_argument("--quick", action="store_true", help="one network for each number of units, eval graphs only")
+    parser.add_argument("--device", default="cpu", help="where networks are compared")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
     parser.add_argument("-o", "--output", type=Path, default=TABLE)
@@ -275,7 +278,8 @@ def main() -> None:
     sizes = chosen()
     done = {row.name for row in read(args.output)}
     names = sorted(args.names or sizes, key=lambda name: -sizes.get(name, 0))
-    for row in run([name for name in names if name not in done], args.quick, args.limit, args.jobs):
+    names = [name for name in names if name not in done]
+    for row in run(names, args.quick, args.device, args.limit, args.jobs):
         write(args.output, [row], append=True)
         print(row.outcome, row.name, row.reason, f"{row.error:.0e} {row.total_s:.0f} s", file=sys.stderr, flush=True)
     rows = sorted(read(args.output), key=lambda row: row.name)

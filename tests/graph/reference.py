@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from dvn_cli.graph.labels import Labeller
-from dvn_cli.graph.narrow import Narrowed, narrow
+from dvn_cli.graph.narrow import Narrowed, narrow, on_device
 from dvn_cli.graph.trace import Traced, trace
 from dvn_cli.units.assign import Assignment, assign, kept_labels, unit_of_labels
 from dvn_cli.units.order import paper_order
@@ -222,7 +222,7 @@ def _attention(
     given = dict(zip(("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"), args, strict=False)) | kwargs
     if there.all():
         return f(query, key, value, *args, **kwargs)
-    bias = torch.zeros(there.shape, dtype=query.dtype).masked_fill(~there, -math.inf)
+    bias = query.new_zeros(there.shape).masked_fill(~there, -math.inf)
     mask = given.get("attn_mask")
     given["attn_mask"] = bias.expand(query.shape[-2], -1) if mask is None else mask + bias
     return f(query, key, value, **given)
@@ -267,7 +267,7 @@ def masked(module: nn.Module, assignment: Assignment, kept: Sequence[int]) -> nn
         for name, tensor in module.state_dict(keep_vars=True).items():
             if tensor.is_floating_point():
                 for dim, mask in enumerate(kept_by_axes(assignment, name, tensor.shape, kept)):
-                    tensor.mul_(mask.reshape([-1 if d == dim else 1 for d in range(tensor.ndim)]))
+                    tensor.mul_(mask.to(tensor.device).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)]))
     return module
 
 
@@ -292,6 +292,7 @@ class Comparison:
         module: any; it is copied and randomised.
         input_shape: channels, height, width.
         modes: for which graphs (train or not).
+        device: where they are compared.
     """
 
     def __init__(
@@ -300,11 +301,14 @@ class Comparison:
         input_shape: tuple[int, int, int],
         modes: Sequence[bool] = (False, True),
         batch: int = 3,
+        device: str = "cpu",
     ) -> None:
         self.module = randomised(module)
         generator = torch.Generator().manual_seed(1)
-        self.x = torch.randn(batch, *input_shape, generator=generator, dtype=torch.double)
         self.traced: dict[bool, Traced] = {mode: trace(self.module, input_shape, mode) for mode in modes}
+        if device != "cpu":
+            self.module = copy.deepcopy(self.module).to(device)
+        self.x = torch.randn(batch, *input_shape, generator=generator, dtype=torch.double).to(device)
         self.whole: dict[bool, KeptStatistics] = {}
 
     def divide(self, units: int) -> Assignment:
@@ -331,7 +335,7 @@ class Comparison:
             tensor = state[name]
             for dim, mask in enumerate(kept_by_axes(self.assignment, name, tensor.shape, kept)):
                 if not mask.all():
-                    tensor = tensor.index_select(dim, mask.nonzero().reshape(-1))
+                    tensor = tensor.index_select(dim, mask.nonzero().reshape(-1).to(tensor.device))
             result.append(tensor.clone() if tensor is state[name] else tensor)
         return result
 
@@ -340,7 +344,7 @@ class Comparison:
         start = time.perf_counter()
         net = narrow(self.traced[train], self.labels[train], self.labeller, keep, {})
         self.seconds = time.perf_counter() - start
-        return net
+        return Narrowed(on_device(net.module, self.x.device), net.names) if self.x.device.type != "cpu" else net
 
     def narrowed(self, kept: Sequence[int], train: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Output of the narrow network, and its tensors afterwards."""
@@ -375,7 +379,8 @@ class Comparison:
         state = module.state_dict()
         for name, tensor in after.items():
             if name.endswith(("running_mean", "running_var")):
-                wanted = state[name][kept_by_axes(self.assignment, name, state[name].shape, kept)[0]]
+                mask = kept_by_axes(self.assignment, name, state[name].shape, kept)[0]
+                wanted = state[name][mask.to(tensor.device)]
                 pairs.append((tensor, wanted))
         worst = 0.0
         for a, b in pairs:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Labeller
+from dvn_cli.graph.narrow import on_device
 from dvn_cli.graph.rules import RULES, kind_of
 from dvn_cli.graph.trace import trace
 
@@ -152,6 +153,7 @@ CASES = {
     "cumulative": Between(lambda x: x.cumsum(1)),
     "maximum": Between(lambda x: x.max(1, keepdim=True)[0] - x),
     "roll": Between(lambda x: x.roll((1, 2), (1, 2))),
+    "floor division": Between(lambda x: torch.where((x // 2).gt(0).all((2, 3), keepdim=True), x, -x)),
     "einsum": Between(lambda x: torch.einsum("bchw,bcij->bchi", x, x) / 9),
 }
 
@@ -168,6 +170,22 @@ def test_narrowed_is_masked(name):
     for kept in [(1,), (2,), (1, 2)]:
         for train in (False, True):
             assert comparison.error(kept, train) < 1e-8
+
+
+def with_positions(x: Tensor) -> Tensor:
+    positions = torch.arange(6, device=x.device, dtype=x.dtype) // 2
+    return x * positions + x.new_ones(8, 1, 1)
+
+
+def test_a_network_makes_its_tensors_where_it_is():
+    comparison = Comparison(Between(with_positions), (3, 6, 6), modes=(False,))
+    comparison.divide(2)
+    net = comparison.network((1,), False)
+    tensors = [tensor.to("meta") for tensor in comparison.tensors(net.names, (1,))]
+    x = comparison.x.to("meta")
+    assert on_device(net.module, "meta")(x, *tensors).device.type == "meta"
+    with pytest.raises(RuntimeError, match="device"):
+        net.module(x, *tensors)
 
 
 def test_no_gradient_where_the_module_has_none():
