@@ -477,7 +477,7 @@ def slice_file(checkpoint: Header, task: int, level: int, output: str | os.PathL
     if os.path.exists(output) and os.path.samefile(output, checkpoint.path):
         raise InputError(f"cannot write the slice to '{output}': that is the checkpoint itself")
     entry = checkpoint.metadata["tasks"][task - 1]
-    same = ("format", "backbone", "units", "axes", "tensors", "class_axis")
+    same = ("format", "backbone", "units", "rule", "axes", "tensors", "class_axis")
     metadata = {key: checkpoint.metadata[key] for key in same if key in checkpoint.metadata}
     metadata |= {"kind": "slice", "task": entry, "task_number": task, "level": level, "kept": kept_units(entry, level)}
     write(output, tensors, metadata)

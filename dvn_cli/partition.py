@@ -3,7 +3,7 @@
 import functools
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,7 @@ from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.labels import Labeller, base_name, bind
 from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
 from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, trace
-from dvn_cli.units.assign import Assignment, Bucket, assign, axes_by_name, kept_labels, unit_of_labels
+from dvn_cli.units.assign import EVEN, Assignment, Bucket, Rule, assign, axes_by_name, kept_labels, unit_of_labels
 
 Owner = Literal["shared", "task", "network"]
 
@@ -36,6 +36,7 @@ class Partition:
     Attributes:
         spec: how to build the backbone.
         units: how many units there are.
+        rule: how channels were dealt to them.
         assignment: which unit owns which indices of which tensor.
         buckets: the classes of coupled channels that were divided together (or stayed shared).
         owners: for each tensor who has one of its own: nobody (`shared`), each `task`, or each `network`, that is task
@@ -47,6 +48,7 @@ class Partition:
 
     spec: BackboneSpec
     units: int
+    rule: Rule
     assignment: Assignment
     buckets: list[Bucket]
     owners: dict[str, Owner]
@@ -61,7 +63,12 @@ class Partition:
 
     @classmethod
     def create(
-        cls, spec: BackboneSpec, units: int, module: nn.Module | None = None, assignment: Assignment | None = None
+        cls,
+        spec: BackboneSpec,
+        units: int,
+        module: nn.Module | None = None,
+        assignment: Assignment | None = None,
+        rule: Rule = EVEN,
     ) -> "Partition":
         """Divides a backbone into units.
 
@@ -69,6 +76,7 @@ class Partition:
             units: how many, at least 1.
             module: the backbone, built from `spec`; built here by default. It is not changed.
             assignment: which unit owns what, where that is known already.
+            rule: how channels are dealt to units; importance is that of the module's weights.
 
         Raises:
             InputError: the backbone cannot be divided; the message names the operator and module, or the limit.
@@ -84,7 +92,9 @@ class Partition:
             raise InputError(f"{spec.name} has no classifier whose classes can be told apart")
         state = module.state_dict(keep_vars=True)
         names = [name for name in state if name in labeller.sources]
-        assigned, buckets = assign(labeller, names)
+        parameters = {name: state[name] for name in names if isinstance(state[name], nn.Parameter)}
+        by_weights = rule.assign == "importance" and assignment is None
+        assigned, buckets = assign(labeller, names, rule, parameters if by_weights else None)
         if units > 1 and not any(bucket.sizes for bucket in buckets):
             widest = max((bucket.channels for bucket in buckets), default=0)
             raise InputError(
@@ -96,12 +106,13 @@ class Partition:
         return cls(
             spec=spec,
             units=units,
+            rule=rule,
             assignment=assignment,
             buckets=buckets,
             owners=_owners(graphs, names, assignment),
             shapes={name: tuple(state[name].shape) for name in names},
             dtypes={name: state[name].dtype for name in names},
-            parameters={name for name in names if isinstance(state[name], nn.Parameter)},
+            parameters=set(parameters),
             _graphs=graphs,
             _labels=labels,
             _labeller=labeller,
@@ -119,13 +130,15 @@ class Partition:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
         keys = ("backbone", "units", "axes", "tensors", "class_axis")
-        return _restored(json.dumps({key: metadata[key] for key in keys}, sort_keys=True))
+        rule = metadata.get("rule", {})
+        return _restored(json.dumps({**{key: metadata[key] for key in keys}, "rule": rule}, sort_keys=True))
 
     def metadata(self) -> dict[str, Any]:
         """What `restore` needs, JSON-able."""
         return {
             "backbone": self.spec.to_dict(),
             "units": self.units,
+            "rule": asdict(self.rule),
             "axes": self.assignment.axes,
             "class_axis": [list(place) for place in self.assignment.classes],
             "tensors": {
@@ -220,7 +233,7 @@ def _restored(description: str) -> Partition:
         axes_by_name(metadata["tensors"]),
         [(name, dim) for name, dim in metadata["class_axis"]],
     )
-    partition = Partition.create(spec, metadata["units"], assignment=assignment)
+    partition = Partition.create(spec, metadata["units"], assignment=assignment, rule=Rule(**metadata["rule"]))
     if set(partition.shapes) != set(metadata["tensors"]):
         raise InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")
     return partition

@@ -132,27 +132,36 @@ def test_the_papers_densities_are_those_of_its_rounded_millions() -> None:
     assert [round(100 * m / 29.8, 1) for m in (1.9, 7.5, 16.8, 29.8)] == [6.4, 25.2, 56.4, 100]
 
 
-def test_a_half_is_the_network_written_by_hand_at_half_width(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "widths", "blocks", "rule"),
+    [
+        ("wrn_32_4", (32, 64, 128), 5, ()),
+        ("wrn_16_2", (16, 32, 64), 2, ("--assign", "importance", "--round-to", 8)),
+    ],
+)
+def test_a_half_is_the_network_written_by_hand_at_half_width(
+    capsys: pytest.CaptureFixture[str], name: str, widths: tuple[int, ...], blocks: int, rule: tuple[object, ...]
+) -> None:
     torch.manual_seed(1)
-    state = resolve("wrn_32_4").build().state_dict()
-    for name, tensor in state.items():
-        if "bn" in name and tensor.is_floating_point():
+    state = resolve(name).build().state_dict()
+    for key, tensor in state.items():
+        if "bn" in key and tensor.is_floating_point():
             tensor.uniform_(0.5, 1.5)
     save_file(state, "published.safetensors")
-    partition(capsys, "wrn_32_4", "--units", 2, "--weights", "published.safetensors")
+    partition(capsys, name, "--units", 2, "--weights", "published.safetensors", *rule)
     header = checkpoint.read_checkpoint("dvn.safetensors")
     images = torch.randn(4, 3, 32, 32)
     for task in (1, 2):
         checkpoint.slice_file(header, task, 1, "half.safetensors")
-        hand = ByHand(8, (32, 64, 128), 5, 100)
+        hand = ByHand(8, widths, blocks, 100)
         hand.load_state_dict(load_file("half.safetensors"), strict=True)
         half = dvn_cli.load("half.safetensors")
         assert {n: p.shape for n, p in half.named_parameters()} == {n: p.shape for n, p in hand.named_parameters()}
         for train in (False, True):
             with torch.no_grad():
                 assert (half.train(train)(images) - hand.train(train)(images)).abs().max() <= 1e-6
-        for name, buffer in hand.named_buffers():  # what the batch did to the running statistics
-            torch.testing.assert_close(half.get_buffer(name), buffer)
+        for key, buffer in hand.named_buffers():  # what the batch did to the running statistics
+            torch.testing.assert_close(half.get_buffer(key), buffer)
 
 
 def test_the_top_level_is_the_backbone_with_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
@@ -162,6 +171,56 @@ def test_the_top_level_is_the_backbone_with_its_weights(capsys: pytest.CaptureFi
     stored = load_file("dvn.safetensors")
     for name, tensor in load_file("published.safetensors").items():
         assert name.startswith("fc.") or torch.equal(stored[f"shared/{name}"], tensor)
+
+
+def test_widths_are_rounded_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    document = partition(capsys, "wrn_10_1", "--units", 3, "--round-to", 8)
+    assert (document["round_to"], document["assign"]) == (8, "even")
+    sizes = {bucket["channels"]: bucket["units"] for bucket in document["coupled"]}
+    assert sizes == {16: [6, 5, 5], 32: [16, 8, 8], 64: [24, 24, 16]}
+    header = checkpoint.read_checkpoint("dvn.safetensors")
+    assert [checkpoint.cut(header, task, 1)["layer3.0.conv1.weight"].shape[0] for task in (1, 2, 3)] == [24, 24, 16]
+    assert checkpoint.cut(header, 1, 3)["layer3.0.conv1.weight"].shape[0] == 64
+    assert dvn("partition", "wrn_10_1", "--units", "3", "--round-to", "8") == 0
+    out = capsys.readouterr().out
+    for expected in ("in multiples of 8", "6+5+5", "16+8+8", "24+24+16", "Units are not all alike"):
+        assert expected in out
+
+
+def test_importance_leaves_the_backbone_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    module = resolve("wrn_10_1", 7).build()
+    save_file(module.state_dict(), "published.safetensors")
+    command = ("partition", "wrn_10_1", "--units", 4, "--num-classes", 7, "--assign", "importance")
+    assert dvn(*command, "--weights", "published.safetensors", "--json") == 0
+    document, err = capsys.readouterr()
+    assert json.loads(document)["assign"] == "importance"
+    assert "random" not in err
+    header = checkpoint.read_checkpoint("dvn.safetensors")
+    assert max(len(runs) for axis in header.metadata["axes"] for runs in axis) > 1  # channels of a unit lie apart
+    checkpoint.slice_file(header, 1, 4, "top.safetensors")
+    top, published = load_file("top.safetensors"), load_file("published.safetensors")
+    assert top.keys() == published.keys()
+    assert all(torch.equal(tensor, published[name]) for name, tensor in top.items())
+
+    before = Path("dvn.safetensors").read_bytes()
+    assert dvn(*command, "--weights", "published.safetensors") == 0
+    assert Path("dvn.safetensors").read_bytes() == before
+    assert "equally strong" in capsys.readouterr().out
+    assert dvn(*command, "--json") == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["warning"] is None
+    assert "weights are random" in " ".join(err.split())
+
+
+def test_uneven_groups_are_shown_where_not_all_can_be(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dvn_cli.cli.partition.ROWS", 1)
+    assert dvn("partition", "wrn_10_1", "--units", "3", "--round-to", "32") == 0
+    out = capsys.readouterr().out
+    assert "6+5+5" in out
+    assert "kinds of groups more" in out
 
 
 def test_the_seed_decides_random_weights(capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,6 +251,8 @@ def test_what_no_unit_owns_is_counted_and_warned_of(capsys: pytest.CaptureFixtur
     assert top["divided"] == pytest.approx(1 - everywhere / top["params"])
     assert sum(one["params"] for one in document["whole"]) == everywhere
     assert top["divided"] < 0.9
+    assert document["warning"].startswith("less than 90 % of the parameters are divided; of the others most are those")
+    assert "fewer channels than the 33 units" in document["warning"]
     assert dvn("partition", "wrn_10_1", "--units", 33) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "Warning: less than 90 % of the parameters are divided; of the others most are those of conv1.weight" in out
@@ -274,6 +335,8 @@ def test_what_cannot_be_narrowed_replaces_nothing(
         (["wrn_10_1", "--units", "2", "--input-size", "big"], "--input-size takes pixels such as 224"),
         (["wrn_10_1", "--units", "2", "--pretrained", "--weights", "x"], "not both"),
         (["wrn_10_1", "--units", "2", "--weights", "none.safetensors"], "none.safetensors"),
+        (["wrn_10_1", "--units", "2", "--round-to", "0"], "multiples of 1 or more (8, say), not 0"),
+        (["wrn_10_1", "--units", "2", "--assign", "evenly"], "even or importance, not 'evenly'; did you mean 'even'?"),
         (["wrn_10_1", "--units", "2", "-o", "none/dvn.safetensors"], "none"),
     ],
 )

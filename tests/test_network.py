@@ -25,6 +25,7 @@ from dvn_cli.evaluation import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.tasks import Task
+from dvn_cli.units.assign import Rule
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
@@ -309,6 +310,46 @@ def test_a_checkpoint_comes_back_as_it_was(trained, tmp_path):
     assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
     step(loaded)
     assert_all_have_gradients(loaded)
+
+
+@pytest.mark.parametrize(("name", "units"), [("wrn_10_1", 4), ("test_vit", 2), ("test_efficientnet", 2)])
+def test_units_of_scattered_channels(name, units, tmp_path):
+    """Top level, slices, private norms and files are right where a unit is no run of channels."""
+    torch.manual_seed(0)
+    spec = resolve(name, num_classes=5, input_size=(32, 32))
+    module = spec.build()
+    unlike(module)
+    partition = Partition.create(spec, units, module, rule=Rule("importance"))
+    assert any(len(runs) > 1 for axis in partition.assignment.axes for runs in axis)
+    order = tuple(range(1, units + 1))
+    tasks = [task("one", 5, 32, order, order), task("two", 5, 32, order[::-1], (1, units))]
+    network = DeepVirtualNetwork.from_backbone(partition, module, tasks).eval()
+    x = images(1)
+    assert_close(logits(network, x, 1, units), logits(module, x))
+    before = {key: logits(network, x, *key) for key in network}
+    network.make_private()
+    assert all(torch.equal(logits(network, x, *key), expected) for key, expected in before.items())
+    whole = module.state_dict()
+    for key in network:
+        kept = network.networks(*key).kept
+        for own, tensor in network.tensors(*key).items():
+            expected = whole[own]
+            for dim, indices in enumerate(kept[own]):
+                expected = expected if indices is None else expected.index_select(dim, indices)
+            assert torch.equal(tensor, expected), own
+
+    unlike(network, seed=1)
+    network.save(tmp_path / "dvn.safetensors")
+    loaded = dvn_cli.load(tmp_path / "dvn.safetensors")
+    assert loaded.partition.rule == Rule("importance")
+    assert loaded.partition.buckets == partition.buckets
+    for key in network:
+        slice_file(read_checkpoint(tmp_path / "dvn.safetensors"), *key, tmp_path / "s.safetensors")
+        expected = logits(network, x, *key)
+        assert torch.equal(logits(loaded, x, *key), expected)
+        assert_close(logits(dvn_cli.load(tmp_path / "s.safetensors"), x), expected)
+    step(network, images(1, batch=4))
+    assert_all_have_gradients(network)
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

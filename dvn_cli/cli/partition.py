@@ -31,6 +31,12 @@ def partition_command(
         str, typer.Argument(metavar="BACKBONE", help="A model of timm or torchvision, wrn_N_S, resnet_N, or a family.")
     ],
     units: Annotated[int, typer.Option(help="How many units.")],
+    round_to: Annotated[
+        int, typer.Option(help="Make units multiples of so many channels wide, where there are enough.")
+    ] = 1,
+    assign: Annotated[
+        str, typer.Option(metavar="even|importance", help="Give each unit a run of channels, or equally strong ones.")
+    ] = "even",
     num_classes: Annotated[
         int | None, typer.Option(help="Outputs of the classifier. Default: the model's own.")
     ] = None,
@@ -62,7 +68,9 @@ def partition_command(
         from dvn_cli.partition import Partition
         from dvn_cli.tasks import default_tasks
         from dvn_cli.units import count
+        from dvn_cli.units.assign import Rule
 
+        rule = Rule(assign, round_to)
         spec = backbones.resolve(backbone, num_classes, in_chans, _size(input_size))
         status.update(f"building {spec.name}")
         torch.manual_seed(seed)
@@ -73,7 +81,7 @@ def partition_command(
         elif weights is not None:
             left_out = backbones.load_weights(module, spec, weights)
         status.update(f"dividing {spec.name}")
-        partition = Partition.create(spec, units, module)
+        partition = Partition.create(spec, units, module, rule=rule)
         own = backbones.preprocessing(spec)
         mean, std = own or ((MEAN,) * spec.in_chans, (STD,) * spec.in_chans)
         network = DeepVirtualNetwork.from_backbone(
@@ -104,12 +112,16 @@ def partition_command(
         lowest = [checkpoints.count(header, number, 1).params for number in range(1, units + 1)]
         undivided = count.whole(partition)
 
+    if assign == "importance" and not pretrained and weights is None:
+        notes.print("The weights are random, and so is their importance: --weights or --pretrained gives it a meaning.")
     if as_json:
         private = {who: [n for n, o in partition.owners.items() if o == who] for who in ("task", "network")}
         document = {
             "checkpoint": str(output),
             "backbone": spec.to_dict(),
             "units": units,
+            "assign": rule.assign,
+            "round_to": rule.round_to,
             "mean": mean,
             "std": std,
             "levels": levels,
@@ -118,6 +130,7 @@ def partition_command(
                 for b in partition.buckets
             ],
             "whole": [one.to_dict() for one in undivided],
+            "warning": _little_divided(undivided, levels[-1]),
             "private": private,
             "random": left_out,
         }
@@ -185,9 +198,13 @@ def _print_buckets(console: "Console", partition: "Partition") -> None:
     for bucket in divided:
         alike.setdefault((bucket.channels, bucket.sizes, len({name for name, _ in bucket.places})), []).append(bucket)
     rows = table("group, by its first tensor", "channels", "units", "such groups", "tensors each", text=1)
-    for (channels, sizes, tensors), buckets in list(alike.items())[:ROWS]:
-        rows.add_row(buckets[0].places[0][0], str(channels), _sum(sizes), str(len(buckets)), str(tensors))
-    console.print(f"\n[bold]Coupled, and divided among the units:[/] {len(divided)} groups of channels")
+    uneven_first = sorted(alike, key=lambda kind: min(kind[1]) == max(kind[1]))[:ROWS]
+    for (channels, sizes, tensors), buckets in alike.items():
+        if (channels, sizes, tensors) in uneven_first:
+            rows.add_row(buckets[0].places[0][0], str(channels), _sum(sizes), str(len(buckets)), str(tensors))
+    how = ", equally strong" if partition.rule.assign == "importance" else ""
+    how += f", in multiples of {partition.rule.round_to}" if partition.rule.round_to > 1 else ""
+    console.print(f"\n[bold]Coupled, and divided among the units{how}:[/] {len(divided)} groups of channels")
     console.print(rows)
     if len(alike) > ROWS:
         console.print(f"and {len(alike) - ROWS} kinds of groups more (--json has all)")
@@ -210,12 +227,20 @@ def _print_whole(console: "Console", partition: "Partition", undivided: Sequence
     ]
     if inner:
         console.print(f"  image channels, kernels and positions are not channels: {_and_more(inner, 2)}")
-    if top["divided"] < 0.9:
-        most = undivided[0]
-        console.print(
-            f"[bold yellow]Warning:[/] less than 90 % of the parameters are divided; of the others most are those of "
-            f"{_and_more(most.places)}: {most.why}. Fewer units divide more."
-        )
+    if warning := _little_divided(undivided, top):
+        console.print(f"[bold yellow]Warning:[/] {warning}")
+
+
+def _little_divided(undivided: Sequence["Whole"], top: dict[str, Any]) -> str | None:
+    """Why so few parameters are divided, where they are few."""
+    if top["divided"] >= 0.9:
+        return None
+    most = undivided[0]
+    remedy = ". Fewer units divide more." if "units" in most.why else "."
+    return (
+        f"less than 90 % of the parameters are divided; of the others most are those of {_and_more(most.places)}: "
+        f"{most.why}{remedy}"
+    )
 
 
 def _too_few(buckets: Iterable["Bucket"]) -> list[tuple[int, list[str]]]:

@@ -1,5 +1,6 @@
 """Which unit owns which indices of which tensor."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,13 +9,42 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvn_cli.errors import InputError
+from dvn_cli.errors import InputError, did_you_mean
 from dvn_cli.graph.labels import Labeller
 
 Runs = list[list[int]]  # [start, stop) of indices, in order
 
 SHARED = -1  # in place of a unit's number (from 0): kept by all
 CLASS = -2  # a class of the classifier: kept by the tasks that have it
+
+ASSIGN = ("even", "importance")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How channels are dealt to the units.
+
+    Attributes:
+        assign: `even`: consecutive channels; `importance`: by the L2 norm of all weights of a class of coupled channels
+            (Li et al., ICLR 2017; the group norm of Fang et al., CVPR 2023), so that units are equally strong.
+        round_to: what widths of units are multiples of, wherever every unit then still has channels.
+
+    Raises:
+        InputError: no such `assign`, or `round_to` is below 1.
+    """
+
+    assign: str = "even"
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if self.assign not in ASSIGN:
+            near = did_you_mean(self.assign, ASSIGN)
+            raise InputError(f"channels are assigned {' or '.join(ASSIGN)}, not '{self.assign}'{near}")
+        if self.round_to < 1:
+            raise InputError(f"widths are rounded to multiples of 1 or more (8, say), not {self.round_to}")
+
+
+EVEN = Rule()
 
 
 @dataclass(frozen=True)
@@ -50,15 +80,19 @@ class Assignment:
     classes: list[tuple[str, int]]
 
 
-def assign(labeller: Labeller, names: Sequence[str]) -> tuple[Assignment, list[Bucket]]:
-    """Divides each class of coupled channels evenly among the units, in runs as long as can be.
+def assign(
+    labeller: Labeller, names: Sequence[str], rule: Rule = EVEN, weights: Mapping[str, Tensor] | None = None
+) -> tuple[Assignment, list[Bucket]]:
+    """Divides each class of coupled channels among the units, as evenly as can be.
 
     Classes that occur in the same dimensions of the same tensors, equally often, form a bucket; a bucket of m classes
-    in k units gives each m/k consecutive ones (as even as can be). Fewer than k stay shared, and so does what no
-    parameter makes (positions, the input, tables).
+    in k units gives each m/k of them (see `Rule`). Fewer than k stay shared, and so does what no parameter makes
+    (positions, the input, tables).
 
     Args:
         names: the tensors to say it of, among the labeller's sources.
+        rule: how classes are dealt.
+        weights: the parameters, by name: what importance is measured by. Without them runs are consecutive.
     """
     roots = labeller.classes.roots()
     eligible = labeller.classes.produced()
@@ -71,11 +105,18 @@ def assign(labeller: Labeller, names: Sequence[str]) -> tuple[Assignment, list[B
     numbers = np.random.default_rng(0).integers(1, 2**62, size=len(places), dtype=np.int64)
     signature = np.zeros(len(roots), dtype=np.int64)
     first = np.full(len(roots), -1, dtype=np.int64)
+    together = np.ones(len(roots), dtype=np.int64)  # neighbouring indices that are one class: those of a head, a group
+    energy = np.zeros(len(roots))
     seen: dict[int, list[int]] = {}
     start = 0
     for place, (name, dim) in enumerate(places):
         found = roots[labeller.sources[name][dim].numpy()]
         np.add.at(signature, found, numbers[place])
+        starts = np.flatnonzero(np.diff(found, prepend=-1))
+        np.maximum.at(together, found[starts], np.diff(starts, append=len(found)))
+        if weights is not None and name in weights:
+            slices = weights[name].detach().movedim(dim, 0).reshape(len(found), -1)
+            np.add.at(energy, found, slices.double().square().sum(1).cpu().numpy())
         unseen = first[found] < 0
         order = np.arange(start, start + len(found))
         first[found[unseen][::-1]] = order[unseen][::-1]
@@ -94,14 +135,52 @@ def assign(labeller: Labeller, names: Sequence[str]) -> tuple[Assignment, list[B
         for key in {int(signature[r]) for r in found_roots}:
             where.setdefault(key, []).append(places[place])
     buckets = []
+    lead = np.zeros(labeller.units)
     for key, members in groups.items():
-        count, sizes = len(members), ()
-        if count >= labeller.units:
-            share = np.arange(count) * labeller.units // count
-            unit[members] = share
-            sizes = tuple(np.bincount(share, minlength=labeller.units).tolist())
-        buckets.append(Bucket(count, tuple(where[key]), sizes))
+        sizes = np.zeros(0, np.int64)
+        if len(members) >= labeller.units:
+            step = rule.round_to // math.gcd(rule.round_to, *together[members].tolist())
+            sizes = _sizes(len(members), labeller.units, step)
+            even = np.repeat(np.arange(labeller.units), sizes)
+            unit[members] = even if weights is None else _dealt(energy[members], sizes, lead)
+        buckets.append(Bucket(len(members), tuple(where[key]), tuple(sizes.tolist())))
     return _collect(labeller, names, unit[roots], class_roots), buckets
+
+
+def _sizes(count: int, units: int, step: int) -> np.ndarray:
+    """Channels of each unit: multiples of `step`, the last unit with the rest, if each can have one; else any number.
+
+    Either way they are as even as can be.
+    """
+    blocks = count // step
+    if blocks < units:
+        blocks, step = count, 1
+    sizes = np.bincount(np.arange(blocks) * units // blocks, minlength=units) * step
+    sizes[-1] += count - sizes.sum()
+    return sizes
+
+
+def _dealt(energy: np.ndarray, sizes: np.ndarray, lead: np.ndarray) -> np.ndarray:
+    """The unit of each channel: from the strongest to the weakest in rounds, in which the unit that lags comes first.
+
+    A unit of more channels has its turns in as many equal intervals, so each has its share of strong and of weak ones.
+
+    Args:
+        energy: squared norm of each channel.
+        sizes: channels of each unit.
+        lead: for each unit by what share of a bucket it is ahead of the others so far; updated.
+    """
+    count = len(energy)
+    share = energy / (energy.sum() or 1)
+    unit = np.empty(count, dtype=np.int64)
+    taken = np.zeros(len(sizes))
+    for channel in np.argsort(-energy, kind="stable"):
+        turn = (taken + 0.5) / sizes
+        first = int(np.where(turn <= turn.min() + 1 / count, lead, np.inf).argmin())
+        unit[channel] = first
+        taken[first] += 1
+        lead[first] += share[channel] - 1 / count
+    return unit
 
 
 def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray, class_roots: np.ndarray) -> Assignment:
