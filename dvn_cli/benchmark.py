@@ -336,8 +336,7 @@ def _load(job: Job) -> tuple[nn.Module, Tensor]:
 def _peak_memory(job: Job) -> int | None:
     device = job.settings.device
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        seconds(*_load(job), 3)
+        seconds(*_load(job), 3)  # the first thing on the device in this process: the peak needs no reset
         return torch.cuda.max_memory_allocated(device)
     zeros = torch.zeros(32)
     features = nn.functional.conv2d(torch.zeros(1, 16, 16, 16), torch.zeros(32, 16, 3, 3))

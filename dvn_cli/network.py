@@ -32,7 +32,7 @@ def register(root: nn.Module, path: str, tensor: Tensor, trainable: bool) -> tup
             root.add_module(name, nn.Module())
         root = root._modules[name]  # type: ignore[assignment]
     if trainable:
-        root.register_parameter(key, nn.Parameter(tensor))
+        root.register_parameter(key, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
     else:
         root.register_buffer(key, tensor)
     return root, key
@@ -50,11 +50,21 @@ class VirtualNetwork(nn.Module):
     """
 
     def __init__(
-        self, networks: Networks, tensors: Mapping[str, Tensor], trainable: set[str], task: Task, level: int
+        self,
+        networks: Networks,
+        tensors: Mapping[str, Tensor],
+        trainable: set[str],
+        task: Task,
+        level: int,
+        aliases: Mapping[str, str] | None = None,
     ) -> None:
+        """`aliases`: other names for some of the tensors, which stay one tensor."""
         super().__init__()
         self.task, self.level = task, level
         places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
+        for name, first in (aliases or {}).items():
+            module, key = places[first]
+            register(self, name, getattr(module, key), first in trainable)
         # Copies: the constants in them move and change their type with this module.
         self.train_graph, self.eval_graph = copy.deepcopy(networks.train.module), copy.deepcopy(networks.eval.module)
         self._places = {
@@ -195,9 +205,9 @@ class DeepVirtualNetwork(nn.Module):
         if key not in self._plans:
             networks = self.networks(task, level)
             narrowed: Narrowed = networks.train if key[2] else networks.eval
-            with torch.inference_mode(False):
+            with torch.inference_mode(False):  # what is evaluated first may be trained later
                 module = copy.deepcopy(narrowed.module).to(images.device)
-            self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])
+                self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])
         graph, plan = self._plans[key]
         return graph(images, *[taken(getattr(module, name), cut) for module, name, cut in plan])
 
@@ -215,7 +225,8 @@ class DeepVirtualNetwork(nn.Module):
         checkpoint.check_level({"tasks": [t.to_dict() for t in self.tasks]}, number, level)
         tensors = {name: tensor.detach().clone() for name, tensor in self.tensors(number, level).items()}
         networks = self.networks(number, level)
-        network = VirtualNetwork(networks, tensors, self.partition.parameters, self.tasks[number - 1], level)
+        of, partition = self.tasks[number - 1], self.partition
+        network = VirtualNetwork(networks, tensors, partition.parameters, of, level, partition.aliases)
         return network.train(self.training)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -282,15 +293,18 @@ def load(path: str | os.PathLike[str]) -> DeepVirtualNetwork | VirtualNetwork:
         return DeepVirtualNetwork(partition, tasks, tensors, metadata["training"]).eval()
     task = Task.from_dict(metadata["task"])
     networks = partition.networks(metadata["kept"], len(task.classes), task.input_size)
-    return VirtualNetwork(networks, tensors, partition.parameters, task, metadata["level"]).eval()
+    level, aliases = metadata["level"], partition.aliases
+    return VirtualNetwork(networks, tensors, partition.parameters, task, level, aliases).eval()
 
 
 def read_tensors(header: checkpoint.Header) -> dict[str, Tensor]:
-    """All tensors of a file; read and not mapped, so that memory holds them once and the file may go."""
+    """All tensors of a file, each once; read and not mapped, so that memory holds them once and the file may go."""
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
     tensors = {}
     with open(header.path, "rb") as file:
         for name, stored in header.tensors.items():
+            if name in header.metadata["aliases"]:
+                continue
             tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
             file.seek(stored.start)
             if stored.stop > stored.start:

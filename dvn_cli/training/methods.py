@@ -144,7 +144,7 @@ def plan(
             )
         old = tuple(network for network in there if network[0] < newest) if method.later == "all" else ()
         hold = tuple((network, network if network in before else _highest(before, network[0])) for network in old)
-        if before and warmup_epochs:
+        if before and warmup_epochs and method.later == "all":
             fresh = tuple((student, teacher) for student, teacher in hold if student not in before)
             stages.append(Stage((newest,), learn, fresh, before, "new", warmup_epochs, warmup=True))
         stages.append(Stage((newest,), learn, hold, before, method.later if before else "all", epochs))
