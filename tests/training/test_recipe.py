@@ -1,5 +1,6 @@
 """Recipes: what comes with dvn runs, what is wrong is told in one line, and no key is without effect."""
 
+import functools
 import io
 import json
 import shlex
@@ -22,7 +23,7 @@ from dvn_cli import cli
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training import recipe as recipes
-from dvn_cli.training.recipe import BackboneKeys, OptimizerKeys, Recipe, ScheduleKeys, TaskKeys
+from dvn_cli.training.recipe import BackboneKeys, OptimizerKeys, Recipe, ScheduleKeys, SequentialKeys, TaskKeys
 from dvn_cli.training.schedule import factor
 from dvn_cli.training.session import Session
 
@@ -116,7 +117,7 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("optimizer.moment=1", "did you mean 'momentum'?"),
         ("tasks.0.data.class=0-4", "unknown key 'tasks.0.data.class'; did you mean 'classes'?"),
         ("tasks.0.levles=[1]", "did you mean 'levels'?"),
-        ("xyzzy.a.b=1", "unknown key 'xyzzy'; known here: backbone, partition, units"),
+        ("xyzzy.a.b=1", "unknown key 'xyzzy'; known here: scenario, scale, setting, method, "),
         ("epochs=many", "epochs: input should be a valid integer, not 'many'"),
         ("epochs=true", "epochs: input should be a valid integer, not True"),
         ("epochs=", "epochs: input should be a valid integer, not None"),
@@ -145,7 +146,7 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("tasks.-1.name=x", "tasks.-1: give a number from 0 to 1"),
         ("epochs=[1", "the value of epochs is not YAML: [1"),
         ("epochs=2024-13-45", "the value of epochs is not YAML: 2024-13-45"),
-        ("partition=x.safetensors", "give either backbone (with units) or partition"),
+        ("partition=x.safetensors", "give one of backbone (with units), partition and continues"),
         ("units=", "units is missing"),
         ("tasks.1.name=low", "two tasks have the name 'low'"),
         ("tasks.0.name=", "tasks.0.name: input should be a valid string"),
@@ -222,6 +223,7 @@ PATHS = [
     *(f"{part}{key}" for part, keys in (("", Recipe), ("backbone.", BackboneKeys)) for key in keys.model_fields),
     *(f"optimizer.{key}" for key in OptimizerKeys.model_fields),
     *(f"schedule.{key}" for key in ScheduleKeys.model_fields),
+    *(f"sequential.{key}" for key in SequentialKeys.model_fields),
     *(f"tasks.0.{key}" for key in TaskKeys.model_fields),
 ]
 
@@ -242,12 +244,26 @@ def test_any_value_is_taken_or_refused(path: str, value: Any) -> None:
 # No key is without effect
 
 CHANGES = {
+    "scenario": "j1",
+    "scale": "tiny",
+    "setting": "modern",
+    "method": "nestednet",
+    "learning": "sequential",
+    "sequential": "{temperature: 3}",
+    "sequential.grow": "true",
+    "sequential.temperature": "3",
+    "sequential.weight": "0.5",
+    "sequential.squared_temperature": "true",
+    "sequential.warmup_epochs": "1",
+    "sequential.lr_factor": "0.5",
+    "continues": "not-there.safetensors",
     "backbone": "{name: wrn_10_2, in_chans: 1}",
     "backbone.name": "wrn_10_2",
     "backbone.input_size": "4",
     "backbone.in_chans": "3",
     "backbone.weights": "not-there.pth",
     "backbone.pretrained": "true",
+    "backbone.zero_init_last": "true",
     "partition": "not-there.safetensors",
     "units": "3",
     "tasks": str([small.content()["tasks"][0]]),
@@ -271,11 +287,16 @@ CHANGES = {
     "schedule.gamma": "0.3",
     "schedule.warmup": "0.3",
     "reduction": "mean",
+    "inplace_distillation": "true",
     "select": "best",
     "precision": "bf16",
     "threads": "2",
     "seed": "1",
 }
+
+SEQUENTIAL = ("learning=sequential",)
+BASES = {key: SEQUENTIAL for key in CHANGES if key.partition(".")[0] in ("sequential", "continues")}
+"""With which overrides a key is tried where it means nothing without them."""
 
 
 def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
@@ -284,7 +305,7 @@ def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "set_num_threads", threads.append)
-            session = small.trained(folder, *overrides)
+            session = small.trained(folder, *overrides, scales={"tiny": {"epochs": 1}})
     except InputError as error:
         return {"error": str(error)}
     network = session.run.network
@@ -294,14 +315,19 @@ def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
         "history": small.history(session.run),
         "best": session.run.best,
         "threads": threads,
+        "in a table": json.loads(session.files.record.read_text())["recipe"]["scenario"],
     }
 
 
 @pytest.fixture(scope="module")
-def unchanged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    result = outcome(tmp_path_factory.mktemp("unchanged"))
-    assert "error" not in result
-    return result
+def unchanged(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., dict[str, Any]]:
+    @functools.cache
+    def made(*overrides: str) -> dict[str, Any]:
+        result = outcome(tmp_path_factory.mktemp("unchanged"), *overrides)
+        assert "error" not in result
+        return result
+
+    return made
 
 
 def test_every_key_is_tried() -> None:
@@ -310,16 +336,19 @@ def test_every_key_is_tried() -> None:
 
 @pytest.mark.parametrize("key", CHANGES)
 def test_every_key_has_an_effect(
-    key: str, unchanged: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    key: str, unchanged: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # what lies in the working directory would be suggested
-    with_it = ["backbone=", "units="] if key == "partition" else []
-    changed = outcome(tmp_path, *with_it, f"{key}={CHANGES[key]}")
-    assert changed != unchanged
+    base = BASES.get(key, ())
+    in_place_of = ["backbone=", "units="] if key in ("partition", "continues") else []
+    changed = outcome(tmp_path, *base, *in_place_of, f"{key}={CHANGES[key]}")
+    assert changed != unchanged(*base)
+    no_checkpoint = "there is no checkpoint 'not-there.safetensors'; `dvn partition` and `dvn train` write one"
     errors = {
         "backbone.weights": "no file not-there.pth",
         "backbone.pretrained": "there are no pretrained weights of wrn_10_1",
-        "partition": "there is no checkpoint 'not-there.safetensors'; `dvn partition` and `dvn train` write one",
+        "partition": no_checkpoint,
+        "continues": no_checkpoint,
     }
     assert changed.get("error") == errors.get(key)
 

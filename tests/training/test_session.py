@@ -213,6 +213,6 @@ def test_folder_that_is_not_there(tmp_path: Path) -> None:
 
 def test_a_partition_is_not_replaced_by_what_starts_from_it(tmp_path: Path) -> None:
     (tmp_path / "dvn.safetensors").write_bytes(b"a partition")
-    with pytest.raises(InputError, match="is the partition that the recipe starts from: give another output with -o"):
+    with pytest.raises(InputError, match="is what the recipe starts from: give another output with -o"):
         small.session(tmp_path, backbone=None, units=None, partition="dvn.safetensors")
     assert (tmp_path / "dvn.safetensors").read_bytes() == b"a partition"
