@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from dvn_cli.backbones import BackboneSpec
+from dvn_cli.backbones import BackboneSpec, head
 from dvn_cli.errors import InputError
 from dvn_cli.graph.dry import dry_run
+from dvn_cli.graph.hollow import hollow
 from dvn_cli.graph.labels import Labeller, base_name, bind
 from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
 from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, trace
@@ -44,6 +45,7 @@ class Partition:
         shapes: of the backbone's tensors.
         dtypes: of the backbone's tensors.
         parameters: names of the tensors that are trained; the rest are buffers.
+        aliases: other names in the backbone's `state_dict` of tensors that it holds under several, and the first.
     """
 
     spec: BackboneSpec
@@ -55,6 +57,7 @@ class Partition:
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     parameters: set[str]
+    aliases: dict[str, str]
     _graphs: dict[bool, Traced] = field(repr=False)
     _labels: dict[fx.Node, Any] = field(repr=False)
     _labeller: Labeller = field(repr=False)
@@ -74,7 +77,7 @@ class Partition:
 
         Args:
             units: how many, at least 1.
-            module: the backbone, built from `spec`; built here by default. It is not changed.
+            module: the backbone, built from `spec`; by default one without weights is built here. It is not changed.
             assignment: which unit owns what, where that is known already.
             rule: how channels are dealt to units; importance is that of the module's weights.
 
@@ -83,7 +86,7 @@ class Partition:
         """
         if units < 1:
             raise InputError(f"a backbone has at least 1 unit, not {units}")
-        module = spec.build() if module is None else module
+        module = hollow(spec.build) if module is None else module
         input_shape = (spec.in_chans, *spec.input_size)
         graphs = {train: trace(module, input_shape, train) for train in (False, True)}
         labeller = Labeller(units)
@@ -92,6 +95,7 @@ class Partition:
             raise InputError(f"{spec.name} has no classifier whose classes can be told apart")
         state = module.state_dict(keep_vars=True)
         names = [name for name in state if name in labeller.sources]
+        first = {id(state[name]): name for name in names}
         parameters = {name: state[name] for name in names if isinstance(state[name], nn.Parameter)}
         by_weights = rule.assign == "importance" and assignment is None
         assigned, buckets = assign(labeller, names, rule, parameters if by_weights else None)
@@ -113,6 +117,7 @@ class Partition:
             shapes={name: tuple(state[name].shape) for name in names},
             dtypes={name: state[name].dtype for name in names},
             parameters=set(parameters),
+            aliases={name: first[id(t)] for name, t in state.items() if first.get(id(t), name) != name},
             _graphs=graphs,
             _labels=labels,
             _labeller=labeller,
@@ -129,9 +134,8 @@ class Partition:
         Raises:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
-        keys = ("backbone", "units", "axes", "tensors", "class_axis")
-        rule = metadata.get("rule", {})
-        return _restored(json.dumps({**{key: metadata[key] for key in keys}, "rule": rule}, sort_keys=True))
+        keys = ("backbone", "units", "rule", "axes", "tensors", "class_axis")
+        return _restored(json.dumps({key: metadata[key] for key in keys}, sort_keys=True))
 
     def metadata(self) -> dict[str, Any]:
         """What `restore` needs, JSON-able."""
@@ -145,7 +149,14 @@ class Partition:
                 name: {"axes": axes, "owner": self.owners[name], "trainable": name in self.parameters}
                 for name, axes in self.assignment.tensors.items()
             },
+            "aliases": self.aliases,
         }
+
+    @functools.cached_property
+    def head(self) -> set[str]:
+        """Names of the tensors that map features to classes: the classifier's and those of hidden layers before it."""
+        inside = tuple(f"{path}." for path in head(self.spec))
+        return {name for name in self.shapes if name.startswith(inside)}
 
     def networks(self, kept: Sequence[int], classes: int, input_size: tuple[int, int] | None = None) -> Networks:
         """The network of a set of units.
@@ -233,7 +244,8 @@ def _restored(description: str) -> Partition:
         axes_by_name(metadata["tensors"]),
         [(name, dim) for name, dim in metadata["class_axis"]],
     )
-    partition = Partition.create(spec, metadata["units"], assignment=assignment, rule=Rule(**metadata["rule"]))
+    rule = Rule(metadata["rule"]["assign"], metadata["rule"]["round_to"])
+    partition = Partition.create(spec, metadata["units"], assignment=assignment, rule=rule)
     if set(partition.shapes) != set(metadata["tensors"]):
         raise InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")
     return partition

@@ -255,7 +255,7 @@ class Labeller:
         """What `reader` finds in a node that depends on no parameter and not on the input, such as a table of indices.
 
         Raises:
-            InputError: the node depends on the input.
+            InputError: the node depends on the input or on a parameter.
         """
         if not isinstance(node, fx.Node):
             return node
@@ -266,6 +266,8 @@ class Labeller:
                 n = found.pop()
                 if n in self.depends:
                     raise Call(n, str(n.target), {}, self).refuse("as an index: it depends on the input")
+                if n.op == "placeholder" and isinstance(self.traced.sources[str(n.target)], torch.nn.Parameter):
+                    raise Call(reader, str(reader.target), {}, self).refuse("with an index that depends on a parameter")
                 if n not in needed:
                     needed.add(n)
                     found += [] if isinstance(self.env[n], int) else n.all_input_nodes
@@ -293,13 +295,13 @@ class Labeller:
         for dim in range(labels.ndim):
             if labels.shape[dim] > 1 and labels.stride(dim) == 0:
                 labels = labels.narrow(dim, 0, 1)
-        labels = self.classes.find(labels.contiguous())
+        labels = whole = self.classes.find(labels.contiguous())
         for dim in range(labels.ndim):
             first = labels.narrow(dim, 0, 1)
             if labels.shape[dim] > 1 and bool((labels == first).all()):
                 labels = first
         if labels.numel() > 1:
-            return labels
+            return labels if labels is whole else labels.clone()  # a view would keep the whole
         self.pin(labels)
         return None
 

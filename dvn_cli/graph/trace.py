@@ -1,5 +1,6 @@
 """From a module to an aten graph whose parameters are inputs (`torch.export`, training IR)."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +56,10 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int], train: bool) -> 
     was = {m: m.training for m in module.modules()}
     module.train(train)
     try:
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of tensors that a module keeps for later calls
+            batch = ({0: torch.export.Dim.DYNAMIC},)
+            program = torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
     except Exception as error:  # torch.export raises anything at all, from deep inside the module
         first = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{type(module).__name__} cannot be exported at {input_shape}: {first[:200]}") from error

@@ -141,7 +141,7 @@ def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str) -> None:
     comparison = Comparison(spec.build(), (spec.in_chans, *spec.input_size), modes, 2, device)
     for units in (4, 2):
         assignment = comparison.divide(units)
-        if units == 4 and assignment != partition.assignment:
+        if not quick and units == 4 and assignment != partition.assignment:
             raise AssertionError("with weights it is divided in another way than without")
         row.divided = min(row.divided, share_divided(assignment, partition.shapes, partition.parameters))
         for kept in [(2,)] if quick else networks(units):
