@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +38,34 @@ def register(root: nn.Module, path: str, tensor: Tensor, trainable: bool) -> tup
     return root, key
 
 
+def dtype_of(tensors: Iterable[Tensor]) -> torch.dtype:
+    """Of the first that has a floating type."""
+    return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
+
+
+def settle(
+    graph: fx.GraphModule, device: torch.device, before: torch.dtype | None = None, after: torch.dtype | None = None
+) -> None:
+    """Lets a graph make its own tensors where its weights have moved to, and cast to their type what it cast to it.
+
+    Args:
+        before: type of the weights so far; what the graph casts to it, it casts to `after` from now on.
+    """
+
+    def settled(value: Any) -> Any:
+        if isinstance(value, torch.device):
+            return device
+        return after if isinstance(value, torch.dtype) and value is before else value
+
+    changed = False
+    for node in graph.graph.nodes:
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), settled)  # type: ignore[misc]
+        if (args, kwargs) != (node.args, node.kwargs):
+            node.args, node.kwargs, changed = args, kwargs, True
+    if changed:
+        graph.recompile()
+
+
 class VirtualNetwork(nn.Module):
     """One network cut out: an ordinary module with the backbone's own parameter names.
 
@@ -61,6 +89,7 @@ class VirtualNetwork(nn.Module):
         """`aliases`: other names for some of the tensors, which stay one tensor."""
         super().__init__()
         self.task, self.level = task, level
+        self._dtype = dtype_of(tensors.values())
         places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
         for name, first in (aliases or {}).items():
             module, key = places[first]
@@ -75,6 +104,14 @@ class VirtualNetwork(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         graph = self.train_graph if self.training else self.eval_graph
         return graph(images, *[getattr(module, key) for module, key in self._places[self.training]])
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "VirtualNetwork":
+        super()._apply(*args, **kwargs)
+        parameters = list(self.parameters())
+        before, self._dtype = self._dtype, dtype_of(parameters)
+        for graph in (self.train_graph, self.eval_graph):
+            settle(graph, parameters[0].device, before, self._dtype)
+        return self
 
     def __repr__(self) -> str:
         count = sum(p.numel() for p in self.parameters())
@@ -109,10 +146,17 @@ class DeepVirtualNetwork(nn.Module):
             self._register(name, tensor)
 
     @classmethod
-    def from_backbone(cls, partition: Partition, module: nn.Module, tasks: Sequence[Task]) -> "DeepVirtualNetwork":
-        """A fresh partition: every network is a slice of the backbone, norms and classifier included."""
+    def from_backbone(
+        cls, partition: Partition, module: nn.Module, tasks: Sequence[Task], copy: bool = True
+    ) -> "DeepVirtualNetwork":
+        """A fresh partition: every network is a slice of the backbone, norms and classifier included.
+
+        Args:
+            copy: otherwise its tensors are the backbone's own, so that memory holds them once.
+        """
         state = module.state_dict()
-        return cls(partition, tasks, {f"shared/{name}": state[name].detach().clone() for name in partition.shapes})
+        tensors = {f"shared/{name}": state[name].detach() for name in partition.shapes}
+        return cls(partition, tasks, {name: t.clone() for name, t in tensors.items()} if copy else tensors)
 
     def _register(self, name: str, tensor: Tensor) -> None:
         own = name.rpartition("/")[2]
@@ -207,6 +251,7 @@ class DeepVirtualNetwork(nn.Module):
             narrowed: Narrowed = networks.train if key[2] else networks.eval
             with torch.inference_mode(False):  # what is evaluated first may be trained later
                 module = copy.deepcopy(narrowed.module).to(images.device)
+                settle(module, images.device)
                 self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])
         graph, plan = self._plans[key]
         return graph(images, *[taken(getattr(module, name), cut) for module, name, cut in plan])

@@ -85,7 +85,7 @@ def partition_command(
         own = backbones.preprocessing(spec)
         mean, std = own or ((MEAN,) * spec.in_chans, (STD,) * spec.in_chans)
         network = DeepVirtualNetwork.from_backbone(
-            partition, module, default_tasks(units, spec.num_classes, spec.input_size, mean, std)
+            partition, module, default_tasks(units, spec.num_classes, spec.input_size, mean, std), copy=False
         )
         for number in range(1, units + 1):  # what cannot be narrowed is refused before a file is replaced
             status.update(f"narrowing to {number} of {units} units")
