@@ -2,7 +2,9 @@
 
 A file is a safetensors file whose metadata holds one key, `dvn`: sorted compact JSON. A checkpoint holds `shared/NAME`,
 `task/T/NAME` and `task/T/level/L/NAME`, NAME being the backbone's own; a slice is one task and level, cut out under the
-plain NAMEs. Tensors are handled as unsigned integers of their item size, so every dtype is cut alike and bit for bit.
+plain NAMEs. What a backbone holds under two names, a checkpoint has under the first, and a slice, as the backbone's own
+weights file does, under both. Tensors are handled as unsigned integers of their item size, so every dtype is cut alike
+and bit for bit.
 """
 
 import contextlib
@@ -101,7 +103,10 @@ class Header:
 
 @dataclass(frozen=True)
 class Counts:
-    """What the file of one network holds: elements of trainable tensors, of all tensors, and the bytes of all."""
+    """What the file of one network holds: elements of trainable tensors, of all tensors, and the bytes of all.
+
+    A parameter with two names is counted once, its elements and bytes as often as the file holds them.
+    """
 
     params: int
     elements: int
@@ -157,7 +162,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             )
         begin, end = entry["data_offsets"]
         tensors[name] = Stored(entry["dtype"], tuple(entry["shape"]), start + begin, start + end)
-    if metadata["kind"] == "slice" and tensors.keys() != metadata["tensors"].keys():
+    if metadata["kind"] == "slice" and tensors.keys() != metadata["tensors"].keys() | metadata["aliases"].keys():
         raise InputError(f"'{path}' is damaged: it does not hold the tensors that its metadata lists")
     return Header(path, metadata, tensors, file)
 
@@ -189,6 +194,8 @@ def _end_of_data(header: bytes) -> int:
 _TASK = {"name": str, "classes": list, "order": [int], "levels": [int]}
 _COMMON = {
     "units": int,
+    "rule": {"assign": str, "round_to": int},
+    "aliases": {...: str},
     "axes": [[[[int]]]],
     "tensors": {...: {"axes": [(int, type(None))], "trainable": bool}},
 }
@@ -225,6 +232,7 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         raise InputError(f"'{path}' has format {dvn['format']}, this dvn reads up to {FORMAT}: update dvn")
     if dvn["kind"] not in _FORMS:
         raise InputError(f"'{path}' has kind '{dvn['kind']}': it is neither a checkpoint nor a slice")
+    dvn = {"rule": {"assign": "even", "round_to": 1}, "aliases": {}, **dvn}  # which the first files do not say
     form = _FORMS[dvn["kind"]]
     for key in form:
         if not _has_form(dvn, {key: form[key]}):
@@ -234,6 +242,8 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
         len(run) != 2 for axis in dvn["axes"] for r in axis for run in r
     ):
         raise InputError(f"'{path}' is damaged: its axes do not say which unit owns which indices")
+    if not set(dvn["aliases"].values()) <= dvn["tensors"].keys():
+        raise InputError(f"'{path}' is damaged: its aliases are of tensors that it does not list")
     return dvn
 
 
@@ -477,7 +487,8 @@ def slice_file(checkpoint: Header, task: int, level: int, output: str | os.PathL
     if os.path.exists(output) and os.path.samefile(output, checkpoint.path):
         raise InputError(f"cannot write the slice to '{output}': that is the checkpoint itself")
     entry = checkpoint.metadata["tasks"][task - 1]
-    same = ("format", "backbone", "units", "rule", "axes", "tensors", "class_axis")
+    tensors |= _aliased(checkpoint.metadata, tensors)
+    same = ("format", "backbone", "units", "rule", "axes", "tensors", "aliases", "class_axis")
     metadata = {key: checkpoint.metadata[key] for key in same if key in checkpoint.metadata}
     metadata |= {"kind": "slice", "task": entry, "task_number": task, "level": level, "kept": kept_units(entry, level)}
     write(output, tensors, metadata)
@@ -494,14 +505,20 @@ def count(header: Header, task: int | None = None, level: int | None = None) -> 
         return _counts(header.metadata, header.tensors)
     if task is None or level is None:
         raise ValueError("a checkpoint is counted by task and level")
-    return _counts(header.metadata, cut(header, task, level))
+    tensors = cut(header, task, level)
+    return _counts(header.metadata, tensors | _aliased(header.metadata, tensors))
+
+
+def _aliased(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a slice holds a second time, by its other name, since the backbone's own weights file does."""
+    return {name: tensors[first] for name, first in metadata.get("aliases", {}).items()}
 
 
 def _counts(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor] | Mapping[str, Stored]) -> Counts:
     elements = {name: math.prod(tensor.shape) for name, tensor in tensors.items()}
-    trainable = metadata["tensors"]
+    own = metadata["tensors"]
     return Counts(
-        sum(count for name, count in elements.items() if trainable[name]["trainable"]),
+        sum(count for name, count in elements.items() if name in own and own[name]["trainable"]),
         sum(elements.values()),
         sum(count * ITEM_SIZE[tensors[name].dtype] for name, count in elements.items()),
     )
