@@ -205,7 +205,8 @@ class DeepVirtualNetwork(nn.Module):
     def inherit(self, task: int, level: int, before: Sequence[tuple[int, int]]) -> None:
         """Starts what a network has of its own from what others have learnt: all but its classifier.
 
-        Its norms from the latest network of the same units, where there is one; its stem from the latest task.
+        Its norms from the latest network of the same units, where there is one; the stem of a task that has no other
+        network yet from the latest task.
 
         Args:
             before: numbers of task and level of the others, the latest last.
@@ -213,13 +214,13 @@ class DeepVirtualNetwork(nn.Module):
         head = self.partition.head
         for name in self.partition.shapes:
             own = self.source(name, task, level)
-            if own.startswith("shared/") or name in head:
+            if name in head or own in {f"shared/{name}", *(self.source(name, *of) for of in before)}:
                 continue
             units = self.tasks[task - 1].kept(level)
             alike = [of for of in before if "/level/" not in own or self.tasks[of[0] - 1].kept(of[1]) == units]
             tensors = self.file_tensors()
-            if alike and own != (source := self.source(name, *alike[-1])):
-                tensors[own].copy_(tensors[source])
+            if alike:
+                tensors[own].copy_(tensors[self.source(name, *alike[-1])])
 
     def networks(self, task: int, level: int) -> Networks:
         """The graphs of a task and level, both by number from 1, and what they take of each tensor."""
