@@ -1,13 +1,17 @@
 """The smallest run there is: two tasks of the digits, two units, four steps."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from dvn_cli.backbones import BackboneSpec
+from dvn_cli.checkpoint import kept_runs
+from dvn_cli.data import TaskData
+from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.training import recipe as recipes
 from dvn_cli.training.loop import Run
@@ -80,3 +84,44 @@ def history(run: Run) -> list[dict[str, Any]]:
 def partitioned(spec: BackboneSpec, units: int) -> Partition:
     """A partition holds no weights, so that tests may share it."""
     return Partition.create(spec, units)
+
+
+def copied(network: DeepVirtualNetwork) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in network.file_tensors().items()}
+
+
+def labels_of(images: Tensor, data: TaskData) -> Tensor:
+    """Found by their pixels: nothing is augmented."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
+    known = ((data.train.images / 255 - mean) / std).flatten(1)
+    distance = torch.cdist(images.flatten(1).double(), known.double())
+    assert distance.min(1).values.max() < 1e-3
+    return data.train.labels[distance.argmin(1)]
+
+
+def indices(network: DeepVirtualNetwork, name: str, task: int, level: int) -> list[Tensor]:
+    """Along each dimension of a full tensor what a network keeps, from the runs that the file lists."""
+    assignment = network.partition.assignment
+    kept = network.tasks[task - 1].kept(level)
+    own = []
+    for dim, (size, axis) in enumerate(zip(network.partition.shapes[name], assignment.tensors[name], strict=True)):
+        runs = [(0, size)] if axis is None else kept_runs(assignment.axes[axis], kept, size)
+        index = torch.cat([torch.arange(start, stop) for start, stop in runs])
+        limit = len(network.tasks[task - 1].classes) if (name, dim) in assignment.classes else size
+        own.append(index[index < limit])
+    return own
+
+
+def gathered(network: DeepVirtualNetwork, copies: Mapping[tuple[int, int], nn.Module]) -> dict[str, Tensor]:
+    """The gradients of copies of networks, scattered back to where they came from by the file's description."""
+    gradients = {name: torch.zeros_like(tensor) for name, tensor in network.file_tensors().items()}
+    for (task, level), copy in copies.items():
+        for name, parameter in copy.named_parameters():
+            assert parameter.grad is not None
+            source = network.source(name, task, level)
+            if "/level/" in source:
+                gradients[source] += parameter.grad
+            else:
+                place = torch.meshgrid(*indices(network, name, task, level), indexing="ij")
+                gradients[source][place] += parameter.grad
+    return gradients

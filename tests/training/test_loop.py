@@ -12,10 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dvn_cli.checkpoint import kept_runs
-from dvn_cli.data import Split, TaskData
+from dvn_cli.data import Split
 from dvn_cli.errors import DvnError
-from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.loop import Run
 
 
@@ -28,28 +26,6 @@ def run(tmp_path: Path) -> Run:
 def first_steps(run: Run, steps: int = 1) -> None:
     with pytest.raises(small.Stopped):
         run.run(*small.stop_after(0, steps))
-
-
-def indices(network: DeepVirtualNetwork, name: str, task: int, level: int) -> list[Tensor]:
-    """Along each dimension of a full tensor what a network keeps, from the runs that the file lists."""
-    assignment = network.partition.assignment
-    kept = network.tasks[task - 1].kept(level)
-    own = []
-    for dim, (size, axis) in enumerate(zip(network.partition.shapes[name], assignment.tensors[name], strict=True)):
-        runs = [(0, size)] if axis is None else kept_runs(assignment.axes[axis], kept, size)
-        index = torch.cat([torch.arange(start, stop) for start, stop in runs])
-        limit = len(network.tasks[task - 1].classes) if (name, dim) in assignment.classes else size
-        own.append(index[index < limit])
-    return own
-
-
-def labels_of(images: Tensor, data: TaskData) -> Tensor:
-    """Found by their pixels: nothing is augmented."""
-    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (data.mean, data.std))
-    known = ((data.train.images / 255 - mean) / std).flatten(1)
-    distance = torch.cdist(images.flatten(1).double(), known.double())
-    assert distance.min(1).values.max() < 1e-3
-    return data.train.labels[distance.argmin(1)]
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -76,18 +52,11 @@ def test_gradients_are_those_of_eq_4(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(steps) == 2
     assert set(batches) == set(copies)
 
-    expected = {name: torch.zeros_like(network.file_tensors()[name]) for name in gradients}
     for (task, level), copy in copies.items():
         images = batches[task, level]
-        loss = F.cross_entropy(copy(images), labels_of(images, run.data[task]))
+        loss = F.cross_entropy(copy(images), small.labels_of(images, run.data[task]))
         (loss / (1 if reduction == "sum" else len(copies))).backward()
-        for name, parameter in copy.named_parameters():
-            assert parameter.grad is not None
-            source = network.source(name, task, level)
-            if "/level/" in source:
-                expected[source] += parameter.grad
-            else:
-                expected[source][torch.meshgrid(*indices(network, name, task, level), indexing="ij")] += parameter.grad
+    expected = small.gathered(network, copies)
     for name, gradient in gradients.items():
         assert gradient is not None, f"{name} has no gradient"
         assert gradient.abs().max() > 0, name
@@ -219,10 +188,6 @@ def test_smaller_tasks_are_seen_more_often(tmp_path: Path) -> None:
 # What is kept
 
 
-def copied(network: DeepVirtualNetwork) -> dict[str, Tensor]:
-    return {name: tensor.detach().clone() for name, tensor in network.file_tensors().items()}
-
-
 @pytest.mark.parametrize(("select", "kept"), [("best", 1), ("last", 3)])
 def test_select(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str, kept: int) -> None:
     """Of equal epochs the first is best."""
@@ -230,7 +195,7 @@ def test_select(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str, ke
     scores = [10.0, 60.0, 60.0, 20.0]
     monkeypatch.setattr(run, "_validate", lambda: [[scores[run.epochs_done - 1]] * 2, [50.0, 50.0]])
     after: list[dict[str, Tensor]] = []
-    run.run(lambda run: after.append(copied(run.network)), small.nothing)
+    run.run(lambda run: after.append(small.copied(run.network)), small.nothing)
     for name, tensor in run.network.file_tensors().items():
         assert torch.equal(tensor, after[kept][name]), name
 
