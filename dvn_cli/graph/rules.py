@@ -341,9 +341,11 @@ def _unite_affine(
 
 @rule("batch_norm", "instance_norm", "_native_batch_norm_legit_no_training")
 def _batch_norm(labeller: Labeller, call: Call) -> Labels:
+    """Statistics of each channel are taken over what is kept; what varies within a channel may be dropped as it is."""
     labels = call.labels("input")
     affine = [call.optional(name) for name in ("weight", "bias", "running_mean", "running_var")]
-    _unite_affine(labeller, labeller.separate(labels, prefer=[1]), affine)
+    channels = Labels(labels.shape, tuple(layer for layer in labels.layers if layer.shape[1] > 1))
+    _unite_affine(labeller, labeller.separate(channels, prefer=[1]), affine)
     return labeller.refresh(labels)
 
 
@@ -528,7 +530,8 @@ def _convolution(labeller: Labeller, call: Call, groups: int, weight_in: int, we
     rows = labeller.separate(weight, prefer=[weight_out, weight_in])
     for where in (vectors, rows):
         for dim in [d for d in where if d > 1]:  # positions, and the places of a kernel, cannot be dropped
-            labeller.pin(where.pop(dim))
+            if where is rows or not _one_by_one(call, dim):
+                labeller.pin(where.pop(dim))
 
     def vector(found: dict[int, Tensor], labels: Labels, dim: int) -> Tensor:
         return found.get(dim, torch.zeros(labels.shape[dim], dtype=torch.int64))
@@ -542,6 +545,13 @@ def _convolution(labeller: Labeller, call: Call, groups: int, weight_in: int, we
     labeller.classes.mark_produced(w_out)
     _add_bias(labeller, call, out)
     return from_vectors(call.shape, {**vectors, 1: labeller.classes.find(out)})
+
+
+def _one_by_one(call: Call, dim: int) -> bool:
+    """Whether each position along a dimension of a convolution's input becomes one of the output, by itself."""
+    steps = {name: call.number(name) for name in ("stride", "padding", "output_padding") if name in call.args}
+    stride, *paddings = (n[(dim - 2) % len(n)] if isinstance(n, list | tuple) else n for n in steps.values())
+    return call.labels("weight").shape[dim] == stride == 1 and not any(paddings)
 
 
 def _grouped(

@@ -122,6 +122,18 @@ def twice(x: Tensor, conv: nn.Module, again: nn.Module) -> Tensor:
     return again(conv(x).relu())
 
 
+def tokens_as_channels(x: Tensor, mix: nn.Module) -> Tensor:
+    """As in CoaT: a convolution whose positions are the channels of what went before."""
+    tokens = x.flatten(2).mT[:, :3]
+    return x * mix(tokens).mT[..., None]
+
+
+def standardised(x: Tensor, conv: nn.Module) -> Tensor:
+    """As in NFNets: the weights of each output channel are normalised, over those of its inputs that are kept."""
+    weight = F.batch_norm(conv.weight.reshape(1, 8, -1), None, None, training=True)
+    return F.conv2d(x, weight.reshape_as(conv.weight), padding=1)
+
+
 SHARED_CONV = nn.Conv2d(8, 8, 3, padding=1)
 CASES = {
     "lstm": Between(through_lstm, 16, lstm=nn.LSTM(8, 8, 2, batch_first=True, bidirectional=True)),
@@ -154,6 +166,8 @@ CASES = {
     "maximum": Between(lambda x: x.max(1, keepdim=True)[0] - x),
     "roll": Between(lambda x: x.roll((1, 2), (1, 2))),
     "floor division": Between(lambda x: torch.where((x // 2).gt(0).all((2, 3), keepdim=True), x, -x)),
+    "tokens as channels": Between(tokens_as_channels, mix=nn.Conv1d(3, 1, 1)),
+    "standardised weights": Between(standardised, conv=nn.Conv2d(8, 8, 3)),
     "einsum": Between(lambda x: torch.einsum("bchw,bcij->bchi", x, x) / 9),
 }
 
