@@ -1,6 +1,8 @@
 """`dvn bench`: what each network costs when it runs."""
 
+import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,11 +17,26 @@ if TYPE_CHECKING:
 
 def bench_command(
     files: Annotated[
-        list[Path] | None, typer.Argument(metavar="CHECKPOINT-or-SLICE", help="Default: dvn.safetensors.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="CHECKPOINT-or-SLICE",
+            help="Default: dvn.safetensors. With --scenario: runs, given by their records (NAME.run.json), their "
+            "checkpoints or folders. Default: the working directory.",
+        ),
     ] = None,
     task: Annotated[str | None, typer.Option(help="A task, by name or by number from 1. Default: the first.")] = None,
     level: Annotated[int | None, typer.Option(help="A level, from 1. Default: all levels.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every task, not the first only.")] = False,
+    scenario: Annotated[
+        str | None,
+        typer.Option(
+            help="Print the paper's table of j1, j2, j3, h1, s1 or s2 from finished runs. A run of dvn that is given "
+            "by its checkpoint is timed as well."
+        ),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="With --scenario: write its figure there, as PNG and SVG.")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", min=1, help="Images in a forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     num_warm_iter: Annotated[int, typer.Option(min=0, help="Forward passes before timing.")] = 10,
@@ -29,11 +46,57 @@ def bench_command(
     results_file: Annotated[Path | None, typer.Option(help="Write the JSON document there too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
-    """Measure parameters, MACs, latency, throughput and peak memory of the networks in checkpoints and slices."""
+    """Measure parameters, MACs, latency, throughput and peak memory of the networks in checkpoints and slices.
+
+    With --scenario: the accuracies of finished runs, as a table of the paper.
+    """
     if every and task is not None:
         raise InputError("--task or --all, not both")
-    headers = [checkpoints.read_header(file) for file in files or [Path("dvn.safetensors")]]
+    if scenario is not None and (every or task is not None or level is not None):
+        raise InputError("--scenario is of all tasks and levels: leave out --task, --level and --all")
+    if scenario is None and plots is not None:
+        raise InputError("--plots is of runs: give --scenario too")
 
+    measure = functools.partial(
+        _measure,
+        device=device,
+        batch_size=batch_size,
+        num_warm_iter=num_warm_iter,
+        num_bench_iter=num_bench_iter,
+        channels_last=channels_last,
+        threads=threads,
+    )
+    show: Callable[[], None]
+    if scenario is not None:
+        document, show = _scenario(scenario.lower(), files or [Path()], plots, measure)
+    else:
+        headers = [checkpoints.read_header(file) for file in files or [Path("dvn.safetensors")]]
+        targets, document = measure(headers, task, level, every)
+        show = functools.partial(_print, document, [_name(target, len(headers)) for target in targets])
+    text = json.dumps(document, indent=2)
+    if results_file is not None:
+        with checkpoints.atomic(results_file) as opened:
+            opened.write(text.encode() + b"\n")
+    if as_json:
+        typer.echo(text)
+    else:
+        show()
+
+
+def _measure(
+    headers: Sequence[checkpoints.Header],
+    task: str | None,
+    level: int | None,
+    every: bool,
+    *,
+    device: str,
+    batch_size: int,
+    num_warm_iter: int,
+    num_bench_iter: int,
+    channels_last: bool,
+    threads: int | None,
+) -> tuple[list["Target"], dict[str, Any]]:
+    """Measures networks of files. Returns them, and the document of what was found."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -53,7 +116,7 @@ def bench_command(
         results = benchmark.measure(
             targets, settings, lambda what, done: bar.update(shown, description=what, completed=done, total=1.0)
         )
-    document: dict[str, Any] = {
+    return targets, {
         "device": str(settings.device),
         "device_name": benchmark.device_name(settings.device),
         "torch": torch.__version__,
@@ -64,14 +127,68 @@ def bench_command(
         "channels_last": channels_last,
         "results": [result.to_dict(batch_size) for result in results],
     }
-    text = json.dumps(document, indent=2)
-    if results_file is not None:
-        with checkpoints.atomic(results_file) as opened:
-            opened.write(text.encode() + b"\n")
-    if as_json:
-        typer.echo(text)
-    else:
-        _print(document, [_name(target, len(headers)) for target in targets])
+
+
+def _scenario(
+    name: str,
+    files: Sequence[Path],
+    plots: Path | None,
+    measure: Callable[..., tuple[list["Target"], dict[str, Any]]],
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """The tables of a scenario: the document, and how to print it."""
+    from dvn_cli import scenario as scenarios
+
+    scenario = scenarios.find(name)
+    tables = scenarios.tables(scenario, scenarios.read(name, files))
+    written = []
+    if plots is not None:
+        from dvn_cli import plot
+
+        written = plot.write(name, tables, plots)
+    costs, measured = [], []
+    for table in tables:
+        times, document = {}, None
+        if (network := scenarios.timed(table)) is not None:
+            file, task = network
+            targets, document = measure([checkpoints.read_header(file)], str(task), None, False)
+            for target, row in zip(targets, document["results"], strict=True):
+                units = len(target.entry.kept(target.level))
+                times[units] = row["latency_ms"]["p50"] / document["batch_size"], row["speedup"]
+        costs.append(scenarios.costs(table, times))
+        measured.append(document)
+
+    def show() -> None:
+        from rich.console import Console
+        from rich.text import Text
+
+        console = Console(highlight=False, markup=False)
+        for number, (table, of, document) in enumerate(zip(tables, costs, measured, strict=True)):
+            if number:
+                console.print()
+            console.print(
+                Text(f"{name.upper()}, {scenario.title}; scale {table.scale}, setting {table.setting}", "bold")
+            )
+            console.print(scenarios.accuracy_table(table))
+            console.print()
+            for line in scenarios.notes(table):
+                console.print(line)
+            if of:
+                console.print()
+                console.print(scenarios.cost_table(of))
+                console.print(scenarios.cost_note(table, document))
+        for path in written:
+            console.print(f"{path} is written", soft_wrap=True)
+
+    return {
+        "scenario": name,
+        "title": scenario.title,
+        "source": scenario.source,
+        "tables": [
+            table.to_dict() | {"costs": [cost.to_dict() for cost in of], "measured": document}
+            for table, of, document in zip(tables, costs, measured, strict=True)
+        ],
+        "plots": [str(path) for path in written],
+    }, show
 
 
 def _targets(header: checkpoints.Header, task: str | None, level: int | None, every: bool) -> list["Target"]:
