@@ -1,20 +1,23 @@
 """One step is eq. 4 of the paper, and what is private to a network nobody else moves."""
 
+import copy
 import dataclasses
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small
+import timm
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from dvn_cli.data import Split
 from dvn_cli.errors import DvnError
 from dvn_cli.training.loop import Run
+from dvn_cli.training.losses import distillation
 
 
 @pytest.fixture
@@ -52,9 +55,9 @@ def test_gradients_are_those_of_eq_4(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(steps) == 2
     assert set(batches) == set(copies)
 
-    for (task, level), copy in copies.items():
+    for (task, level), alone in copies.items():
         images = batches[task, level]
-        loss = F.cross_entropy(copy(images), small.labels_of(images, run.data[task]))
+        loss = F.cross_entropy(alone(images), small.labels_of(images, run.data[task]))
         (loss / (1 if reduction == "sum" else len(copies))).backward()
     expected = small.gathered(network, copies)
     for name, gradient in gradients.items():
@@ -107,15 +110,16 @@ def test_private_is_private(run: Run) -> None:
                 assert torch.equal(tensor, before[name]) == (not own), (task, level, name)
 
 
-def test_other_tasks_images_do_not_matter_to_what_is_private(tmp_path: Path) -> None:
-    """After one step from the same weights."""
+@pytest.mark.parametrize(("method", "steps"), [("dvn", 1), ("baseline", 2)])
+def test_other_tasks_images_do_not_matter_to_what_is_private(tmp_path: Path, method: str, steps: int) -> None:
+    """After one step from the same weights; ever, where nothing is shared."""
     results = []
     for noise in (False, True):
-        session = small.session(tmp_path)
+        session = small.session(tmp_path, method=method)
         if noise:
             split = session.run.train[2]
             session.run.train[2] = Split(torch.randint_like(split.images, 256), split.labels)
-        first_steps(session.run)
+        first_steps(session.run, steps)
         results.append(session.run.network.file_tensors())
     for name, tensor in results[0].items():
         if tensor.is_floating_point():  # norms count their batches too
@@ -183,6 +187,131 @@ def test_smaller_tasks_are_seen_more_often(tmp_path: Path) -> None:
     first_steps(run)
     assert (len(run.train[1]), len(run.train[2]), run.steps) == (16, 32, 2)
     assert seen == [(1, 16), (1, 16), (2, 16), (2, 16)]
+
+
+# One task after the other
+
+SEQUENTIAL = "learning=sequential"
+
+
+def test_stages(tmp_path: Path) -> None:
+    """The schedule starts again in each; a warm-up has an even rate; what was not trained has no loss."""
+    words = [SEQUENTIAL, "sequential={warmup_epochs: 1, lr_factor: 0.5}", "schedule={name: cosine}"]
+    run = small.session(tmp_path, *words).run
+    rates: list[float] = []
+    run.run(small.nothing, lambda run, _: rates.append(run.optimizer.param_groups[0]["lr"]))
+    cosine = [0.05 * (1 + c) / 2 for c in (1, 0.5**0.5, 0, -(0.5**0.5))]
+    assert rates == pytest.approx([*cosine, 0.05, 0.05, *(rate / 2 for rate in cosine)])
+    assert [entry["epoch"] for entry in run.history] == [1, 2, 3, 4, 5]
+    assert [entry["stage"] for entry in run.history] == [1, 1, 2, 3, 3]
+    measured = [
+        [[[value is not None for value in levels] for levels in entry[what]] for what in ("loss", "validation")]
+        for entry in run.history
+    ]
+    one, two, both = [[True, True], [False, False]], [[False, False], [True, True]], [[True, True], [True, True]]
+    assert measured == [[one, one], [one, one], [two, two], [both, two], [both, two]]
+
+
+def test_old_images_are_gone(tmp_path: Path) -> None:
+    """What the first task's images are does not matter once another one has come."""
+    results = []
+    for noise in (False, True):
+        run = small.session(tmp_path, SEQUENTIAL).run
+
+        def swapped(run: Run, noise: bool = noise) -> None:
+            if noise and run.epochs_done == run.stages[0].epochs:
+                run.train[1] = Split(torch.randint_like(run.train[1].images, 256), run.train[1].labels)
+
+        run.run(swapped, small.nothing)
+        results.append(run.network.file_tensors())
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def modified_cross_entropy(logits: Tensor, old: Tensor, temperature: float) -> Tensor:
+    """Eq. 2 and 3 of learning without forgetting."""
+    new, recorded = (F.softmax(z, 1) ** (1 / temperature) for z in (logits, old))
+    recorded = recorded / recorded.sum(1, keepdim=True)
+    return -(recorded * (new / new.sum(1, keepdim=True)).log()).sum(1).mean()
+
+
+def plain_lwf(run: Run, distance: Callable[..., Tensor]) -> list[nn.Module]:
+    """Two of timm's modules whose convolutions are the same tensors, and the loop that everybody would write."""
+    data, keys, sgd = run.data, run.recipe.sequential, run.recipe.optimizer
+    torch.manual_seed(run.recipe.seed)
+    first = timm.create_model(run.network.partition.spec.name, num_classes=10, in_chans=1)
+    second = copy.deepcopy(first)
+    for name in ("layer1", "layer2", "layer3"):
+        for convolution in ("conv1", "conv2"):
+            setattr(second.get_submodule(f"{name}.0"), convolution, first.get_submodule(f"{name}.0.{convolution}"))
+    first.fc.weight, first.fc.bias = nn.Parameter(first.fc.weight[:5].clone()), nn.Parameter(first.fc.bias[:5].clone())
+
+    def learn(number: int, step: Callable[[Tensor, Tensor], None], *modules: nn.Module) -> None:
+        parameters = list(dict.fromkeys(p for module in modules for p in module.parameters()))
+        optimizer = torch.optim.SGD(
+            parameters, lr=sgd.lr, momentum=sgd.momentum, nesterov=sgd.nesterov, weight_decay=sgd.weight_decay
+        )
+        generator = torch.Generator().manual_seed(number - 1)
+        highest = sgd.lr * (keys.lr_factor if number > 1 else 1)
+        for epoch in range(run.recipe.epochs):
+            optimizer.param_groups[0]["lr"] = highest * (0.2 if epoch / run.recipe.epochs >= 0.5 else 1)
+            for images, labels in data[number].train_batches(run.recipe.batch_size, generator):
+                optimizer.zero_grad()
+                step(images, labels)
+                optimizer.step()
+
+    first.train()
+    learn(1, lambda images, labels: F.cross_entropy(first(images), labels).backward(), first)
+    own = {name: t for name, t in first.state_dict().items() if not name.startswith("fc.")}
+    second.load_state_dict(own, strict=False)
+    old = copy.deepcopy(first).eval()
+    first.eval(), second.train()
+
+    def step(images: Tensor, labels: Tensor) -> None:
+        F.cross_entropy(second(images), labels).backward()
+        with torch.no_grad():
+            recorded = old(images)
+        (keys.weight * distance(first(images), recorded, keys.temperature)).backward()
+
+    learn(2, step, second, first)
+    return [first, second]
+
+
+ONE_UNIT = ["units=1", "tasks.*.data.mean=[0.3]", "tasks.*.data.std=[0.4]", "sequential={weight: 0.7, lr_factor: 0.5}"]
+
+
+@pytest.mark.parametrize(("distance", "difference"), [(distillation, 0), (modified_cross_entropy, 1e-6)])
+def test_with_one_unit_it_is_lwf(tmp_path: Path, distance: Callable[..., Tensor], difference: float) -> None:
+    """Eq. 8: every weight and statistic, to the bit; with the loss too written anew, to what its rounding leaves."""
+    run = small.trained(tmp_path, *ONE_UNIT, SEQUENTIAL).run
+    for number, module in enumerate(plain_lwf(run, distance), 1):
+        mine = run.network.tensors(number, 1)
+        assert mine.keys() == module.state_dict().keys()
+        for name, tensor in module.state_dict().items():
+            torch.testing.assert_close(mine[name], tensor, rtol=0, atol=difference, msg=name)
+
+
+def test_with_one_unit_dvn_is_the_method_lwf(tmp_path: Path) -> None:
+    dvn, lwf = (
+        small.trained(tmp_path, *ONE_UNIT, "sequential.warmup_epochs=1", *words).run
+        for words in ([SEQUENTIAL], ["method=lwf"])
+    )
+    assert small.history(dvn) == small.history(lwf)
+    of_lwf = lwf.network.file_tensors()
+    assert all(torch.equal(tensor, of_lwf[name]) for name, tensor in dvn.network.file_tensors().items())
+
+
+def test_baselines_are_alone(tmp_path: Path) -> None:
+    """Each is, to the bit, what it is when trained without the others, although the paper's table has them together."""
+    high = small.data(classes="5-9", augment="crop", pad=1)
+    words = ["method=baseline", f"tasks.1={{name: high, data: {high}}}"]
+    together = small.trained(tmp_path, *words).run
+    for level in (1, 2):
+        alone = small.trained(tmp_path, *words, f"levels=[{level}]", f"tasks={small.content()['tasks'][:1]}").run
+        mine = together.network.tensors(1, level)
+        assert all(torch.equal(tensor, mine[name]) for name, tensor in alone.network.tensors(1, 1).items())
+        assert [entry["loss"][0][0] for entry in alone.history] == [
+            entry["loss"][0][level - 1] for entry in together.history
+        ]
 
 
 # What is kept
