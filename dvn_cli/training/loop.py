@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dvn_cli.data import TaskData
@@ -18,11 +17,11 @@ from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError
 from dvn_cli.evaluation import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.training.losses import as_seen_by, distillation
 from dvn_cli.training.methods import METHODS, Network, plan
 from dvn_cli.training.moves import Moves
 from dvn_cli.training.recipe import OptimizerKeys, Recipe
 from dvn_cli.training.schedule import factor
+from dvn_cli.training.step import Step
 
 CHECK_EVERY = 50  # steps between looks at the losses where each look waits for all that came before: not on a CPU
 
@@ -134,6 +133,7 @@ class Run:
         place = min(bisect.bisect_right(ends, self.epochs_done), len(ends) - 1)  # after the last epoch: still the last
         self.stage = self.stages[place]
         self._start = ends[place] - self.stage.epochs
+        self.network.zero_grad(set_to_none=True)
         self.teacher: DeepVirtualNetwork | None = None
         if self.stage.hold:
             self.teacher = copy.deepcopy(self.network).eval().requires_grad_(False)
@@ -144,6 +144,7 @@ class Run:
                     self.network.inherit(*network, self.stage.before)
         self.moves = Moves(self.network, self.stage)
         self.optimizer = make_optimizer(self.recipe.optimizer, self.network)
+        self.step = Step(self.network, self.teacher, self.stage, self.moves.train_mode, self.recipe)
         self.best, self.best_tensors = -math.inf, {}
 
     # The loop
@@ -179,86 +180,33 @@ class Run:
             after_epoch(self)
             if ended and self.epochs_done < self.total_epochs:
                 self._begin()
+        self.network.zero_grad(set_to_none=True)
         for name, tensor in self.network.file_tensors().items():
             tensor.requires_grad_(name.rpartition("/")[2] in self.network.partition.parameters)
 
     def _epoch(self, after_step: Callable[["Run", int], None]) -> list[list[float | None]]:
         """One pass over the stage's largest task. Returns the mean loss of every network, by task and level."""
-        recipe, stage = self.recipe, self.stage
+        recipe, stage, step = self.recipe, self.stage, self.step
         self.network.train()
-        teachers = self._teachers()
-        weight = 1.0 if recipe.reduction == "sum" else 1 / len(teachers)
         batches = {number: self._endless(number) for number in stage.tasks}
-        totals = torch.zeros(len(teachers), device=self.device)
+        step.totals.zero_()
         check_every = 1 if self.device.type == "cpu" else CHECK_EVERY
         steps = self.steps
-        for step in range(1, steps + 1):
-            done = ((self.epochs_done - self._start) * steps + step - 1) / (stage.epochs * steps)
+        for number in range(1, steps + 1):
+            done = ((self.epochs_done - self._start) * steps + number - 1) / (stage.epochs * steps)
             rate = recipe.optimizer.lr * (1.0 if stage.warmup else factor(recipe.schedule, done))
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * (recipe.sequential.lr_factor if stage.before else 1.0)
-            images = {number: next(batch) for number, batch in batches.items()}
-            seen: dict[Network, Tensor] = {}
-            for place, (student, teacher) in enumerate(teachers.items()):
-                loss, logits = self._loss(student, teacher, images, seen)
-                # Backward at once: no more than one network's activations are ever held.
-                (weight * loss).backward()
-                seen[student] = logits.detach()
-                totals[place] += loss.detach()
-            if step % check_every == 0 or step == steps:
-                self._check(totals, list(teachers), step)
+                group["lr"] = rate * (recipe.sequential.lr_factor if stage.hold and stage.moves == "all" else 1.0)
+            step({task: next(of_task) for task, of_task in batches.items()})
+            if number % check_every == 0 or number == steps:
+                self._check(step.totals, step.networks, number)
             self.optimizer.step()
             self.moves.restore()
-            self.optimizer.zero_grad(set_to_none=True)
-            after_step(self, step)
+            step.clear()
+            after_step(self, number)
         self._check_weights()
-        means = dict(zip(teachers, (totals / steps).tolist(), strict=True))
+        means = dict(zip(step.networks, (step.totals / steps).tolist(), strict=True))
         return self._by_level(means)
-
-    def _teachers(self) -> dict[Network, Network | None]:
-        """The networks of this stage in the order of a step, each with the network that it learns from; None: labels.
-
-        A network of the old ones is one of `teacher`, a network of the same task one of this step.
-        """
-        stage = self.stage
-        learn: dict[Network, Network | None] = dict.fromkeys(stage.learn)
-        if self.recipe.inplace_distillation:
-            top = {task: max(of for of in stage.learn if of[0] == task) for task, _ in stage.learn}
-            learn = {of: None if of == top[of[0]] else top[of[0]] for of in sorted(stage.learn, key=lambda n: -n[1])}
-        return {**learn, **dict(stage.hold)}
-
-    def _loss(
-        self,
-        student: Network,
-        teacher: Network | None,
-        images: Mapping[int, tuple[Tensor, Tensor]],
-        seen: Mapping[Network, Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """The loss of one network, and its logits.
-
-        Args:
-            images: a batch, with labels, of each task.
-            seen: the logits of networks that had their turn in this step.
-        """
-        number, _ = student
-        held = number not in images
-        source = self.stage.tasks[0] if held else number
-        inputs, labels = images[source]
-        if held:  # old images are gone
-            inputs = as_seen_by(inputs, self.network.tasks[source - 1], self.network.tasks[number - 1])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16"):
-            logits = self.network(inputs, *student, student in self.moves.train_mode).float()
-            if held:
-                assert self.teacher is not None
-                assert teacher is not None
-                with torch.no_grad():
-                    target = self.teacher(inputs, *teacher).float()
-        keys = self.recipe.sequential
-        if held:
-            return keys.weight * distillation(logits, target, keys.temperature, keys.squared_temperature), logits
-        if teacher is not None:
-            return distillation(logits, seen[teacher], 1.0), logits
-        return F.cross_entropy(logits, labels), logits
 
     def _by_level(self, values: Mapping[Network, float]) -> list[list[float | None]]:
         """Values of networks by task and level, None where there is none."""

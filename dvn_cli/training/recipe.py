@@ -100,7 +100,13 @@ class SequentialKeys(Keys):
     warmup_epochs: Annotated[int, Field(ge=0, strict=True)] = Field(
         default=0, description="of a later task's new parts alone, at the highest learning rate, all else frozen (LwF)"
     )
-    lr_factor: float = Field(default=1.0, gt=0, le=1e30, description="of the learning rate of tasks after the first")
+    lr_factor: float = Field(
+        default=0.1,
+        gt=0,
+        le=1e30,
+        description="of the learning rate while old tasks' weights move: they run on fixed statistics of their norms, "
+        "which bear less than those of each batch",
+    )
 
 
 class Recipe(Keys):
