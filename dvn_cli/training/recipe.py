@@ -223,16 +223,17 @@ def resolved(content: dict[str, Any], overrides: Sequence[str], origin: str) -> 
         InputError: there is no such scale or setting, or nothing to override.
     """
     given = [parse_override(override) for override in overrides]
-    labels = {key: value for key, value in [*content.items(), *given] if key in ("scale", "setting")}
     scales = content.pop("scales", None) or {}
     if not isinstance(scales, dict) or not all(isinstance(changes, dict) for changes in scales.values()):
         raise InputError(f"{origin}: scales is a mapping of names to the keys that each overrides")
     for label, default, known in (("scale", "full", {"full": {}, **scales}), ("setting", "paper", SETTINGS)):
-        name = labels.get(label, default)
-        if name not in known:
+        name = dict(given).get(label, content.get(label, default))
+        if not isinstance(name, str) or name not in known:
             raise InputError(f"{origin}: {label} is one of {', '.join(known)}, not '{name}'")
         for key, value in known[name].items():
-            override_key(content, key, value)
+            if label == "setting" and key.startswith("backbone.") and content.get("backbone") is None:
+                continue  # the partition or checkpoint that the recipe starts from has one
+            override_key(content, str(key), value)
     for key, value in given:
         override_key(content, key, value)
     return content

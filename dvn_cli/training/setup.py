@@ -146,14 +146,15 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     if twice:
         raise InputError(f"'{recipe.continues}' has a task '{min(twice)}' already: give the new one another name")
     before = list(opened)
+    tasks = [*known, *_tasks(recipe, data, units, base, len(known))]
     if method.levels == "all":
         used = max(unit for of in before for unit in known[of[0] - 1].kept(of[1]))
         there = min(used + len(data), units) if recipe.sequential.grow else units
-        levels = recipe.levels or range(1, units + 1)
-        for place, task in enumerate(known):
-            more = (n for n in levels if n > task.levels[-1] and max(task.order[:n]) <= there)
-            known[place] = replace(task, levels=(*task.levels, *more))
-    tasks = [*known, *_tasks(recipe, data, units, base, len(known))]
+        wanted = recipe.levels or range(1, units + 1)
+        for place, task in enumerate(tasks):
+            more = [n for n in wanted if n > task.levels[-1]] if place < len(known) else []
+            levels = tuple(n for n in (*task.levels, *more) if max(task.order[:n]) <= there)
+            tasks[place] = replace(task, levels=levels)
     partition = opened.partition
     most = max(len(task.classes) for task in tasks)
     if most > partition.spec.num_classes:
