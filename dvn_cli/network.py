@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from dvn_cli import checkpoint
 from dvn_cli.errors import InputError
-from dvn_cli.graph.narrow import Kept, Narrowed
+from dvn_cli.graph.cast import recast
+from dvn_cli.graph.narrow import Kept, Narrowed, on_device
 from dvn_cli.partition import Networks, Owner, Partition
 from dvn_cli.tasks import Task
 
@@ -38,32 +39,10 @@ def register(root: nn.Module, path: str, tensor: Tensor, trainable: bool) -> tup
     return root, key
 
 
-def dtype_of(tensors: Iterable[Tensor]) -> torch.dtype:
-    """Of the first that has a floating type."""
-    return next(tensor.dtype for tensor in tensors if tensor.is_floating_point())
-
-
-def settle(
-    graph: fx.GraphModule, device: torch.device, before: torch.dtype | None = None, after: torch.dtype | None = None
-) -> None:
-    """Lets a graph make its own tensors where its weights have moved to, and cast to their type what it cast to it.
-
-    Args:
-        before: type of the weights so far; what the graph casts to it, it casts to `after` from now on.
-    """
-
-    def settled(value: Any) -> Any:
-        if isinstance(value, torch.device):
-            return device
-        return after if isinstance(value, torch.dtype) and value is before else value
-
-    changed = False
-    for node in graph.graph.nodes:
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), settled)  # type: ignore[misc]
-        if (args, kwargs) != (node.args, node.kwargs):
-            node.args, node.kwargs, changed = args, kwargs, True
-    if changed:
-        graph.recompile()
+def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where a module's weights are, and of what floating type: those of the first."""
+    first = next(p for p in module.parameters() if p.is_floating_point())
+    return first.device, first.dtype
 
 
 class VirtualNetwork(nn.Module):
@@ -89,11 +68,11 @@ class VirtualNetwork(nn.Module):
         """`aliases`: other names for some of the tensors, which stay one tensor."""
         super().__init__()
         self.task, self.level = task, level
-        self._dtype = dtype_of(tensors.values())
         places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
         for name, first in (aliases or {}).items():
             module, key = places[first]
             register(self, name, getattr(module, key), first in trainable)
+        self._where = device_and_dtype(self)
         # Copies: the constants in them move and change their type with this module.
         self.train_graph, self.eval_graph = copy.deepcopy(networks.train.module), copy.deepcopy(networks.eval.module)
         self._places = {
@@ -107,10 +86,12 @@ class VirtualNetwork(nn.Module):
 
     def _apply(self, *args: Any, **kwargs: Any) -> "VirtualNetwork":
         super()._apply(*args, **kwargs)
-        parameters = list(self.parameters())
-        before, self._dtype = self._dtype, dtype_of(parameters)
-        for graph in (self.train_graph, self.eval_graph):
-            settle(graph, parameters[0].device, before, self._dtype)
+        (device, dtype), (_, before) = device_and_dtype(self), self._where
+        if (device, dtype) != self._where:
+            self.train_graph, self.eval_graph = (on_device(g, device) for g in (self.train_graph, self.eval_graph))
+            for graph in (self.train_graph, self.eval_graph):
+                recast(graph, before, dtype)
+            self._where = device, dtype
         return self
 
     def __repr__(self) -> str:
@@ -251,8 +232,7 @@ class DeepVirtualNetwork(nn.Module):
             networks = self.networks(task, level)
             narrowed: Narrowed = networks.train if key[2] else networks.eval
             with torch.inference_mode(False):  # what is evaluated first may be trained later
-                module = copy.deepcopy(narrowed.module).to(images.device)
-                settle(module, images.device)
+                module = on_device(narrowed.module, images.device)
                 self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])
         graph, plan = self._plans[key]
         return graph(images, *[taken(getattr(module, name), cut) for module, name, cut in plan])

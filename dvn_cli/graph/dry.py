@@ -1,6 +1,5 @@
 """A narrow network run without data: that its shapes fit, and what it would compute."""
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.narrow import Narrowed
+from dvn_cli.graph.narrow import Narrowed, on_device
 
 
 class _Interpreter(fx.Interpreter):
@@ -32,7 +31,7 @@ def dry_run(network: Narrowed, tensors: Mapping[str, tuple[tuple[int, ...], torc
     Raises:
         InputError: an operator does not take what it is given; the message names it.
     """
-    interpreter = _Interpreter(copy.deepcopy(network.module).to("meta"))
+    interpreter = _Interpreter(on_device(network.module, "meta"))
     arguments = [
         torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in map(tensors.__getitem__, network.names)
     ]

@@ -1,0 +1,320 @@
+"""A slice, loaded, is an ordinary module: whatever people do with one works, and its file is the backbone's own."""
+
+import copy
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import dvn_cli
+from dvn_cli import checkpoint
+from dvn_cli.backbones import BackboneSpec, resolve
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+from dvn_cli.partition import Partition
+from dvn_cli.tasks import default_tasks
+
+Images = Callable[..., Tensor]  # of a batch size
+
+CLASSES = 5
+ATTENTION, CONVOLUTION = ("test_vit", 160), ("test_efficientnet", 32)
+
+
+def partition_file(spec: BackboneSpec, module: nn.Module, path: Path) -> checkpoint.Header:
+    """Writes a fresh partition of two units."""
+    tasks = default_tasks(2, spec.num_classes, spec.input_size, (0.5,) * 3, (0.25,) * 3)
+    DeepVirtualNetwork.from_backbone(Partition.create(spec, 2, module), module, tasks).save(path)
+    return checkpoint.read_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Makes slices of timm's models with random weights; each model is divided once."""
+
+    @cache
+    def header(name: str, size: int) -> checkpoint.Header:
+        torch.manual_seed(0)
+        spec = resolve(name, num_classes=CLASSES, input_size=(size, size))
+        return partition_file(spec, spec.build(), tmp_path_factory.mktemp("slices") / "dvn.safetensors")
+
+    @cache
+    def path(name: str, size: int, level: int = 1) -> Path:
+        file = header(name, size).path.with_name(f"level{level}.safetensors")
+        checkpoint.slice_file(header(name, size), 1, level, file)
+        return file
+
+    return path
+
+
+def loaded(path: Path) -> VirtualNetwork:
+    network = dvn_cli.load(path)
+    assert isinstance(network, VirtualNetwork)
+    return network
+
+
+@pytest.fixture(params=[ATTENTION, CONVOLUTION])
+def network(request: pytest.FixtureRequest, cut: Callable[..., Path]) -> VirtualNetwork:
+    return loaded(cut(*request.param))
+
+
+@pytest.fixture
+def images(request: pytest.FixtureRequest) -> Images:
+    """Batches of images of the network's size."""
+    size = request.node.callspec.params["network"][1]
+    return lambda batch=4: random_images(batch, size)
+
+
+def random_images(batch: int, size: int) -> Tensor:
+    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+def logits(network: Callable[..., Tensor], *args: object) -> Tensor:
+    with torch.no_grad():
+        return network(*args)
+
+
+def gradients(network: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> dict[str, Tensor]:
+    network.zero_grad()
+    F.cross_entropy(forward(x), torch.arange(len(x)) % CLASSES).backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+
+
+def test_it_trains(network: VirtualNetwork, images: Images) -> None:
+    network.train()
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-3)
+    x, labels = images(8), torch.arange(8) % CLASSES
+    losses = []
+    for _ in range(6):
+        loss = F.cross_entropy(network(x), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        assert [n for n, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0] == []
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    torch.testing.assert_close(logits(network.eval(), x), torch.cat([logits(network, one[None]) for one in x]))
+
+
+def test_freezing_and_modes(network: VirtualNetwork, images: Images) -> None:
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    network.requires_grad_(False)
+    assert not network.train()(images()).requires_grad
+    assert all(not module.training for module in network.eval().modules())
+    head = next(module for name, module in network.named_modules() if name in ("head", "classifier"))
+    head.requires_grad_(True)
+    found = gradients(network, network, images())
+    assert set(found) == {n for n, p in network.named_parameters() if n.startswith(("head.", "classifier."))}
+    network.load_state_dict(before)
+    network.eval()(images())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+def compiled_equals_eager(network: VirtualNetwork, images: Images, backend: str) -> None:
+    compiled = torch.compile(network, backend=backend, fullgraph=True)
+    expected = logits(network, images())
+    torch.testing.assert_close(logits(compiled, images()), expected, rtol=1e-4, atol=1e-5)
+    network.train()
+    state = copy.deepcopy(network.state_dict())
+    wanted = gradients(network, network, images())
+    network.load_state_dict(state)
+    found = gradients(network, compiled, images())
+    assert found.keys() == wanted.keys() == {name for name, _ in network.named_parameters()}
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+
+
+def test_it_compiles(network: VirtualNetwork, images: Images) -> None:
+    compiled_equals_eager(network, images, "aot_eager")
+
+
+@pytest.mark.slow
+def test_it_compiles_with_inductor(network: VirtualNetwork, images: Images) -> None:
+    compiled_equals_eager(network, images, "inductor")
+
+
+def test_channels_last(network: VirtualNetwork, images: Images) -> None:
+    expected, wanted = logits(network, images()), gradients(network, network, images())
+    network.to(memory_format=torch.channels_last)
+    weights = [p for p in network.parameters() if p.ndim == 4]
+    assert all(p.is_contiguous(memory_format=torch.channels_last) for p in weights)
+    x = images().to(memory_format=torch.channels_last)
+    torch.testing.assert_close(logits(network, x), expected, rtol=1e-4, atol=1e-5)
+    for name, gradient in gradients(network, network, x).items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(network: VirtualNetwork, images: Images, dtype: torch.dtype) -> None:
+    expected = logits(network, images())
+    network.to(dtype)
+    assert {p.dtype for p in network.parameters()} == {dtype}
+    result = logits(network, images().to(dtype))
+    assert result.dtype is dtype
+    limit = 0.1 if dtype is not torch.float64 else 1e-5
+    assert float((result.float() - expected).abs().max() / expected.abs().max()) < limit
+    assert all(
+        g.isfinite().all() and g.dtype is dtype for g in gradients(network, network, images().to(dtype)).values()
+    )
+
+
+def test_autocast(network: VirtualNetwork, images: Images) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(network.train(), lambda x: network(x).float(), images())
+    assert found.keys() == {name for name, _ in network.named_parameters()}
+    assert all(gradient.dtype is torch.float32 for gradient in found.values())
+
+
+def test_another_device(network: VirtualNetwork, images: Images) -> None:
+    assert network.to("meta")(images().to("meta")).shape == (4, CLASSES)
+    assert {tensor.device.type for tensor in [*network.parameters(), *network.buffers()]} == {"meta"}
+
+
+def test_a_copy_is_independent(network: VirtualNetwork, images: Images) -> None:
+    expected = logits(network, images())
+    twin = copy.deepcopy(network)
+    assert torch.equal(logits(twin, images()), expected)
+    twin.train()
+    torch.optim.SGD(twin.parameters(), 1.0).step()
+    gradients(twin, twin, images())
+    torch.optim.SGD(twin.parameters(), 1.0).step()
+    assert not torch.allclose(logits(twin.eval(), images()), expected)
+    assert torch.equal(logits(network, images()), expected)
+    assert all(p.grad is None for p in network.parameters())
+
+
+def test_its_weights_are_saved_and_come_back(network: VirtualNetwork, images: Images, tmp_path: Path) -> None:
+    expected = logits(network, images())
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    safetensors.torch.save_file(network.state_dict(), tmp_path / "weights.safetensors")
+    for state in (
+        torch.load(tmp_path / "weights.pt", weights_only=True),
+        safetensors.torch.load_file(tmp_path / "weights.safetensors"),
+    ):
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter.zero_()
+        network.load_state_dict(state, strict=True)
+        assert torch.equal(logits(network, images()), expected)
+
+
+def test_it_is_exported_again(network: VirtualNetwork, images: Images) -> None:
+    program = torch.export.export(network, (images(),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    for batch in (1, 3, 7):
+        torch.testing.assert_close(program.module()(images(batch)), network(images(batch)))
+    assert set(program.state_dict) == set(network.state_dict())
+
+
+# What a backbone casts
+
+
+class Casting(nn.Module):
+    """Takes some steps in float32, as backbones do to be precise, and casts what is in the weights' type already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+        self.mix = nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = x.float()
+        y = y / (1e-3 + y.square().mean((2, 3), keepdim=True)).sqrt()
+        x = x + y.to(x.dtype) * self.weight.view(-1, 1, 1).to(x.dtype)
+        x = self.mix(x.to(self.mix.weight.dtype))
+        x = x * torch.softmax(x, 2, dtype=torch.float32).to(x.dtype)
+        scale = torch.ones(8, dtype=x.dtype, device=x.device)
+        return self.fc(x.float().mean((2, 3)).to(self.fc.weight.dtype) * scale)
+
+
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.float64], [torch.bfloat16, torch.float16, torch.float32]])
+def test_casts_follow_the_weights(dtypes: list[torch.dtype]) -> None:
+    torch.manual_seed(0)
+    module = Casting().eval()
+    partition = Partition.create(BackboneSpec("timm", "casting", CLASSES, 3, (8, 8)), 2, module)
+    tasks = default_tasks(2, CLASSES, (8, 8), (0.5,) * 3, (0.25,) * 3)
+    network = DeepVirtualNetwork.from_backbone(partition, module, tasks).eval().virtual_network(1, 2)
+    for dtype in dtypes:
+        module.to(dtype), network.to(dtype)
+        x = random_images(4, 8).to(dtype)
+        result, expected = logits(network, x), logits(module, x)
+        assert result.dtype is expected.dtype is dtype
+        limit = 0.02 if dtype.itemsize == 2 else 1e-5
+        assert float((result - expected).abs().max() / expected.abs().max()) < limit
+        assert gradients(network, network, x).keys() == gradients(module, module, x).keys()
+
+
+# The file of the whole is the backbone's
+
+
+def load_as_published(path: Path, module: nn.Module, size: int) -> None:
+    """The top level's file, loaded by safetensors and torch alone, gives what the slice gives."""
+    module.load_state_dict(safetensors.torch.load_file(path), strict=True)
+    x = random_images(2, size)
+    torch.testing.assert_close(logits(module.eval(), x), logits(loaded(path), x))
+
+
+@pytest.mark.parametrize("name_and_size", [ATTENTION, CONVOLUTION])
+def test_the_top_level_is_a_file_of_the_backbone(cut: Callable[..., Path], name_and_size: tuple[str, int]) -> None:
+    name, size = name_and_size
+    model = timm.create_model(name, num_classes=CLASSES, **({"img_size": size} if "vit" in name else {}))
+    load_as_published(cut(name, size, level=2), model, size)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("coat_tiny", 224), ("swin_tiny_patch4_window7_224", 224), ("torchvision/swin_t", 224), ("densenet121", 64)],
+)
+def test_the_top_level_is_a_file_of_the_backbone_slow(cut: Callable[..., Path], name: str, size: int) -> None:
+    load_as_published(cut(name, size, level=2), resolve(name, CLASSES, input_size=(size, size)).build(), size)
+
+
+class Tied(nn.Module):
+    """Two blocks that share a convolution and a norm, each under a name of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, padding=1)
+        self.shared = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16))
+        self.blocks = nn.ModuleList([self.shared, nn.Sequential(nn.ReLU(), self.shared)])
+        self.fc = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.fc(x.mean((2, 3)))
+
+
+def test_what_has_two_names_has_both_in_a_slice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = Tied().eval()
+    monkeypatch.setattr(BackboneSpec, "build", lambda self: Tied().eval())
+    header = partition_file(BackboneSpec("timm", "tied", CLASSES, 3, (8, 8)), module, tmp_path / "dvn.safetensors")
+    assert len([name for name in header.tensors if "0.weight" in name]) == 1  # a checkpoint holds it once
+    x = random_images(4, 8)
+    for level in (1, 2):
+        path = tmp_path / f"{level}.safetensors"
+        counts = checkpoint.slice_file(header, 1, level, path)
+        assert counts == checkpoint.count(header, 1, level) == checkpoint.count(checkpoint.read_header(path))
+        plain = safetensors.torch.load_file(path)
+        assert plain.keys() == module.state_dict().keys()
+        assert counts.elements == sum(tensor.numel() for tensor in plain.values())
+        network = loaded(path)
+        assert counts.params == sum(p.numel() for p in network.parameters())
+        one, other = (network.get_parameter(f"{place}.0.weight") for place in ("shared", "blocks.1.1"))
+        assert one is other
+        assert network.get_buffer("shared.1.running_mean") is network.get_buffer("blocks.0.1.running_mean")
+        assert network.state_dict().keys() == plain.keys()
+        twin = copy.deepcopy(network)
+        assert twin.get_parameter("shared.0.weight") is twin.get_parameter("blocks.0.0.weight") is not one
+        torch.testing.assert_close(logits(network, x), logits(dvn_cli.load(header.path), x, 1, level))
+    module.load_state_dict(plain, strict=True)
+    torch.testing.assert_close(logits(module, x), logits(network, x))
