@@ -14,8 +14,12 @@ def _trace_once() -> Iterator[None]:
 
     class Cached:
         @staticmethod
-        def create(spec: Any, units: int, module: Any = None) -> Partition:
-            return small.partitioned(spec, units)
+        def create(spec: Any, units: int, module: Any = None, assignment: Any = None) -> Partition:
+            return (
+                small.partitioned(spec, units)
+                if assignment is None
+                else Partition.create(spec, units, None, assignment)
+            )
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "Partition", Cached)

@@ -1,0 +1,196 @@
+"""What a run starts from: a checkpoint that other tasks are added to, and a backbone's blocks that begin at zero."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+
+from dvn_cli.checkpoint import read_checkpoint, slice_file
+from dvn_cli.errors import InputError
+from dvn_cli.network import DeepVirtualNetwork, load
+from dvn_cli.training.session import Session
+
+LOW = {"name": "low", "data": small.data(classes="0-4", augment="crop", pad=1)}
+HIGH = {"name": "high", "data": small.data(classes="5-9", augment="crop", pad=1)}
+MIDDLE = {"name": "middle", "data": small.data(classes="3-7")}
+ALL = {"name": "all", "data": small.data()}
+SEQUENTIAL = "learning=sequential"
+
+
+def first(folder: Path, *words: str, task: dict[str, Any] = LOW, **keys: Any) -> Path:
+    """The checkpoint of a run of one task."""
+    folder.mkdir()
+    small.trained(folder, *words, tasks=[task], **keys)
+    return folder / "dvn.safetensors"
+
+
+def added(folder: Path, checkpoint: Path, *words: str, task: dict[str, Any] = HIGH) -> Session:
+    """A session that adds a task."""
+    folder.mkdir(exist_ok=True)
+    return small.session(folder, *words, continues=str(checkpoint), backbone=None, units=None, tasks=[task])
+
+
+def opened(path: Path) -> DeepVirtualNetwork:
+    network = load(path)
+    assert isinstance(network, DeepVirtualNetwork)
+    return network
+
+
+GROW = "sequential={grow: true, warmup_epochs: 1}"
+
+
+@pytest.mark.parametrize(
+    ("words", "of_the_first"),
+    [
+        ([SEQUENTIAL, "sequential.warmup_epochs=1"], []),
+        ([SEQUENTIAL, GROW], ["levels=[1]"]),
+        (["method=nestednet", SEQUENTIAL], ["levels=[1]"]),
+        (["method=packnet"], ["levels=[1]"]),
+        (["method=lwf"], []),
+        (["method=feature_extraction"], []),
+        (["method=da_cnn"], []),
+    ],
+    ids=["dvn", "growing", "nestednet", "packnet", "lwf", "feature_extraction", "da_cnn"],
+)
+def test_as_if_both_tasks_had_been_there(tmp_path: Path, words: list[str], of_the_first: list[str]) -> None:
+    """To the bit, the losses too; the file that it started from is what it was."""
+    whole = small.trained(tmp_path, *words, tasks=[LOW, HIGH]).run
+    path = first(tmp_path / "first", *words, *of_the_first)
+    before = path.read_bytes()
+    session = added(tmp_path / "second", path, *words)
+    session.train(small.nothing, small.nothing)
+    run = session.run
+    assert path.read_bytes() == before
+    assert [{**task.to_dict(), "data": None} for task in run.network.tasks] == [
+        {**task.to_dict(), "data": None} for task in whole.network.tasks
+    ]
+    expected = whole.network.file_tensors()
+    written = opened(session.files.checkpoint).file_tensors()
+    assert written.keys() == expected.keys()
+    assert [name for name, tensor in written.items() if not torch.equal(tensor, expected[name])] == []
+    last = [entry["loss"] for entry in whole.history if entry["stage"] > 1]
+    assert [entry["loss"] for entry in run.history] == last
+
+
+def test_one_unit_with_each_run(tmp_path: Path) -> None:
+    """Three tasks in three runs; no run leaves a network that was not trained."""
+    whole = small.trained(tmp_path, SEQUENTIAL, GROW, units=3, tasks=[LOW, HIGH, MIDDLE]).run
+    path = first(tmp_path / "1", SEQUENTIAL, GROW, "levels=[1]", units=3)
+    kept = []
+    for number, task in ((2, HIGH), (3, MIDDLE)):
+        session = added(tmp_path / str(number), path, SEQUENTIAL, GROW, task=task)
+        session.train(small.nothing, small.nothing)
+        path = session.files.checkpoint
+        network = opened(path)
+        kept.append([[of.kept(level) for level in range(1, len(of.levels) + 1)] for of in network.tasks])
+        assert set(network) == set(session.run.stages[-1].trained)
+    assert kept[0] == [[(1,), (1, 2)], [(2,), (1, 2)]]
+    assert kept[1] == [
+        [(1,), (1, 2), (1, 2, 3)],
+        [(2,), (1, 2), (1, 2, 3)],
+        [(3,), (2, 3), (1, 2, 3)],
+    ]
+    expected = whole.network.file_tensors()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in opened(path).file_tensors().items())
+
+
+def test_more_classes_than_the_backbone_had(tmp_path: Path) -> None:
+    """The old networks give what they gave."""
+    path = first(tmp_path / "first")
+    session = added(tmp_path / "second", path, SEQUENTIAL, task=ALL)
+    old, network = opened(path), session.run.network
+    assert (old.partition.spec.num_classes, network.partition.spec.num_classes) == (5, 10)
+    images = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        for level in (1, 2):
+            assert torch.equal(network.eval()(images, 1, level), old(images, 1, level))
+            assert network(images, 2, level).shape == (3, 10)
+    session.train(small.nothing, small.nothing)
+    written = opened(session.files.checkpoint)
+    assert [len(task.classes) for task in written.tasks] == [5, 10]
+    with torch.no_grad():
+        assert torch.equal(written(images, 2, 2), network.eval()(images, 2, 2))
+
+
+def test_continued_and_interrupted(tmp_path: Path) -> None:
+    path = first(tmp_path / "first", "levels=[1]")
+    words = [SEQUENTIAL, GROW]
+    whole = added(tmp_path / "whole", path, *words)
+    whole.train(small.nothing, small.nothing)
+    session = added(tmp_path / "second", path, *words)
+    with pytest.raises(small.Stopped):
+        session.train(*small.stop_after(2, 1))
+    again = Session(session.recipe, tmp_path / "second", session.files.checkpoint, small.CPU, resume=True)
+    assert again.run.epochs_done == 2
+    again.train(small.nothing, small.nothing)
+    assert small.history(again.run) == small.history(whole.run)
+    expected = whole.run.network.file_tensors()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.run.network.file_tensors().items())
+
+
+def test_setting_of_a_run_that_continues(tmp_path: Path) -> None:
+    """What is there has been initialised; the rest of the setting counts."""
+    session = added(tmp_path / "second", first(tmp_path / "first"), SEQUENTIAL, "setting=modern")
+    assert session.recipe.inplace_distillation
+    assert not session.recipe.optimizer.decay_norms
+
+
+@pytest.mark.parametrize(
+    ("words", "task", "told"),
+    [
+        (["method=lwf"], HIGH, r"dvn.safetensors' was trained with method=dvn: continue with the same"),
+        ([SEQUENTIAL], LOW, r"dvn.safetensors' has a task 'low' already: give the new one another name"),
+        ([], HIGH, "a checkpoint's tasks are only added to with learning sequential"),
+        (["method=baseline", SEQUENTIAL], HIGH, "a checkpoint's tasks are only added to with learning sequential"),
+        ([SEQUENTIAL, "units=2"], HIGH, "units is given by the checkpoint"),
+        ([SEQUENTIAL, GROW, "tasks.0.order=[2, 1]", "tasks.0.levels=[3]"], HIGH, "the levels of task 'high' are"),
+    ],
+)
+def test_not_added(tmp_path: Path, words: Sequence[str], task: dict[str, Any], told: str) -> None:
+    path = first(tmp_path / "first", "epochs=1")
+    with pytest.raises(InputError, match=told):
+        added(tmp_path / "second", path, *words, task=task)
+    assert list((tmp_path / "second").iterdir()) == []
+
+
+def test_what_nothing_is_added_to(tmp_path: Path) -> None:
+    fresh = small.session(tmp_path).run.network
+    fresh.save(tmp_path / "fresh.safetensors")
+    with pytest.raises(InputError, match=r"fresh.safetensors' has not been trained yet: give it as partition"):
+        added(tmp_path / "second", tmp_path / "fresh.safetensors", SEQUENTIAL)
+    slice_file(read_checkpoint(tmp_path / "fresh.safetensors"), 1, 1, tmp_path / "slice.safetensors")
+    with pytest.raises(InputError, match=r"slice.safetensors' is a slice"):
+        added(tmp_path / "second", tmp_path / "slice.safetensors", SEQUENTIAL)
+    path = first(tmp_path / "first", "epochs=1")
+    with pytest.raises(InputError, match="is what the recipe starts from: give another output with -o"):
+        added(tmp_path / "first", path, SEQUENTIAL)
+
+
+# What the backbone starts from
+
+
+def test_zero_init_last(tmp_path: Path) -> None:
+    """The last norm of every block, in every network, and no other."""
+    tensors = small.session(tmp_path, "backbone.zero_init_last=true").run.network.file_tensors()
+    weights = {name: tensor for name, tensor in tensors.items() if ".bn" in name and name.endswith(".weight")}
+    zero = {name for name, tensor in weights.items() if not tensor.any()}
+    assert zero == {name for name in weights if name.endswith(".bn2.weight")}
+    assert len(zero) == 4 * 3
+    assert all((weights[name] == 1).all() for name in weights.keys() - zero)
+
+
+def test_blocks_that_do_not_know_how(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"zero_init_last: the blocks of test_convnext have no zero_init_last\(\)"):
+        small.session(tmp_path, "backbone={name: test_convnext, in_chans: 1, zero_init_last: true, input_size: 32}")
+
+
+def test_hidden_layers_that_a_partition_lacks(tmp_path: Path) -> None:
+    small.session(tmp_path).run.network.save(tmp_path / "p.safetensors")
+    words = ["backbone=", "units=", "partition=p.safetensors", "method=da_cnn"]
+    with pytest.raises(
+        InputError, match=r"method da_cnn has layers that 'p.safetensors' lacks: give backbone and unit"
+    ):
+        small.session(tmp_path, *words)
