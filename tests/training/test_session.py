@@ -100,15 +100,41 @@ def test_resume_before_the_checkpoint_is_written(whole: tuple[Path, Session], tm
     assert (tmp_path / "dvn.safetensors").read_bytes() == (folder / "dvn.safetensors").read_bytes()
 
 
-def test_state_goes_round(tmp_path: Path) -> None:
-    """Everything in it comes back: generators and the optimizer's averages too."""
-    words = ["optimizer.name=adamw", "select=best"]
+SEQUENTIAL = ["learning=sequential", "sequential={grow: true, warmup_epochs: 2}", "select=best"]
+"""Stages of two epochs: of the first task, of the second one's new parts, and of all."""
+
+
+@pytest.fixture(scope="module")
+def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Session]:
+    folder = tmp_path_factory.mktemp("one-by-one")
+    return folder, small.trained(folder, *SEQUENTIAL)
+
+
+@pytest.mark.parametrize(
+    ("epoch", "step"), [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1), (5, 0), (5, 1), (6, 0)]
+)
+def test_resume_in_any_stage(one_by_one: tuple[Path, Session], tmp_path: Path, epoch: int, step: int) -> None:
+    """And between two of them, where the next one's teacher has not been made yet."""
+    folder, first = one_by_one
+    interrupted(tmp_path, *SEQUENTIAL, epoch=epoch, step=step)
+    torch.manual_seed(99)
+    session = Session(first.recipe, folder, tmp_path / "dvn.safetensors", small.CPU, resume=True)
+    session.train(small.nothing, small.nothing)
+    assert [entry["stage"] for entry in session.run.history] == [1, 1, 2, 2, 3, 3]
+    assert small.history(session.run) == small.history(first.run)
+    assert (tmp_path / "dvn.safetensors").read_bytes() == (folder / "dvn.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(("more", "epoch"), [(["select=best"], 1), (SEQUENTIAL, 5)])
+def test_state_goes_round(tmp_path: Path, more: list[str], epoch: int) -> None:
+    """Everything in it comes back: generators, the optimizer's averages and what old networks are held by too."""
+    words = ["optimizer.name=adamw", *more]
     session = small.session(tmp_path, *words)
     with pytest.raises(small.Stopped):
-        session.train(*small.stop_after(1))
+        session.train(*small.stop_after(epoch))
     tensors, metadata = session.run.state()
     parts = {name.split("/")[0] for name in tensors}
-    assert parts == {"network", "best", "optimizer", "generator", "random"}
+    assert parts == {"network", "best", "optimizer", "generator", "random"} | ({"teacher"} if epoch > 1 else set())
     again, metadata_again = small.session(tmp_path, *words, resume=True).run.state()
     assert metadata_again == metadata
     assert again.keys() == tensors.keys()
