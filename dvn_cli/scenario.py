@@ -542,7 +542,7 @@ def accuracy_table(table: Table) -> rich_table.Table:
     average = table.scenario.average
     made = report.table("method", "units", text=2)
     for name in (*table.tasks, *["average"] * average):
-        made.add_column(Text(name), justify="right", overflow="fold", min_width=len("94.6±0.2"))
+        made.add_column(Text(name), justify="right", overflow="fold")
     for name in ("stored", "runs"):
         made.add_column(name, justify="right", no_wrap=True)
     for row in table.rows:
@@ -595,8 +595,8 @@ def notes(table: Table) -> list[str]:
     }
     seeds = sorted({run.recipe.seed for run in runs})
     lines = [
-        "top-1 in %, mean±standard deviation over seeds; bold: the best of those with as many units; stored: the "
-        "parameters of all networks of a method together",
+        "top-1 in %, mean±standard deviation over seeds; bold: the best of those with as many units; stored: "
+        "parameters of all networks of a method together, of its other rows too",
         "parameters by units: " + ", ".join(f"{unit}: {report.short(size)}" for unit, size in sorted(sizes.items())),
         f"{len(runs)} run{'s' * (len(runs) > 1)}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}, on "
         + ", ".join(f"{device} ({devices.count(device)})" for device in dict.fromkeys(devices))
@@ -607,6 +607,8 @@ def notes(table: Table) -> list[str]:
         lines.append(f"the paper's accuracies ({table.scenario.source}) are not at hand")
     elif table.scale != "full":
         lines.append(f"{table.scenario.source} is of the full scale, these runs are of scale {table.scale}")
+    if [_plain(name) for name in table.tasks] != [_plain(name) for name in table.scenario.tasks]:
+        lines.append(f"these are not the paper's tasks by name: it has {', '.join(table.scenario.tasks)}")
     lines += [f"differs: {difference}" for difference in table.differences]
     if table.missing:
         lines.append(f"missing: {'; '.join(table.missing)}")
@@ -616,6 +618,11 @@ def notes(table: Table) -> list[str]:
             f"{_precise(one.cell)}, {OURS} {_precise(one.ours)}"
         )
     return lines
+
+
+def _plain(name: str) -> str:
+    """A name as it compares: CIFAR-10 is cifar10."""
+    return "".join(filter(str.isalnum, name.lower()))
 
 
 def _precise(cell: Cell) -> str:

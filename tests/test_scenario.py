@@ -232,6 +232,7 @@ def test_the_table_as_printed(tmp_path: Path, dvn: Callable[..., tuple[int, str,
     text = " ".join(lines)
     assert "3 runs, seeds 0 1, on cpu (3); dvn 0.1.0, torch 2.15.0" in text
     assert "Table 1 is of the full scale, these runs are of scale small" in text
+    assert "these are not the paper's tasks by name: it has CIFAR-10, CIFAR-100" in text
     assert "missing: baseline, seed 1; packnet, no run; nestednet, no run" in text
     assert "dvn does not win: tens, 1 unit: baseline 90.50, dvn 90.00±0.00" in text
     assert "1 1.9M 1.9M 25.1 - - 0.11 - -" in lines  # of section 4.3, none measured
@@ -241,8 +242,8 @@ def test_the_table_as_printed(tmp_path: Path, dvn: Callable[..., tuple[int, str,
 def test_nothing_is_cut_off(
     columns: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dvn: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """Four tasks, all methods, deviations: the widest table there is."""
-    names = [f"quarter {n}" for n in range(4)]
+    """Four tasks of long names, all methods, deviations, one with units of its own for each task: the widest table."""
+    names = [f"tiny-imagenet-{n}" for n in range(4)]
     for method in METHODS:
         for seed in (0, 1):
             path = record(tmp_path, method, seed, [{1: 50.0 + seed, 2: 60.0 + seed}] * 2, scenario="j2")
@@ -260,7 +261,7 @@ def test_nothing_is_cut_off(
     assert out.count("50.5±0.7") == out.count("60.5±0.7") == 4 * len(METHODS)
     assert "the paper's accuracies (Figure 5) are not at hand" in out
     # units, parameters, density, ms, speed-up: of Table 2, beside nothing
-    assert "4 - 29.8M - 100.0 - 1.05 - 1.0".split() in [line.split() for line in out.splitlines()]
+    assert "4 - 29.8M - 100.0 - 1.05 - 1.0" in [" ".join(line.split()) for line in out.splitlines()]
 
 
 def test_json_is_one_document(tmp_path: Path, dvn: Callable[..., tuple[int, str, str]]) -> None:
