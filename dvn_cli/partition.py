@@ -2,7 +2,8 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -18,6 +19,9 @@ from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
 from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, trace
 from dvn_cli.units.assign import EVEN, Assignment, Bucket, Rule, assign, axes_by_name, kept_labels, unit_of_labels
 
+ENOUGH = 0.9
+"""Share of the parameters that is divided where nobody asks for more."""
+
 Owner = Literal["shared", "task", "network"]
 
 
@@ -28,6 +32,62 @@ class Networks:
     train: Narrowed
     eval: Narrowed
     kept: Mapping[str, Kept]
+
+
+@dataclass(frozen=True)
+class Division:
+    """Labelled graphs, and how the units divide what the labels tell apart."""
+
+    labeller: Labeller
+    labels: dict[fx.Node, Any]
+    assignment: Assignment
+    buckets: list[Bucket]
+
+
+def divide(
+    graphs: Iterable[Traced],
+    units: int,
+    state: Mapping[str, Tensor],
+    rule: Rule = EVEN,
+    by_weights: bool = True,
+) -> Division:
+    """Labels a backbone's graphs and divides it.
+
+    Units get whole groups of grouped convolutions and norms where they can. Where too little is divided so (as when
+    groups are summed), every group is divided alike if that divides more.
+
+    Args:
+        state: the backbone's `state_dict`, parameters among its tensors.
+        by_weights: whether the weights are there, to be asked where the rule asks for them.
+
+    Raises:
+        InputError: an operator stands in the way; the message names it and its module.
+    """
+    graphs, best, most = list(graphs), None, -1.0
+    for whole_groups in (True, False):
+        labeller = Labeller(units, whole_groups)
+        labels = {node: value for traced in graphs for node, value in labeller.run(traced).items()}
+        names = [name for name in state if name in labeller.sources]
+        parameters = {name: state[name] for name in names if isinstance(state[name], nn.Parameter)}
+        weights = parameters if by_weights and rule.assign == "importance" else None
+        assignment, buckets = assign(labeller, names, rule, weights)
+        share = share_divided(assignment, {name: tuple(p.shape) for name, p in parameters.items()})
+        if share > most:
+            best, most = Division(labeller, labels, assignment, buckets), share
+        if most >= ENOUGH or not labeller.had_choice:
+            break
+    assert best is not None
+    return best
+
+
+def share_divided(assignment: Assignment, shapes: Mapping[str, tuple[int, ...]]) -> float:
+    """The share of some tensors' elements that belong to a unit or a pair of units."""
+    owned = [sum(stop - start for runs in axis for start, stop in runs) for axis in assignment.axes]
+    whole = sum(
+        math.prod(n - (0 if a is None else owned[a]) for n, a in zip(shape, assignment.tensors[name], strict=True))
+        for name, shape in shapes.items()
+    )
+    return 1 - whole / sum(map(math.prod, shapes.values()))
 
 
 @dataclass
@@ -89,22 +149,18 @@ class Partition:
         module = hollow(spec.build) if module is None else module
         input_shape = (spec.in_chans, *spec.input_size)
         graphs = {train: trace(module, input_shape, train) for train in (False, True)}
-        labeller = Labeller(units)
-        labels = {node: value for traced in graphs.values() for node, value in labeller.run(traced).items()}
+        state = module.state_dict(keep_vars=True)
+        division = divide(graphs.values(), units, state, rule, by_weights=assignment is None)
+        labeller, names, buckets = division.labeller, list(division.assignment.tensors), division.buckets
         if labeller.output is None:
             raise InputError(f"{spec.name} has no classifier whose classes can be told apart")
-        state = module.state_dict(keep_vars=True)
-        names = [name for name in state if name in labeller.sources]
-        first = {id(state[name]): name for name in names}
-        parameters = {name: state[name] for name in names if isinstance(state[name], nn.Parameter)}
-        by_weights = rule.assign == "importance" and assignment is None
-        assigned, buckets = assign(labeller, names, rule, parameters if by_weights else None)
         if units > 1 and not any(bucket.sizes for bucket in buckets):
             widest = max((bucket.channels for bucket in buckets), default=0)
             raise InputError(
                 f"{spec.name} cannot be divided into {units} units: at most {widest} channels can be told apart"
             )
-        assignment = assignment or assigned
+        first = {id(state[name]): name for name in names}
+        assignment = assignment or division.assignment
         graphs = {train: _without_data(traced) for train, traced in graphs.items()}
         labeller.traced = graphs[True]
         return cls(
@@ -116,10 +172,10 @@ class Partition:
             owners=_owners(graphs, names, assignment),
             shapes={name: tuple(state[name].shape) for name in names},
             dtypes={name: state[name].dtype for name in names},
-            parameters=set(parameters),
+            parameters={name for name in names if isinstance(state[name], nn.Parameter)},
             aliases={name: first[id(t)] for name, t in state.items() if first.get(id(t), name) != name},
             _graphs=graphs,
-            _labels=labels,
+            _labels=division.labels,
             _labeller=labeller,
             _unit=unit_of_labels(labeller, assignment),
         )

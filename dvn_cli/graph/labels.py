@@ -174,12 +174,17 @@ class Labeller:
     Attributes:
         units: how many units there will be. What can be divided along one dimension or another (heads or the
             dimensions of each head) is divided where this number fits.
+        whole_groups: whether units get whole groups of a convolution or a norm, or a part of every group, where the
+            units divide both.
+        had_choice: whether there was such a case.
         sources: for each tensor that the graphs read (by its name in the module, or its placeholder's name where the
             module's state_dict does not hold it) the labels of its indices, a vector for each dimension.
         output: labels of the classes, a vector; None when the classes cannot be told apart.
     """
 
     units: int
+    whole_groups: bool = True
+    had_choice: bool = False
     classes: Classes = field(default_factory=Classes)
     sources: dict[str, list[Tensor]] = field(default_factory=dict)
     output: Tensor | None = None

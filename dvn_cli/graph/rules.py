@@ -371,6 +371,8 @@ def _group_norm(labeller: Labeller, call: Call) -> Labels:
 def split_groups(labeller: Labeller, groups: int, sides: Sequence[Tensor]) -> bool:
     """Unites channels so that groups stay groups: whole groups are divided, or every group alike.
 
+    Where both can be, the labeller says which.
+
     Args:
         sides: labels of the channels, a vector for each side of the operator (input, output), all in `groups` runs.
 
@@ -378,7 +380,11 @@ def split_groups(labeller: Labeller, groups: int, sides: Sequence[Tensor]) -> bo
         Whether groups are divided among the units; otherwise the channels of each group are, at the same places.
     """
     units, sizes = labeller.units, [len(side) // groups for side in sides]
-    whole = groups % units == 0 or max(sizes) == 1 or (groups >= units and any(n % units for n in sizes))
+    whole, alike = groups % units == 0, not any(n % units for n in sizes)
+    if whole and alike:
+        labeller.had_choice = True
+        whole = labeller.whole_groups
+    whole = whole or max(sizes) == 1 or (groups >= units and not alike)
     for side in sides:
         table = side.reshape(groups, -1)
         labeller.classes.unite(table, table[:, :1] if whole else table[:1])

@@ -11,7 +11,6 @@ largest come first. Rows are appended as they are done, and models that the tabl
 import argparse
 import contextlib
 import csv
-import math
 import multiprocessing
 import statistics
 import sys
@@ -29,8 +28,7 @@ from reference import Comparison, networks
 
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.errors import InputError
-from dvn_cli.partition import Partition
-from dvn_cli.units.assign import Assignment
+from dvn_cli.partition import Partition, share_divided
 
 HERE = Path(__file__).parent
 NAMES = HERE / "panel.txt"
@@ -133,7 +131,8 @@ def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str) -> None:
     before, start = peak(), time.perf_counter()
     partition = Partition.create(spec, 4)
     row.partition_s, row.partition_mb = round(time.perf_counter() - start, 2), peak() - before
-    row.divided = share_divided(partition.assignment, partition.shapes, partition.parameters)
+    shapes = {name: partition.shapes[name] for name in partition.parameters}
+    row.divided = round(share_divided(partition.assignment, shapes), 4)
     if row.params > HUGE:
         row.reason = "divided, but larger than what is compared"
         return
@@ -143,7 +142,7 @@ def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str) -> None:
         assignment = comparison.divide(units)
         if not quick and units == 4 and assignment != partition.assignment:
             raise AssertionError("with weights it is divided in another way than without")
-        row.divided = min(row.divided, share_divided(assignment, partition.shapes, partition.parameters))
+        row.divided = min(row.divided, round(share_divided(assignment, shapes), 4))
         for kept in [(2,)] if quick else networks(units):
             for train in modes:
                 error = comparison.error(kept, train)
@@ -158,17 +157,6 @@ def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str) -> None:
                 row.outcome, row.reason = "wrong", f"no gradient for {', '.join(idle[:3])} with units {kept} of {units}"
                 return
     row.outcome = "passed"
-
-
-def share_divided(assignment: Assignment, shapes: dict[str, tuple[int, ...]], parameters: set[str]) -> float:
-    """The share of all parameters, stem and classifier included, whose elements belong to a unit or a pair of units."""
-    owned = [sum(stop - start for runs in axis for start, stop in runs) for axis in assignment.axes]
-    whole = total = 0
-    for name in parameters:
-        total += math.prod(shapes[name])
-        axes = assignment.tensors[name]
-        whole += math.prod(n - (0 if a is None else owned[a]) for n, a in zip(shapes[name], axes, strict=True))
-    return round(1 - whole / total, 4)
 
 
 def peak() -> int:

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.narrow import Narrowed, narrow, on_device
 from dvn_cli.graph.trace import Traced, trace
-from dvn_cli.units.assign import Assignment, assign, kept_labels, unit_of_labels
+from dvn_cli.partition import divide
+from dvn_cli.units.assign import Assignment, kept_labels, unit_of_labels
 from dvn_cli.units.order import paper_order
 
 
@@ -312,10 +312,9 @@ class Comparison:
         self.whole: dict[bool, KeptStatistics] = {}
 
     def divide(self, units: int) -> Assignment:
-        self.labeller = Labeller(units)
-        self.labels: dict[bool, dict[fx.Node, Any]] = {m: self.labeller.run(t) for m, t in self.traced.items()}
-        names = [name for name in self.module.state_dict() if name in self.labeller.sources]
-        self.assignment, self.buckets = assign(self.labeller, names)
+        division = divide(self.traced.values(), units, self.module.state_dict(keep_vars=True))
+        self.labeller, self.labels = division.labeller, division.labels
+        self.assignment, self.buckets = division.assignment, division.buckets
         self.unit = unit_of_labels(self.labeller, self.assignment)
         return self.assignment
 
@@ -342,7 +341,7 @@ class Comparison:
     def network(self, kept: Sequence[int], train: bool) -> Narrowed:
         keep = kept_labels(self.labeller, self.unit, kept, 10**9)
         start = time.perf_counter()
-        net = narrow(self.traced[train], self.labels[train], self.labeller, keep, {})
+        net = narrow(self.traced[train], self.labels, self.labeller, keep, {})
         self.seconds = time.perf_counter() - start
         return Narrowed(on_device(net.module, self.x.device), net.names) if self.x.device.type != "cpu" else net
 

@@ -82,7 +82,7 @@ def test_the_first_classes_alone():
     case.divide(2)
     assert ("fc.weight", 0) in case.assignment.classes
     keep = kept_labels(case.labeller, case.unit, (1,), 3)
-    net = narrow(case.traced[False], case.labels[False], case.labeller, keep, {})
+    net = narrow(case.traced[False], case.labels, case.labeller, keep, {})
     tensors = dict(zip(net.names, case.tensors(net.names, (1,)), strict=True))
     tensors |= {name: tensors[name][:3] for name, _ in case.assignment.classes}
     whole, _ = case.narrowed((1,), False)
@@ -96,7 +96,7 @@ def test_another_stride(kept):
     case = comparison("resnet18", 48)
     case.divide(2)
     keep = kept_labels(case.labeller, case.unit, kept, 10)
-    net = narrow(case.traced[False], case.labels[False], case.labeller, keep, {"conv1.weight": [1, 1]})
+    net = narrow(case.traced[False], case.labels, case.labeller, keep, {"conv1.weight": [1, 1]})
     case.module.conv1.stride = (1, 1)
     expected, _ = case.reference(masked(case.module, case.assignment, kept), False)
     before, _ = case.narrowed(kept, False)

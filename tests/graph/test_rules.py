@@ -168,6 +168,9 @@ CASES = {
     "floor division": Between(lambda x: torch.where((x // 2).gt(0).all((2, 3), keepdim=True), x, -x)),
     "tokens as channels": Between(tokens_as_channels, mix=nn.Conv1d(3, 1, 1)),
     "standardised weights": Between(standardised, conv=nn.Conv2d(8, 8, 3)),
+    "sum of groups": Between(  # as in ResNeSt: whole groups are one class here, every group alike is eight
+        lambda x, conv: conv(x).unflatten(1, (2, 8)).sum(1), conv=nn.Conv2d(8, 16, 3, padding=1, groups=2)
+    ),
     "einsum": Between(lambda x: torch.einsum("bchw,bcij->bchi", x, x) / 9),
 }
 
