@@ -229,7 +229,7 @@ def resolved(content: dict[str, Any], overrides: Sequence[str], origin: str) -> 
     for label, default, known in (("scale", "full", {"full": {}, **scales}), ("setting", "paper", SETTINGS)):
         name = dict(given).get(label, content.get(label, default))
         if not isinstance(name, str) or name not in known:
-            raise InputError(f"{origin}: {label} is one of {', '.join(known)}, not '{name}'")
+            raise InputError(f"{origin}: {label} is one of {', '.join(map(str, known))}, not '{name}'")
         for key, value in known[name].items():
             if label == "setting" and key.startswith("backbone.") and content.get("backbone") is None:
                 continue  # the partition or checkpoint that the recipe starts from has one

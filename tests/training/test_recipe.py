@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import json
 import shlex
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from dvn_cli import cli
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training import recipe as recipes
+from dvn_cli.training.methods import METHODS
 from dvn_cli.training.recipe import BackboneKeys, OptimizerKeys, Recipe, ScheduleKeys, SequentialKeys, TaskKeys
 from dvn_cli.training.schedule import factor
 from dvn_cli.training.session import Session
@@ -53,35 +55,98 @@ def test_first_line_is_the_command(path: Path) -> None:
         recipes.read(path, [word for word in words if "=" in word])
 
 
+def scales(path: Path) -> list[str]:
+    return ["full", *yaml.safe_load(path.read_text()).get("scales", {})]
+
+
 @pytest.mark.parametrize("path", SHIPPED, ids=by_name)
-def test_takes_two_steps(path: Path, tmp_path: Path) -> None:
-    """On a narrow backbone of its kind of images and, where its own may not be there, on a few made here."""
-    overrides = ["backbone.name=wrn_10_1", "batch_size=8", "epochs=1", "threads=1"]
-    for number, task in enumerate(yaml.safe_load(path.read_text())["tasks"]):
-        if task["data"]["source"] == "digits":
-            overrides += [f"tasks.{number}.data.train_images=20", f"tasks.{number}.data.test_images=10"]
-        else:
-            assert task["data"]["source"] == "hf", "make some images for this kind of source"
-            folder = write_parquet(tmp_path / str(number), task["data"]["label"])
-            overrides += [f"tasks.{number}.data.path={folder}", f"tasks.{number}.data.name="]
-    session = Session(recipes.read(path, overrides), path.parent, tmp_path / "dvn.safetensors", small.CPU)
+def test_every_scale_setting_and_method(path: Path) -> None:
+    """Without the data; and no two of a file's scales are the same."""
+    read = {}
+    for scale, setting, method in itertools.product(scales(path), recipes.SETTINGS, METHODS):
+        recipe = recipes.read(path, [f"scale={scale}", f"setting={setting}", f"method={method}"])
+        assert (recipe.scale, recipe.setting, recipe.method) == (scale, setting, method)
+        read[scale, setting, method] = recipe.model_copy(update={"scale": "", "setting": "", "method": ""})
+    assert all(a != b for (of_a, a), (of_b, b) in itertools.combinations(read.items(), 2) if of_a[:2] != of_b[:2])
+
+
+DATA_SETS = {
+    "cifar10": (32, {"label": 10}),
+    "cifar100": (32, {"fine_label": 100, "coarse_label": 20}),
+    "tiny-imagenet": (64, {"label": 200}),
+    "tiny-imagenet-mini": (64, {"label": 200}),
+    "imagenette96-mini": (96, {"label": 10}),
+    "STL10": (96, {"label": 10}),
+}
+"""Pixels, and columns of classes, of what the recipes learn."""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A folder of a few noisy images in place of a data set, with one at least of each of its classes."""
+
+    @functools.cache
+    def make(name: str) -> Path:
+        size, columns = DATA_SETS[name]
+        folder = tmp_path_factory.mktemp(name)
+        rng = np.random.default_rng(0)
+        images = []
+        for _ in range(max(40, *columns.values())):
+            file = io.BytesIO()
+            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "bmp")
+            images.append({"bytes": file.getvalue(), "path": None})
+        labels = {column: [n % count for n in range(len(images))] for column, count in columns.items()}
+        for split in ("train", "test"):
+            pq.write_table(pa.table({"img": images, **labels}), folder / f"{split}-00000-of-00001.parquet")
+        return folder
+
+    return make
+
+
+def in_small(path: Path, made: Callable[[str], Path], scale: str) -> list[str]:
+    """Overrides for a narrow backbone, few images and few steps, on what is made here where it may not be there."""
+    content = recipes.resolved(yaml.safe_load(path.read_text()), [f"scale={scale}"], str(path))
+    overrides = [f"scale={scale}", "backbone.name=wrn_10_1", "batch_size=8", "epochs=1", "threads=1"]
+    if content.get("sequential", {}).get("warmup_epochs"):
+        overrides.append("sequential.warmup_epochs=1")
+    for number, task in enumerate(content["tasks"]):
+        data = dict(task["data"])
+        if data["source"] != "digits":
+            name = (data.get("path") or data["name"]).rpartition("/")[2]
+            label = data.get("label", "label")
+            data |= {"source": "hf", "name": None, "path": str(made(name)), "label": label}
+        # 18 of them to learn from
+        overrides.append(f"tasks.{number}.data={json.dumps(data | {'train_images': 20, 'test_images': 10})}")
+    return overrides
+
+
+def session_of(path: Path, folder: Path, *overrides: str) -> Session:
+    return Session(recipes.read(path, overrides), path.parent, folder / "dvn.safetensors", small.CPU)
+
+
+@pytest.mark.parametrize(
+    ("path", "scale"),
+    [pytest.param(path, scale, id=f"{path.stem}-{scale}") for path in SHIPPED for scale in scales(path)],
+)
+def test_takes_two_steps(path: Path, scale: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+    """In each of its stages, in which every network has its turn."""
+    setting = "paper" if scale == "full" else "modern"
+    session = session_of(path, tmp_path, *in_small(path, made, scale), f"setting={setting}")
     assert session.run.steps == 2
     session.train(small.nothing, small.nothing)
-    assert np.isfinite(np.concatenate(session.run.history[0]["loss"])).all()
+    losses = [np.concatenate(entry["loss"]).astype(float) for entry in session.run.history]
+    assert np.isfinite(np.nansum(losses))
+    assert not np.isnan(losses).all(axis=0).any(), "a network was never trained"
 
 
-def write_parquet(folder: Path, label: str, images: int = 20, size: int = 32) -> Path:
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    for split in ("train", "test"):
-        files = []
-        for _ in range(images):
-            file = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "png")
-            files.append({"bytes": file.getvalue(), "path": None})
-        columns = {"img": files, label: [number % 5 for number in range(images)]}
-        pq.write_table(pa.table(columns), folder / f"{split}-00000-of-00001.parquet")
-    return folder
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", SHIPPED, ids=by_name)
+def test_every_method_has_its_networks(path: Path, method: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+    """In the order and with the levels of each recipe: none is left out of all stages."""
+    run = session_of(path, tmp_path, *in_small(path, made, "full"), f"method={method}").run
+    assert {network for stage in run.stages for network in stage.learn} == set(run.network) - {
+        student for stage in run.stages for student, teacher in stage.hold if student != teacher
+    }
 
 
 # What is wrong
@@ -146,6 +211,22 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("tasks.-1.name=x", "tasks.-1: give a number from 0 to 1"),
         ("epochs=[1", "the value of epochs is not YAML: [1"),
         ("epochs=2024-13-45", "the value of epochs is not YAML: 2024-13-45"),
+        ("method=dvm", "small.yaml: no method 'dvm'; did you mean 'dvn'?"),
+        ("method=xyzzy", "no method 'xyzzy'; known are dvn, baseline, nestednet, packnet, feature_extraction, "),
+        ("method=[dvn]", "method: input should be a valid string"),
+        ("scale=small", "small.yaml: scale is one of full, not 'small'"),
+        ("scale=[1]", "small.yaml: scale is one of full, not '[1]'"),
+        ("scale=", "small.yaml: scale is one of full, not 'None'"),
+        ("setting=moderm", "small.yaml: setting is one of paper, modern, not 'moderm'"),
+        ("setting={}", "small.yaml: setting is one of paper, modern, not '{}'"),
+        ("learning=both", "learning: input should be 'joint' or 'sequential', not 'both'"),
+        ("sequential.temperature=0", "sequential.temperature: input should be greater than 0, not 0"),
+        ("sequential.temp=2", "unknown key 'sequential.temp'; did you mean 'temperature'?"),
+        ("sequential.warmup_epochs=-1", "sequential.warmup_epochs: input should be greater than or equal to 0"),
+        ("tasks.*.data.train_images=2", "task 'low': 2 images are too few"),
+        ("tasks.*.levles=[1]", "unknown key 'tasks.0.levles'; did you mean 'levels'?"),
+        ("tasks.*.data.x.y=1", "unknown key 'tasks.0.data.x'"),
+        ("epochs.*=1", "epochs has no keys: there is no epochs.*"),
         ("partition=x.safetensors", "give one of backbone (with units), partition and continues"),
         ("units=", "units is missing"),
         ("tasks.1.name=low", "two tasks have the name 'low'"),
@@ -179,6 +260,13 @@ def test_refused(dvn: Callable[..., str], override: str, told: str) -> None:
 def test_what_excludes_each_other(dvn: Callable[..., str]) -> None:
     assert "give weights or pretrained" in dvn("small.yaml", "backbone.weights=x", "backbone.pretrained=true")
     assert "units is given by the partition" in dvn("small.yaml", "partition=x", "backbone=")
+    assert "units is given by the checkpoint" in dvn("small.yaml", "continues=x", "backbone=")
+    assert "with method=packnet all tasks have the same order" in dvn(
+        "small.yaml", "method=packnet", "tasks.0.order=[1, 2]"
+    )
+    assert "task 'all' is number 2, and there are 1 levels" in dvn("small.yaml", "method=packnet", "levels=[2]")
+    growing = ("learning=sequential", "sequential.grow=true")
+    assert "task 'low' has no level within 1 of the 2 units" in dvn("small.yaml", *growing, "levels=[2]")
     assert "test images choose nothing" in dvn("small.yaml", "select=best", "tasks.1.data.validation=0")
 
 
@@ -214,6 +302,46 @@ def test_folder(dvn: Callable[..., str]) -> None:
     assert "there is no folder" in dvn("small.yaml", "-o", "none/x.safetensors")
 
 
+def test_scales_settings_and_stars(tmp_path: Path) -> None:
+    """What is given goes before the setting, that before the scale, and that before the file."""
+    changes = {"epochs": 7, "optimizer.decay_norms": True, "tasks.*.data.train_images": 30, "schedule.name": "constant"}
+    path = tmp_path / "r.yaml"
+    path.write_text(yaml.safe_dump(small.content(scales={"tiny": changes, "deep": {"backbone.name": "wrn_16_1"}})))
+    plain = recipes.read(path)
+    assert plain == recipes.read(path, ["scale=full", "setting=paper"])
+    tiny = recipes.read(path, ["scale=tiny"])
+    assert (tiny.scale, tiny.epochs, tiny.schedule.name) == ("tiny", 7, "constant")
+    assert [task.data.train_images for task in tiny.tasks] == [30, 30]
+    assert [task.data.classes for task in tiny.tasks] == ["0-4", None], "nothing else is changed"
+    both = recipes.read(path, ["scale=tiny", "setting=modern", "epochs=3", "tasks.*.data.train_images=25"])
+    assert (both.epochs, both.schedule.name, both.optimizer.decay_norms) == (3, "cosine", False)
+    assert [task.data.train_images for task in both.tasks] == [25, 25]
+    off = recipes.read(path, ["setting=modern", "backbone.zero_init_last=false", "inplace_distillation=false"])
+    assert (off.backbone.zero_init_last, off.inplace_distillation, off.optimizer.decay_norms) == (False, False, False)
+    path.write_text(yaml.safe_dump(small.content(scale="tiny", setting="modern", scales={"tiny": changes})))
+    in_file = recipes.read(path)
+    assert (in_file.epochs, in_file.schedule.name) == (7, "cosine")
+    assert recipes.read(path, ["scale=full", "setting=paper"]).epochs == 2
+    path.write_text(yaml.safe_dump(small.content(scales={"tiny": {"setting": "modern"}})))
+    assert recipes.read(path, ["scale=tiny"]).schedule.name == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("scales", "told"),
+    [
+        ("tiny", "scales is a mapping of names to the keys that each overrides"),
+        ({"tiny": 3}, "scales is a mapping of names to the keys that each overrides"),
+        ({"tiny": {"epoch": 3}}, "unknown key 'epoch'; did you mean 'epochs'?"),
+        ({"tiny": {"tasks.5.name": "x"}}, "tasks.5: give a number from 0 to 1, or *"),
+        ({"tiny": {1: 2}}, "unknown key '1'"),
+        ({1: {}}, "scale is one of full, 1, not 'tiny'"),
+    ],
+)
+def test_no_scale(dvn: Callable[..., str], scales: Any, told: str) -> None:
+    Path("small.yaml").write_text(yaml.safe_dump(small.content(scales=scales)))
+    assert told in dvn("small.yaml", "scale=tiny")
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -231,11 +359,9 @@ PATHS = [
 @settings(max_examples=150, deadline=None)
 @given(st.sampled_from(PATHS) | st.text(max_size=8), values | st.text(max_size=8))
 def test_any_value_is_taken_or_refused(path: str, value: Any) -> None:
-    read = small.content()
     text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, allow_unicode=True)
     try:
-        recipes.override_key(read, *recipes.parse_override(f"{path}={text}"))
-        taken = recipes.parse(read, "x")
+        taken = recipes.parse(recipes.resolved(small.content(), [f"{path}={text}"], "x"), "x")
     except InputError:
         return
     assert recipes.parse(json.loads(json.dumps(taken.model_dump(mode="json"), allow_nan=False)), "x") == taken
