@@ -189,6 +189,38 @@ def test_what_is_told_fits(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert lines[5].startswith("epoch 1/2: loss ")
 
 
+def test_one_task_after_the_other(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In two runs: the second adds its task to what the first has written, and `dvn eval` knows them both."""
+    tasks = small.content()["tasks"]
+    words = ("learning=sequential", "sequential={grow: true, warmup_epochs: 1}")
+    assert ends(monkeypatch, "small.yaml", *words, f"tasks={tasks[:1]}", "levels=[1]", "-o", "first.safetensors") == 0
+    assert capfd.readouterr().err.splitlines()[0] == "wrn_10_1, 2 units, 1 networks, on cpu: 2 epochs of 2 steps"
+    second = (*words, f"tasks={tasks[1:]}", "continues=first.safetensors", "backbone=", "units=")
+    assert ends(monkeypatch, "small.yaml", *second, "--json") == 0
+    out, err = capfd.readouterr()
+    lines = err.splitlines()
+    assert lines[0] == "wrn_10_1, 2 units, 4 networks, on cpu: 3 epochs of 2 steps"
+    assert lines[3].split() == ["1", "low", "5", "-", "-", "-", "1", "|", "2"]
+    assert lines[4].split() == ["2", "all", "10", "32", "8", "20", "2", "|", "1"]
+    assert [line.split(":")[0] for line in lines if line.startswith("epoch ")] == [f"epoch {n}/3" for n in (1, 2, 3)]
+    assert {(row["name"], row["level"]) for row in json.loads(out)["results"]} == {("all", 1), ("all", 2)}
+    record = json.loads(Path("dvn.run.json").read_text())
+    assert [entry["stage"] for entry in record["epochs"]] == [1, 2, 2]
+    assert record["epochs"][0]["loss"][0][0] is None, "held by nobody while the new parts warm up"
+    monkeypatch.setattr("sys.argv", ["dvn", "eval", "--json"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    results = json.loads(capfd.readouterr().out)["results"]
+    assert [(row["name"], row["level"], row["images"]) for row in results] == [
+        (name, level, 20) for name in ("low", "all") for level in (1, 2)
+    ]
+    assert ends(monkeypatch, "small.yaml", *second, "-o", "first.safetensors") == 2
+    told = capfd.readouterr().err
+    assert told == "dvn: 'first.safetensors' is what the recipe starts from: give another output with -o\n"
+
+
 def test_not_a_number(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Exit code 1, one line that names task and level, and the old files as they were."""
     assert ends(monkeypatch, "small.yaml") == 0
