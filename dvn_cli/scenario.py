@@ -144,7 +144,7 @@ class Record(_Loose):
     device: str
     stored: int | None = None
     epochs: list[Epoch]
-    test: list[Result] | None = None
+    test: list[Result] = []
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,6 @@ class Run:
 
     Attributes:
         path: of its record.
-        recipe: that it followed.
         results: on the test images, by number of task and level.
         checkpoint: its networks, where it was given by them.
     """
@@ -190,7 +189,13 @@ def read(name: str, paths: Sequence[Path]) -> list[Run]:
                     is_of = f"of {run.recipe.scenario}" if run.recipe.scenario else "of no scenario"
                     raise InputError(f"the run of '{file}' is {is_of}, not of {name}")
                 others += 1
-            elif run.path.resolve() not in runs or run.checkpoint is not None:
+                continue
+            if not run.results:
+                raise InputError(
+                    f"'{run.path}' has no accuracies on test images: its run was interrupted while it measured them; "
+                    "run it again"
+                )
+            if run.path.resolve() not in runs or run.checkpoint is not None:
                 runs[run.path.resolve()] = run
     if not runs:
         among = f" (runs of others: {others})" if others else ""
@@ -218,10 +223,6 @@ def _read(file: Path) -> Run:
         raise InputError(f"'{path}' is no record of a run: {where}: {problem['msg'].lower()}") from None
     except (ValueError, RecursionError):
         raise InputError(f"'{path}' is no record of a run: it is not JSON") from None
-    if not record.test:
-        raise InputError(
-            f"'{path}' has no accuracies on test images: its run was interrupted while it measured them; run it again"
-        )
     return Run(path, record, {(result.task, result.level): result for result in record.test}, given)
 
 
@@ -252,7 +253,7 @@ class Row:
 
     Attributes:
         method: of the recipe.
-        units: of the network of each task; empty where there are neither runs nor figures of the paper.
+        units: of the network of each task; None for all where there are neither runs nor figures of the paper.
         level: of these networks in the runs, from 1; None where there are no runs.
         runs: of ascending seed.
         cells: the accuracy of each task.
@@ -274,10 +275,19 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """A task's network of a method that is better than that of `OURS` with as many units."""
+class Column:
+    """A row's figure in a column: of a task, or the average of the tasks, which counts as of the largest network."""
 
-    task: int
+    name: str
+    units: int | None
+    cell: Cell | None
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Where a method is better than `OURS` with as many units."""
+
+    column: str
     units: int
     method: str
     cell: Cell
@@ -311,28 +321,34 @@ class Table:
     def ahead(self) -> list[Ahead]:
         """Where `OURS` does not win: the best of the other methods, by task and number of units."""
         found = []
-        for (task, units), cells in self._rivals().items():
+        for (name, units), cells in self._rivals().items():
             ours, best = cells.get(OURS), max(cells, key=lambda method: cells[method].mean)
             if ours is not None and cells[best].mean > ours.mean:
-                found.append(Ahead(task, units, best, cells[best], ours))
+                found.append(Ahead(name, units, best, cells[best], ours))
         return found
 
-    def is_best(self, row: Row, task: int) -> bool:
-        """Whether no method with as many units is better at a task, numbered from 1, and there are others."""
-        cell, units = row.cells[task - 1], row.units[task - 1] if row.units else None
-        if cell is None or units is None:
+    def is_best(self, column: Column) -> bool:
+        """Whether no method with as many units is better, and there are others."""
+        if column.cell is None or column.units is None:
             return False
-        rivals = self._rivals()[task, units]
-        return len(rivals) > 1 and cell.mean == max(other.mean for other in rivals.values())
+        rivals = self._rivals()[column.name, column.units]
+        return len(rivals) > 1 and column.cell.mean == max(other.mean for other in rivals.values())
 
-    def _rivals(self) -> dict[tuple[int, int], dict[str, Cell]]:
-        """The cells of all methods, by task and number of units."""
-        rivals: dict[tuple[int, int], dict[str, Cell]] = {}
+    def columns(self, row: Row) -> list[Column]:
+        """A row's figures, of each task and, where the paper has it, of their average."""
+        found = [Column(*of) for of in zip(self.tasks, row.units, row.cells, strict=True)]
+        largest = max((units for units in row.units if units is not None), default=None)
+        return [*found, *[Column("average", largest, row.average)] * self.scenario.average]
+
+    def _rivals(self) -> dict[tuple[str, int], dict[str, Cell]]:
+        """The figures of all methods, by column and number of units."""
+        rivals: dict[tuple[str, int], dict[str, Cell]] = {}
         for row in self.rows:
-            for task, (units, cell) in enumerate(zip(row.units, row.cells, strict=False), 1):
-                if units is not None and cell is not None:
-                    rivals.setdefault((task, units), {})[row.method] = cell
-        return dict(sorted(rivals.items()))
+            for column in self.columns(row):
+                if column.units is not None and column.cell is not None:
+                    rivals.setdefault((column.name, column.units), {})[row.method] = column.cell
+        order = [*self.tasks, "average"]
+        return dict(sorted(rivals.items(), key=lambda rival: (order.index(rival[0][0]), rival[0][1])))
 
     def to_dict(self) -> dict[str, Any]:
         """As `dvn bench --json` shows it."""
@@ -438,7 +454,7 @@ def _rows(scenario: Scenario, method: str, runs: Sequence[Run]) -> list[Row]:
         )
     rows += [Row(method, units, None, (), none, None, none, None, figures) for units, figures in paper.items()]
     return sorted(rows, key=lambda row: [unit or 0 for unit in row.units]) or [
-        Row(method, (), None, (), none, None, none, None, None)
+        Row(method, none, None, (), none, None, none, None, None)
     ]
 
 
@@ -546,8 +562,10 @@ def accuracy_table(table: Table) -> rich_table.Table:
     for name in ("stored", "runs"):
         made.add_column(name, justify="right", no_wrap=True)
     for row in table.rows:
-        cells = [_cell(cell, table.is_best(row, task)) for task, cell in enumerate(row.cells, 1)]
-        cells += [_cell(row.average)] * average
+        cells = [
+            Text("-" if column.cell is None else str(column.cell), style="bold" if table.is_best(column) else "")
+            for column in table.columns(row)
+        ]
         made.add_row(row.method, _units(row.units), *cells, _count(row.stored), str(len(row.runs) or "-"))
         if row.paper is not None:
             figures = [_printed(figure) for figure in (*row.paper.accuracy, *[row.paper.average] * average)]
@@ -555,12 +573,8 @@ def accuracy_table(table: Table) -> rich_table.Table:
     return made
 
 
-def _cell(cell: Cell | None, best: bool = False) -> Text:
-    return Text("-" if cell is None else str(cell), style="bold" if best else "")
-
-
 def _units(units: Units) -> str:
-    shown = ["-" if unit is None else str(unit) for unit in units] or ["-"]
+    shown = ["-" if unit is None else str(unit) for unit in units]
     return shown[0] if len(set(shown)) == 1 else ", ".join(shown)
 
 
@@ -580,7 +594,7 @@ def _number(value: float | None, form: str) -> str:
 def notes(table: Table) -> list[str]:
     """What is to be known of a table, in lines."""
     runs = table.runs
-    pairs = [pair for row in table.rows for pair in zip(row.units, row.params, strict=False)]
+    pairs = [pair for row in table.rows for pair in zip(row.units, row.params, strict=True)]
     sizes = {
         unit: max(size for other, size in pairs if other == unit and size is not None)
         for unit, size in pairs
@@ -614,7 +628,7 @@ def notes(table: Table) -> list[str]:
         lines.append(f"missing: {'; '.join(table.missing)}")
     for one in table.ahead:
         lines.append(
-            f"{OURS} does not win: {table.tasks[one.task - 1]}, {one.units} unit{'s' * (one.units > 1)}: {one.method} "
+            f"{OURS} does not win: {one.column}, {one.units} unit{'s' * (one.units > 1)}: {one.method} "
             f"{_precise(one.cell)}, {OURS} {_precise(one.ours)}"
         )
     return lines

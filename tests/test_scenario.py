@@ -168,7 +168,10 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
 def test_a_row_of_nothing_where_there_is_neither_run_nor_figure(tmp_path: Path) -> None:
     record(tmp_path, "dvn", scenario="s2")
     made = table(tmp_path, "s2")
-    assert [(r.method, r.units) for r in made.rows[:2]] == [("feature_extraction", ()), ("da_cnn", ())]
+    assert [(r.method, r.units) for r in made.rows[:2]] == [
+        ("feature_extraction", (None, None)),
+        ("da_cnn", (None, None)),
+    ]
     assert made.ahead == []
 
 
@@ -177,16 +180,31 @@ def test_where_dvn_does_not_win_is_said_at_equal_units(tmp_path: Path) -> None:
     record(tmp_path, "baseline", networks=({1: 90.0, 2: 91.0}, {1: 70.5, 2: 72.0}))
     record(tmp_path, "nestednet", networks=({1: 91.5}, {2: 72.5}))
     made = table(tmp_path)
-    assert [(a.task, a.units, a.method) for a in made.ahead] == [(1, 1, "nestednet"), (2, 1, "baseline")]
-    best = [(r.method, r.units, task) for r in made.rows for task in (1, 2) if made.is_best(r, task)]
-    expected = [("baseline", (1, 1), 2), ("nestednet", (1, 2), 1), ("dvn", (2, 2), 1), ("dvn", (2, 2), 2)]
-    assert best == expected
+    assert [(a.column, a.units, a.method) for a in made.ahead] == [
+        ("tens", 1, "nestednet"),
+        ("hundreds", 1, "baseline"),
+    ]
+    best = [(r.method, r.units, column.name) for r in made.rows for column in made.columns(r) if made.is_best(column)]
+    assert best == [
+        ("baseline", (1, 1), "hundreds"),
+        ("nestednet", (1, 2), "tens"),
+        ("dvn", (2, 2), "tens"),
+        ("dvn", (2, 2), "hundreds"),
+    ]
+
+
+def test_the_average_is_compared_where_the_paper_has_it(tmp_path: Path) -> None:
+    record(tmp_path, "dvn", scenario="s1", networks=({1: 90.0, 2: 92.0}, {1: 70.0, 2: 73.0}))
+    record(tmp_path, "lwf", scenario="s1", networks=({2: 94.0}, {2: 72.0}))
+    record(tmp_path, "nestednet", scenario="s1", networks=({1: 89.0}, {2: 72.0}))
+    made = table(tmp_path, "s1")
+    assert [(a.column, a.units, a.method) for a in made.ahead] == [("tens", 2, "lwf"), ("average", 2, "lwf")]
 
 
 def test_nobody_is_best_alone(tmp_path: Path) -> None:
     record(tmp_path, "dvn")
     made = table(tmp_path)
-    assert not any(made.is_best(r, task) for r in made.rows for task in (1, 2))
+    assert not any(made.is_best(column) for r in made.rows for column in made.columns(r))
 
 
 def test_in_what_methods_differ_is_said(tmp_path: Path) -> None:
@@ -276,7 +294,7 @@ def test_json_is_one_document(tmp_path: Path, dvn: Callable[..., tuple[int, str,
     ours = next(r for r in made["rows"] if r["method"] == "dvn" and r["level"] == 1)
     assert ours["top1"][0] == {"mean": 91.0, "std": pytest.approx(2**0.5), "runs": 2}
     assert (ours["units"], ours["seeds"], ours["paper"]["accuracy"]) == ([1, 1], [0, 1], [94.6, 75.0])
-    assert [(a["task"], a["units"], a["method"]) for a in made["ahead"]] == [(1, 1, "baseline")]
+    assert [(a["column"], a["units"], a["method"]) for a in made["ahead"]] == [("tens", 1, "baseline")]
     assert made["missing"] == ["baseline, seed 1", "packnet, no run", "nestednet, no run"]
     assert [cost["paper"]["ms"] for cost in made["costs"]] == [0.11, 0.3]
     assert made["measured"] is None
@@ -328,6 +346,7 @@ def _twice(folder: Path) -> None:
 
 def _of_another(folder: Path) -> None:
     record(folder, "dvn", scenario="h1")
+    change(record(folder, "lwf", 1, scenario="h1"), lambda content: content.pop("test"))  # not this table's matter
     record(folder, "lwf", scenario=None)
 
 
@@ -337,7 +356,7 @@ def _of_another(folder: Path) -> None:
         (None, ["--scenario", "j5"], "no scenario 'j5'; did you mean 'j"),
         (None, ["--scenario", "table"], "no scenario 'table'; the paper has j1, j2, j3, h1, s1, s2"),
         (None, ["--scenario", "j1"], "there are no runs of j1 in '.': `dvn train j1` makes one"),
-        (_of_another, ["--scenario", "j1"], "there are no runs of j1 in '.' (runs of others: 2)"),
+        (_of_another, ["--scenario", "j1"], "there are no runs of j1 in '.' (runs of others: 3)"),
         (_of_another, ["--scenario", "j1", "dvn-full-0.run.json"], "the run of 'dvn-full-0.run.json' is of h1"),
         (None, ["--scenario", "j1", "none.run.json"], "there is no 'none.run.json'"),
         (lambda f: (f / "x.safetensors").touch(), ["--scenario", "j1", "x.safetensors"], "'x.run.json' is missing"),
