@@ -594,7 +594,8 @@ def _number(value: float | None, form: str) -> str:
 def notes(table: Table) -> list[str]:
     """What is to be known of a table, in lines."""
     runs = table.runs
-    pairs = [pair for row in table.rows for pair in zip(row.units, row.params, strict=True)]
+    rows = [row for row in table.rows if row.method == OURS and row.runs] or table.rows  # da_cnn has layers more
+    pairs = [pair for row in rows for pair in zip(row.units, row.params, strict=True)]
     sizes = {
         unit: max(size for other, size in pairs if other == unit and size is not None)
         for unit, size in pairs

@@ -249,6 +249,7 @@ def test_the_table_as_printed(tmp_path: Path, dvn: Callable[..., tuple[int, str,
     assert lines[3:14] == expected
     text = " ".join(lines)
     assert "3 runs, seeds 0 1, on cpu (3); dvn 0.1.0, torch 2.15.0" in text
+    assert "parameters by units: 1: 1.9M, 2: 7.4M" in text
     assert "Table 1 is of the full scale, these runs are of scale small" in text
     assert "these are not the paper's tasks by name: it has CIFAR-10, CIFAR-100" in text
     assert "missing: baseline, seed 1; packnet, no run; nestednet, no run" in text
