@@ -154,6 +154,8 @@ def test_networks(tmp_path: Path, method: str, units: dict[Any, Any], private: s
     """Which there are, what each one has of its own, and that it can be cut out of what was written."""
     network = small.trained(tmp_path, "epochs=1", method=method).run.network
     assert {of: network.tasks[of[0] - 1].kept(of[1]) for of in network} == units
+    orders = [(1, 2), (2, 1)] if method in ("dvn", "baseline") else [(1, 2), (1, 2)]
+    assert [task.order for task in network.tasks] == orders
     own: dict[Any, set[str]] = {}
     for name in network.file_tensors():
         prefix, _, backbones = name.rpartition("/")

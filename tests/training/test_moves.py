@@ -149,7 +149,7 @@ def test_what_moves(tmp_path: Path, case: str, optimizer: str) -> None:
 def test_three_tasks_that_grow(tmp_path: Path) -> None:
     """What the first has learnt is not forgotten for what the second did when the third brings both of them a level."""
     three = [{"name": name, "data": small.data()} for name in ("one", "two", "three")]
-    overrides = ["units=3", "epochs=1", SEQUENTIAL, "sequential.grow=true"]
+    overrides = ["units=3", "epochs=1", SEQUENTIAL, "sequential.grow=true", f"optimizer={OPTIMIZERS['sgd']}"]
     run = small.session(tmp_path, *overrides, tasks=three).run
     check(
         run,
@@ -176,3 +176,11 @@ def test_what_a_new_task_begins_with(tmp_path: Path) -> None:
         elif name.startswith("fc."):
             for level in (1, 2):
                 assert torch.equal(begun[f"task/2/level/{level}/{name}"], fresh[f"task/2/level/{level}/{name}"])
+
+
+def test_norms_without_running_statistics(tmp_path: Path) -> None:
+    """They are shared, and frozen with the units that they are of; and so is what no unit owns."""
+    words = ["method=packnet", "backbone={name: test_vit, in_chans: 1}", "tasks.*.data.size=32"]
+    run = small.session(tmp_path, *words, f"optimizer={OPTIMIZERS['adamw']}").run
+    assert any("norm" in name for name in run.network.file_tensors() if name.startswith("shared/"))
+    check(run, CASES["packnet"][1])
