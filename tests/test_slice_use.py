@@ -1,11 +1,13 @@
 """A slice, loaded, is an ordinary module: whatever people do with one works, and its file is the backbone's own."""
 
 import copy
+import json
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
 import pytest
+import safetensors
 import safetensors.torch
 import timm
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 import dvn_cli
 from dvn_cli import checkpoint
 from dvn_cli.backbones import BackboneSpec, resolve
+from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.tasks import default_tasks
@@ -125,7 +128,7 @@ def compiled_equals_eager(network: VirtualNetwork, images: Images, backend: str)
     found = gradients(network, compiled, images())
     assert found.keys() == wanted.keys() == {name for name, _ in network.named_parameters()}
     for name, gradient in wanted.items():
-        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-3 * float(gradient.abs().max()))
 
 
 def test_it_compiles(network: VirtualNetwork, images: Images) -> None:
@@ -318,3 +321,36 @@ def test_what_has_two_names_has_both_in_a_slice(tmp_path: Path, monkeypatch: pyt
         torch.testing.assert_close(logits(network, x), logits(dvn_cli.load(header.path), x, 1, level))
     module.load_state_dict(plain, strict=True)
     torch.testing.assert_close(logits(module, x), logits(network, x))
+
+
+def with_metadata(path: Path, changes: dict[str, object], to: Path) -> Path:
+    """The same file with other metadata; what is changed to None is taken out."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = {**json.loads(file.metadata()["dvn"]), **changes}
+    text = json.dumps({key: value for key, value in metadata.items() if value is not None})
+    safetensors.torch.save_file(safetensors.torch.load_file(path), to, {"dvn": text})
+    return to
+
+
+def test_a_file_of_before_there_were_rules_and_aliases(cut: Callable[..., Path], tmp_path: Path) -> None:
+    path = cut(*CONVOLUTION)
+    old = loaded(with_metadata(path, {"rule": None, "aliases": None}, tmp_path / "old.safetensors"))
+    x = random_images(2, CONVOLUTION[1])
+    assert torch.equal(logits(old, x), logits(loaded(path), x))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"aliases": {"other.weight": "nothing.weight"}}, "its aliases are of tensors that it does not list"),
+        ({"aliases": {"other.weight": "conv_stem.weight"}}, "does not hold the tensors that its metadata lists"),
+        ({"aliases": ["conv_stem.weight"]}, "no usable 'aliases'"),
+        ({"rule": {"assign": "even"}}, "no usable 'rule'"),
+        ({"rule": {"assign": "odd", "round_to": 1}}, "not 'odd'"),
+    ],
+)
+def test_damaged_rules_and_aliases(
+    cut: Callable[..., Path], tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        dvn_cli.load(with_metadata(cut(*CONVOLUTION), changes, tmp_path / "damaged.safetensors"))
