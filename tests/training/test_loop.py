@@ -329,6 +329,21 @@ def test_select(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str, ke
         assert torch.equal(tensor, after[kept][name]), name
 
 
+def test_each_stage_keeps_its_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second task begins with the best of the first, however much better than the second's that was."""
+    run = small.session(tmp_path, SEQUENTIAL, "epochs=3", "select=best").run
+    scores = [60.0, 10.0, 20.0, 30.0, 40.0, 10.0]
+    monkeypatch.setattr(run, "_validate", lambda: [[scores[run.epochs_done - 1]] * 2, [None, None]])
+    after: list[dict[str, Tensor]] = []
+    run.run(lambda run: after.append(small.copied(run.network)), small.nothing)
+    for ended, best in ((2, 0), (5, 4)):
+        for name, tensor in after[ended].items():
+            assert torch.equal(tensor, after[best][name]), name
+    assert any(not torch.equal(tensor, after[1][name]) for name, tensor in after[0].items())
+    kept = {name for name, tensor in after[0].items() if torch.equal(tensor, after[5][name])}
+    assert {name for name in kept if "running" in name} >= {n for n in after[0] if "running" in n and "task/1/" in n}
+
+
 def test_validation_is_measured_on_validation_images(run: Run) -> None:
     """Counted here, image by image."""
     run.run(small.nothing, small.nothing)
@@ -347,6 +362,14 @@ def test_without_validation(tmp_path: Path) -> None:
     run = small.session(tmp_path, "tasks.0.data.validation=0", "tasks.1.data.validation=0", "epochs=1").run
     run.run(small.nothing, small.nothing)
     assert run.history[0]["validation"] is None
+
+
+def test_one_task_without_validation(tmp_path: Path) -> None:
+    run = small.session(tmp_path, "tasks.0.data.validation=0", "epochs=1").run
+    run.run(small.nothing, small.nothing)
+    first, second = run.history[0]["validation"]
+    assert first == [None, None]
+    assert None not in second
 
 
 def noise(name: str, split: Split) -> dict[str, Any]:
