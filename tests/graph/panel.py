@@ -28,6 +28,7 @@ from reference import Comparison, networks
 
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.errors import InputError
+from dvn_cli.graph.hollow import hollow
 from dvn_cli.partition import Partition, share_divided
 
 HERE = Path(__file__).parent
@@ -137,7 +138,7 @@ def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str) -> None:
         row.reason = "divided, but larger than what is compared"
         return
     modes = (False,) if quick else (False, True)
-    comparison = Comparison(spec.build(), (spec.in_chans, *spec.input_size), modes, 2, device)
+    comparison = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), modes, 2, device)
     for units in (4, 2):
         assignment = comparison.divide(units)
         if not quick and units == 4 and assignment != partition.assignment:

@@ -34,9 +34,7 @@ def randomised(module: nn.Module, seed: int = 0) -> nn.Module:
 
     with torch.no_grad():
         for name, p in module.named_parameters():
-            if p.ndim == 0:
-                p.mul_(1.1)
-            elif p.ndim == 1:
+            if p.ndim < 2:
                 p.copy_(uniform(p, -0.5, 0.5) if name.endswith("bias") else uniform(p, 0.6, 1.4))
             else:
                 scale = max(math.sqrt(2 / p[0].numel()), 0.02)
