@@ -22,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 import torch
 from reference import Comparison, networks
@@ -35,7 +36,7 @@ HERE = Path(__file__).parent
 NAMES = HERE / "panel.txt"
 TABLE = HERE / "panel.csv"
 LARGE = 30_000_000  # parameters; of a combination whose models are all larger the smallest is taken all the same
-HUGE = 500_000_000  # parameters: in double precision, up to four times over
+LARGEST = 5e8  # parameters, compared in double precision, four times over
 SMALL_SIZES = (128, 144, 192)  # pixels, of which a model gets the first that it takes, else its own
 TOLERANCE = 1e-5  # some models compute in fp32 whatever they are given
 
@@ -111,12 +112,12 @@ def spec_of(name: str) -> BackboneSpec:
     return resolve(name, num_classes=10)
 
 
-def examine(name: str, quick: bool, device: str) -> Row:
+def examine(name: str, quick: bool, device: str, largest: float) -> Row:
     """Divides a model among 2 and 4 units and compares its networks with the masked ones, in eval and train graphs."""
     row = Row(name)
     start = time.perf_counter()
     try:
-        _examine(row, spec_of(name), quick, device)
+        _examine(row, spec_of(name), quick, device, largest)
     except InputError as error:
         row.outcome, row.reason = "refused", str(error)
     except Exception as error:
@@ -127,14 +128,14 @@ def examine(name: str, quick: bool, device: str) -> Row:
     return row
 
 
-def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str) -> None:
+def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str, largest: float) -> None:
     row.params, row.size = sum(p.numel() for p in spec.build("meta").parameters()), spec.input_size[0]
     before, start = peak(), time.perf_counter()
     partition = Partition.create(spec, 4)
     row.partition_s, row.partition_mb = round(time.perf_counter() - start, 2), peak() - before
     shapes = {name: partition.shapes[name] for name in partition.parameters}
     row.divided = round(share_divided(partition.assignment, shapes), 4)
-    if row.params > HUGE:
+    if row.params > largest:
         row.reason = "divided, but larger than what is compared"
         return
     modes = (False,) if quick else (False, True)
@@ -167,11 +168,11 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1024**2)
 
 
-def _child(name: str, quick: bool, device: str, pipe: Connection) -> None:
+def _child(pipe: Connection, *arguments: Any) -> None:
     warnings.simplefilter("ignore")
     torch.backends.cudnn.allow_tf32 = False  # some models compute in fp32 whatever they are given
     torch.set_num_threads(1)
-    pipe.send(examine(name, quick, device))
+    pipe.send(examine(*arguments))
 
 
 @dataclass
@@ -182,14 +183,16 @@ class Job:
     deadline: float
 
 
-def run(names: Sequence[str], quick: bool, device: str, limit: float, jobs: int) -> Iterator[Row]:
-    """Yields a row for each model, as they are done."""
+def run(
+    names: Sequence[str], quick: bool, device: str, jobs: int, limit: float, largest: float = LARGEST
+) -> Iterator[Row]:
+    """Yields a row for each model, as they are done; for the arguments see `main`."""
     context = multiprocessing.get_context("fork")
     waiting, running = list(names)[::-1], dict[Connection, Job]()
     while waiting or running:
         while waiting and len(running) < jobs:
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(name := waiting.pop(), quick, device, theirs))
+            process = context.Process(target=_child, args=(theirs, name := waiting.pop(), quick, device, largest))
             process.start()
             theirs.close()
             running[ours] = Job(name, process, ours, time.monotonic() + limit)
@@ -258,6 +261,9 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where networks are compared")
     parser.add_argument("--jobs", type=int, default=1, help="models at a time")
     parser.add_argument("--limit", type=float, default=300, help="seconds for one model")
+    parser.add_argument(
+        "--largest", type=float, default=LARGEST, help="parameters of the largest model to compare, 32 bytes for each"
+    )
     parser.add_argument("-o", "--output", type=Path, default=TABLE)
     args = parser.parse_args()
     if args.choose:
@@ -268,7 +274,7 @@ def main() -> None:
     done = {row.name for row in read(args.output)}
     names = sorted(args.names or sizes, key=lambda name: -sizes.get(name, 0))
     names = [name for name in names if name not in done]
-    for row in run(names, args.quick, args.device, args.limit, args.jobs):
+    for row in run(names, args.quick, args.device, args.jobs, args.limit, args.largest):
         write(args.output, [row], append=True)
         print(row.outcome, row.name, row.reason, f"{row.error:.0e} {row.total_s:.0f} s", file=sys.stderr, flush=True)
     rows = sorted(read(args.output), key=lambda row: row.name)

@@ -304,8 +304,7 @@ class Comparison:
         self.module = randomised(module)
         generator = torch.Generator().manual_seed(1)
         self.traced: dict[bool, Traced] = {mode: trace(self.module, input_shape, mode) for mode in modes}
-        if device != "cpu":
-            self.module = copy.deepcopy(self.module).to(device)
+        self.module.to(device)  # the traces keep its buffers, and need no parameter's values
         self.x = torch.randn(batch, *input_shape, generator=generator, dtype=torch.double).to(device)
         self.whole: dict[bool, KeptStatistics] = {}
 
