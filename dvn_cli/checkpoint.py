@@ -457,22 +457,38 @@ def _blocks(header: Header, name: str, runs: Sequence[Runs]) -> Iterator[np.ndar
         array, runs = array.reshape(1), [[(0, 1)]]
     start_of_tensor = header.tensors[name].start
     row_bytes = array.nbytes // len(array) if len(array) else 0
-    step = max(1, BLOCK // max(1, row_bytes))
-    for run_start, run_stop in runs[0]:
-        for start in range(run_start, run_stop, step):
-            stop = min(start + step, run_stop)
-            yield np.array(_take(array[start:stop], runs[1:]), order="C")
-            if hasattr(mmap, "MADV_DONTNEED"):
-                begin = (start_of_tensor + start * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-                header.file.madvise(mmap.MADV_DONTNEED, begin, start_of_tensor + stop * row_bytes - begin)
+    for rows in _grouped(runs[0], max(1, BLOCK // max(1, row_bytes))):
+        start, stop = rows[0][0], rows[-1][1]
+        here = [(first - start, last - start) for first, last in rows]
+        yield np.array(_take(array[start:stop], [here, *runs[1:]]), order="C")
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin = (start_of_tensor + start * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            header.file.madvise(mmap.MADV_DONTNEED, begin, start_of_tensor + stop * row_bytes - begin)
+
+
+def _grouped(runs: Runs, span: int) -> Iterator[list[tuple[int, int]]]:
+    """Yields the runs, in order, in groups that lie within `span` indices; longer runs in parts."""
+    group: list[tuple[int, int]] = []
+    for run_start, run_stop in runs:
+        for start in range(run_start, run_stop, span):
+            stop = min(start + span, run_stop)
+            if group and stop - group[0][0] > span:
+                yield group
+                group = []
+            group.append((start, stop))
+    if group:
+        yield group
 
 
 def _take(array: np.ndarray, runs: Sequence[Runs]) -> np.ndarray:
-    """Returns the runs of every dimension but the first."""
+    """Returns the runs of every dimension."""
     # Views first, then copies: what is copied is already narrow in all other dimensions.
-    for dim, of_dim in sorted(enumerate(runs, 1), key=lambda item: len(item[1]) > 1):
-        parts = [array[(slice(None),) * dim + (slice(start, stop),)] for start, stop in of_dim or [(0, 0)]]
-        array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=dim)
+    for dim, of_dim in sorted(enumerate(runs), key=lambda item: len(item[1]) > 1):
+        if len(of_dim) > 1:
+            array = array.take(np.concatenate([np.arange(start, stop) for start, stop in of_dim]), axis=dim)
+        else:
+            start, stop = of_dim[0] if of_dim else (0, 0)
+            array = array[(slice(None),) * dim + (slice(start, stop),)]
     return array
 
 
