@@ -113,7 +113,10 @@ def partition_command(
         undivided = count.whole(partition)
 
     if assign == "importance" and not pretrained and weights is None:
-        notes.print("The weights are random, and so is their importance: --weights or --pretrained gives it a meaning.")
+        notes.print(
+            "The weights are random, and so is their importance: --weights or --pretrained gives it a meaning.",
+            soft_wrap=True,
+        )
     if as_json:
         private = {who: [n for n, o in partition.owners.items() if o == who] for who in ("task", "network")}
         document = {
