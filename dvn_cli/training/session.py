@@ -3,7 +3,7 @@
 import contextlib
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -70,7 +70,8 @@ class Session:
         data = setup.load_data(recipe, base)
         network, before = setup.build(recipe, data, base)
         known = len(network.tasks) - len(data)
-        self.run = Run(recipe, network, dict(enumerate(data, known + 1)), device, before)
+        with self._enough_memory(device):
+            self.run = Run(recipe, network, dict(enumerate(data, known + 1)), device, before)
         if saved is not None:
             try:
                 self.run.restore(*saved)
@@ -79,6 +80,16 @@ class Session:
                     f"'{self.files.state}' does not fit the networks that the recipe gives now: start again without "
                     "--resume"
                 ) from None
+
+    @contextlib.contextmanager
+    def _enough_memory(self, device: torch.device) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise DvnError(
+                f"{device} has too little memory: give a smaller batch_size than {self.recipe.batch_size}, or see what "
+                "else runs there"
+            ) from error
 
     @property
     def left_over(self) -> bool:
@@ -98,12 +109,8 @@ class Session:
             state.save(self.files.state, tensors, {**metadata, "recipe": self.record["recipe"]})
             after_epoch(run)
 
-        try:
+        with self._enough_memory(self.run.device):
             self.run.run(keep, after_step)
-        except torch.OutOfMemoryError as error:
-            raise DvnError(
-                f"{self.run.device} has too little memory: give a smaller batch_size than {self.recipe.batch_size}"
-            ) from error
         self.run.network.training_record = {**self.record, "epochs": self.run.epochs_done}
         self.record["stored"] = sum(p.numel() for p in self.run.network.parameters())
         self.run.network.save(self.files.checkpoint)
