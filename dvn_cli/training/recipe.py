@@ -133,6 +133,11 @@ class Recipe(Keys):
         default=None, description="in place of backbone and units: a checkpoint of `dvn partition` to start from"
     )
     units: Count | None = Field(default=None, description="into how many units the backbone is divided")
+    assign: Literal["even", "importance"] = Field(
+        default="even",
+        description="channels of a unit: consecutive, or such that by their weights all are equally strong",
+    )
+    round_to: Count = Field(default=1, description="what the widths of units are multiples of, where they can be")
     tasks: list[TaskKeys] = Field(min_length=1, description="task 1 first")
     levels: list[Count] | None = Field(
         default=None, description="for each level how many units it has, ascending; one unit more at each level"
@@ -165,8 +170,9 @@ class Recipe(Keys):
             raise ValueError("give one of backbone (with units), partition and continues")
         if self.backbone is not None and self.units is None:
             raise ValueError("units is missing: into how many is the backbone divided?")
-        if self.backbone is None and self.units is not None:
-            raise ValueError(f"units is given by the {'partition' if self.partition else 'checkpoint'}")
+        for key, unset in (("units", None), ("assign", "even"), ("round_to", 1)):
+            if self.backbone is None and getattr(self, key) != unset:
+                raise ValueError(f"{key} is given by the {'partition' if self.partition else 'checkpoint'}")
         if self.method not in METHODS:
             hint = did_you_mean(self.method, METHODS) or f"; known are {', '.join(METHODS)}"
             raise ValueError(f"no method '{self.method}'{hint}")

@@ -18,6 +18,7 @@ from dvn_cli.partition import Owner, Partition
 from dvn_cli.tasks import Task
 from dvn_cli.training.methods import METHODS, Method, Network, levels_of
 from dvn_cli.training.recipe import Recipe
+from dvn_cli.units.assign import Rule
 from dvn_cli.units.order import paper_order
 
 
@@ -90,7 +91,7 @@ def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Part
         load_weights(module, spec, locate(recipe.backbone.weights, base))
     elif recipe.backbone.pretrained:
         load_pretrained(module, spec)
-    partition = Partition.create(spec, recipe.units, module)
+    partition = Partition.create(spec, recipe.units, module, rule=Rule(recipe.assign, recipe.round_to))
     return partition, _templates(partition, module)
 
 

@@ -6,6 +6,7 @@ import small
 
 from dvn_cli.partition import Partition
 from dvn_cli.training import setup
+from dvn_cli.units.assign import EVEN, Rule
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -14,12 +15,10 @@ def _trace_once() -> Iterator[None]:
 
     class Cached:
         @staticmethod
-        def create(spec: Any, units: int, module: Any = None, assignment: Any = None) -> Partition:
-            return (
-                small.partitioned(spec, units)
-                if assignment is None
-                else Partition.create(spec, units, None, assignment)
-            )
+        def create(spec: Any, units: int, module: Any = None, assignment: Any = None, rule: Rule = EVEN) -> Partition:
+            if assignment is None and rule == EVEN:
+                return small.partitioned(spec, units)
+            return Partition.create(spec, units, module, assignment, rule)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "Partition", Cached)

@@ -392,6 +392,8 @@ CHANGES = {
     "backbone.zero_init_last": "true",
     "partition": "not-there.safetensors",
     "units": "3",
+    "assign": "importance",
+    "round_to": "5",
     "tasks": str([small.content()["tasks"][0]]),
     "tasks.0.name": "other",
     "tasks.0.data": str(small.data(classes="0-4", augment="crop", pad=2)),
