@@ -1,4 +1,8 @@
-"""Which device a command computes on."""
+"""Which device a command computes on, and what it is called."""
+
+import contextlib
+import platform
+from pathlib import Path
 
 import torch
 
@@ -23,3 +27,14 @@ def choose(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except RuntimeError:
         raise InputError(f"there is no device '{name}' here") from None
+
+
+def title(device: torch.device) -> str:
+    """What the device calls itself."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -118,7 +118,7 @@ def _measure(
         )
     return targets, {
         "device": str(settings.device),
-        "device_name": benchmark.device_name(settings.device),
+        "device_name": devices.title(settings.device),
         "torch": torch.__version__,
         "threads": threads or torch.get_num_threads(),
         "batch_size": batch_size,

@@ -212,6 +212,9 @@ class _Narrower:
             raise self.refuse(node, "where nothing of its input is kept")
         else:
             self.copy(node, REWRITES[name](self, node, bind(node)) if name in REWRITES else None)
+            for dim in self.spread(node):
+                kept: Any = self.kept(node)[dim]
+                self.new[node] = self.pick(self.new[node], dim, kept)
 
     def empty(self, node: fx.Node) -> bool:
         found = [self.labels[n] for n in node.all_input_nodes]
@@ -223,11 +226,21 @@ class _Narrower:
 
     def select(self, node: fx.Node) -> None:
         """What is kept of a tensor that the graph makes whole."""
-        new = self.new[node]
         for dim, indices in enumerate(self.kept(node)):
             if indices is not None:
-                new = self.graph.call_function(torch.ops.aten.index_select.default, (new, dim, self.constant(indices)))
-        self.new[node] = new
+                self.new[node] = self.pick(self.new[node], dim, indices)
+
+    def pick(self, new: fx.Node, dim: int, indices: Tensor) -> fx.Node:
+        return self.graph.call_function(torch.ops.aten.index_select.default, (new, dim, self.constant(indices)))
+
+    def spread(self, node: fx.Node) -> list[int]:
+        """Dimensions along which a convolution mixes positions of which only some are kept."""
+        if not base_name(node.target).startswith("conv"):
+            return []
+        arguments = bind(node)
+        kernel = self.labels[arguments["weight"]].shape
+        kept = self.kept(arguments["input"])
+        return [dim for dim in range(2, len(kernel)) if kernel[dim] > 1 and kept[dim] is not None]
 
     # Data that moves
 
@@ -407,6 +420,19 @@ JOINS = {"cat", "concat", "concatenate"}
 # Other operators with arguments that follow the sizes.
 
 
+def _convolution(narrower: _Narrower, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
+    """Positions that are dropped are zeros to it: its input is spread out over all of them."""
+    x, labels = args["input"], narrower.labels[args["input"]]
+    for dim in narrower.spread(node):
+        kept: Any = narrower.kept(x)[dim]
+        place = torch.full((labels.shape[dim],), len(kept))
+        place[kept] = torch.arange(len(kept))
+        margins = [0] * (2 * (len(labels.shape) - dim) - 1) + [1]
+        padded = narrower.graph.call_function(torch.ops.aten.constant_pad_nd.default, (narrower.new.get(x, x), margins))
+        x = narrower.pick(padded, dim, place)
+    return _groups_of_convolution(narrower, node, args) | {"input": x}
+
+
 def _groups_of_convolution(narrower: _Narrower, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:
     if args["groups"] == 1:
         return args
@@ -455,8 +481,8 @@ def _padding(narrower: _Narrower, node: fx.Node, args: dict[str, Any]) -> dict[s
 
 
 REWRITES: dict[str, Callable[[_Narrower, fx.Node, dict[str, Any]], dict[str, Any]]] = {
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _groups_of_convolution),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _groups_of_convolution),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _convolution),
     **dict.fromkeys(("layer_norm", "rms_norm"), _normalized_shape),
     **dict.fromkeys(("pad", "constant_pad_nd"), _padding),
     "group_norm": _groups_of_norm,

@@ -535,8 +535,8 @@ def _convolution(labeller: Labeller, call: Call, groups: int, weight_in: int, we
     vectors = labeller.separate(x, prefer=[1])
     rows = labeller.separate(weight, prefer=[weight_out, weight_in])
     for where in (vectors, rows):
-        for dim in [d for d in where if d > 1]:  # positions, and the places of a kernel, cannot be dropped
-            if where is rows or not _one_by_one(call, dim):
+        for dim in [d for d in where if d > 1]:  # the places of a kernel cannot be dropped, and few positions can
+            if where is rows or not _is_kept_in_place(call, dim):
                 labeller.pin(where.pop(dim))
 
     def vector(found: dict[int, Tensor], labels: Labels, dim: int) -> Tensor:
@@ -553,11 +553,11 @@ def _convolution(labeller: Labeller, call: Call, groups: int, weight_in: int, we
     return from_vectors(call.shape, {**vectors, 1: labeller.classes.find(out)})
 
 
-def _one_by_one(call: Call, dim: int) -> bool:
-    """Whether each position along a dimension of a convolution's input becomes one of the output, by itself."""
-    steps = {name: call.number(name) for name in ("stride", "padding", "output_padding") if name in call.args}
-    stride, *paddings = (n[(dim - 2) % len(n)] if isinstance(n, list | tuple) else n for n in steps.values())
-    return call.labels("weight").shape[dim] == stride == 1 and not any(paddings)
+def _is_kept_in_place(call: Call, dim: int) -> bool:
+    """Whether a convolution's output has the positions of its input along a dimension, as over a row of channels."""
+    stride = call.number("stride")
+    stride = stride[(dim - 2) % len(stride)] if isinstance(stride, list | tuple) else stride
+    return stride == 1 and call.shape[dim] == call.labels("input").shape[dim]
 
 
 def _grouped(

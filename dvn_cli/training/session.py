@@ -13,6 +13,7 @@ import torch
 
 from dvn_cli import checkpoint
 from dvn_cli.data.spec import locate
+from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.training import setup, state
 from dvn_cli.training.loop import Run
@@ -56,7 +57,7 @@ class Session:
         self.record: dict[str, Any] = {
             "recipe": recipe.model_dump(mode="json"),
             "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else str(device),
+            "device": title(device),
             "threads": torch.get_num_threads(),
         }
         start = recipe.partition or recipe.continues

@@ -160,7 +160,7 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     most = max(len(task.classes) for task in tasks)
     if most > partition.spec.num_classes:
         spec = replace(partition.spec, num_classes=most)
-        partition = Partition.create(spec, units, assignment=partition.assignment)
+        partition = Partition.create(spec, units, assignment=partition.assignment, rule=partition.rule)
     torch.manual_seed(recipe.seed)
     tensors = {**_templates(partition, partition.spec.build()), **opened.file_tensors()}
     network = DeepVirtualNetwork(partition, tasks, tensors)
