@@ -128,6 +128,11 @@ def tokens_as_channels(x: Tensor, mix: nn.Module) -> Tensor:
     return x * mix(tokens).mT[..., None]
 
 
+def channels_as_positions(x: Tensor, conv: nn.Module) -> Tensor:
+    """As in ECA: what is dropped of the channels are zeros between those that are kept."""
+    return x * conv(x.mean((2, 3))[:, None])[:, 0, :, None, None].sigmoid()
+
+
 def standardised(x: Tensor, conv: nn.Module) -> Tensor:
     """As in NFNets: the weights of each output channel are normalised, over those of its inputs that are kept."""
     weight = F.batch_norm(conv.weight.reshape(1, 8, -1), None, None, training=True)
@@ -167,6 +172,10 @@ CASES = {
     "roll": Between(lambda x: x.roll((1, 2), (1, 2))),
     "floor division": Between(lambda x: torch.where((x // 2).gt(0).all((2, 3), keepdim=True), x, -x)),
     "tokens as channels": Between(tokens_as_channels, mix=nn.Conv1d(3, 1, 1)),
+    "channels as positions": Between(channels_as_positions, conv=nn.Conv1d(1, 1, 3, padding=1)),
+    "interleaved channels as positions": Between(
+        lambda x, conv: channels_as_positions(x + x.roll(4, 1), conv), conv=nn.Conv1d(1, 1, 5, padding=2)
+    ),
     "standardised weights": Between(standardised, conv=nn.Conv2d(8, 8, 3)),
     "sum of groups": Between(  # as in ResNeSt: whole groups are one class here, every group alike is eight
         lambda x, conv: conv(x).unflatten(1, (2, 8)).sum(1), conv=nn.Conv2d(8, 16, 3, padding=1, groups=2)
