@@ -80,7 +80,7 @@ def history(run: Run) -> list[dict[str, Any]]:
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in run.history]
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=32)
 def partitioned(spec: BackboneSpec, units: int) -> Partition:
     """A partition holds no weights, so that tests may share it."""
     return Partition.create(spec, units)

@@ -63,7 +63,10 @@ def stopped(folder: Path, sign: signal.Signals, line: str, *words: str) -> tuple
     return process.returncode, err
 
 
-WORDS = ("train", "digits", "epochs=4", "backbone.name=wrn_10_1", "units=2")
+WORDS = (
+    *("train", "digits", "epochs=4", "backbone.name=wrn_10_1", "units=2"),
+    *("tasks.*.data.train_images=700", "tasks.*.data.test_images=200"),
+)
 
 
 @pytest.fixture(scope="module")

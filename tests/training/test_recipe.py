@@ -126,7 +126,11 @@ def session_of(path: Path, folder: Path, *overrides: str) -> Session:
 
 @pytest.mark.parametrize(
     ("path", "scale"),
-    [pytest.param(path, scale, id=f"{path.stem}-{scale}") for path in SHIPPED for scale in scales(path)],
+    [
+        pytest.param(path, scale, id=f"{path.stem}-{scale}", marks=pytest.mark.slow if scale != "full" else ())
+        for path in SHIPPED
+        for scale in scales(path)
+    ],
 )
 def test_takes_two_steps(path: Path, scale: str, made: Callable[[str], Path], tmp_path: Path) -> None:
     """In each of its stages, in which every network has its turn."""

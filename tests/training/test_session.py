@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dvn_cli.checkpoint import read_header
+from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.network import DeepVirtualNetwork, load
 from dvn_cli.training import state
@@ -42,7 +43,7 @@ def test_files(whole: tuple[Path, Session]) -> None:
     assert record["recipe"] == session.recipe.model_dump(mode="json")
     assert record["recipe"]["optimizer"]["momentum"] == 0.9, "defaults are spelt out"
     assert record["versions"]["torch"] == version("torch")
-    assert record["device"] == "cpu"
+    assert record["device"] == title(small.CPU)
     assert record["threads"] == 1
     assert [entry["epoch"] for entry in record["epochs"]] == [1, 2]
     for entry in record["epochs"]:
@@ -110,9 +111,7 @@ def one_by_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Session]
     return folder, small.trained(folder, *SEQUENTIAL)
 
 
-@pytest.mark.parametrize(
-    ("epoch", "step"), [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (4, 1), (5, 0), (5, 1), (6, 0)]
-)
+@pytest.mark.parametrize(("epoch", "step"), [(1, 1), (2, 0), (3, 0), (3, 1), (4, 0), (5, 1), (6, 0)])
 def test_resume_in_any_stage(one_by_one: tuple[Path, Session], tmp_path: Path, epoch: int, step: int) -> None:
     """And between two of them, where the next one's teacher has not been made yet."""
     folder, first = one_by_one

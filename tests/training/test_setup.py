@@ -98,11 +98,14 @@ def test_one_unit_with_each_run(tmp_path: Path) -> None:
 
 
 def test_more_classes_than_the_backbone_had(tmp_path: Path) -> None:
-    """The old networks give what they gave."""
-    path = first(tmp_path / "first")
+    """The old networks give what they gave, of units that are what they were."""
+    path = first(tmp_path / "first", "assign=importance")
     session = added(tmp_path / "second", path, SEQUENTIAL, task=ALL)
     old, network = opened(path), session.run.network
     assert (old.partition.spec.num_classes, network.partition.spec.num_classes) == (5, 10)
+    assert old.partition.rule.assign == "importance"
+    kept = ("units", "rule", "axes")
+    assert all(network.partition.metadata()[key] == old.partition.metadata()[key] for key in kept)
     images = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         for level in (1, 2):
