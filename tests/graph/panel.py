@@ -48,7 +48,7 @@ class Row:
     """One model.
 
     Attributes:
-        partition_s: time of `Partition.create` for 4 units, in seconds.
+        partition_s: time of `Partition.create` for 4 units, in seconds of one core.
         partition_mb: the memory it took at its peak, in MB beyond that of the imported libraries.
         divided: share of the parameters that units own, for the number of units for which it is least.
         networks: how many narrow networks were compared with masked ones.
@@ -132,9 +132,9 @@ def examine(name: str, quick: bool, device: str, largest: float) -> Row:
 
 def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str, largest: float) -> None:
     row.params, row.size = sum(p.numel() for p in spec.build("meta").parameters()), spec.input_size[0]
-    before, start = peak(), time.perf_counter()
+    before, start = peak(), time.process_time()
     partition = Partition.create(spec, 4)
-    row.partition_s, row.partition_mb = round(time.perf_counter() - start, 2), peak() - before
+    row.partition_s, row.partition_mb = round(time.process_time() - start, 2), peak() - before
     row.divided = divided(partition, partition.assignment)
     if row.params > largest:
         row.reason = "divided, but larger than what is compared"
