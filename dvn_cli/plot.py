@@ -85,7 +85,13 @@ def draw(table: Table) -> "Figure":
         panel.set_ylabel(f"accuracy on {'validation' if over_epochs else 'test'} images, %")
     shown = sorted(lines) if over_epochs else list(lines)  # a method's lines beneath one another
     methods = {label.partition(",")[0] for label in shown}
-    figure.legend([lines[label] for label in shown], shown, loc="outside lower center", ncols=min(len(methods), 4))
+    for columns in range(min(len(methods), 4), 0, -1):  # as many as there is room for
+        handles = [lines[label] for label in shown]
+        legend = figure.legend(handles, shown, loc="outside lower center", ncols=columns)
+        figure.draw_without_rendering()
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
     return figure
 
 
