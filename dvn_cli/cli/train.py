@@ -139,6 +139,11 @@ class Progress:
         if last["validation"] is not None:
             values = loop.numbers(last["validation"])
             text += f", validation {min(values):.1f} to {max(values):.1f} %"
+        if len(run.stages) > 1:
+            (task,) = run.stage.tasks
+            alone = ", new parts alone" if run.stage.warmup else ""
+            text = f"task {task} {run.network.tasks[task - 1].name}{alone}: {text}"
         self.bars.update(self.bar, completed=run.epochs_done, description=text)
         if self.bars.disable:
-            self.console.print(f"epoch {run.epochs_done}/{run.total_epochs}: {text}, {last['seconds']:.1f} s")
+            line = f"epoch {run.epochs_done}/{run.total_epochs}: {text}, {last['seconds']:.1f} s"
+            self.console.print(line, soft_wrap=True)
