@@ -152,8 +152,8 @@ class Partition:
         state = module.state_dict(keep_vars=True)
         division = divide(graphs.values(), units, state, rule, by_weights=assignment is None)
         labeller, names, buckets = division.labeller, list(division.assignment.tensors), division.buckets
-        if labeller.output is None:
-            raise InputError(f"{spec.name} has no classifier whose classes can be told apart")
+        if labeller.output is None or len(labeller.output) != spec.num_classes:
+            raise InputError(f"{spec.name} has no classifier of {spec.num_classes} classes: it gives something else")
         if units > 1 and not any(bucket.sizes for bucket in buckets):
             widest = max((bucket.channels for bucket in buckets), default=0)
             raise InputError(
