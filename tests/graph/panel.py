@@ -4,8 +4,9 @@
     python tests/graph/panel.py --choose   choose the models again and write them to panel.txt
 
 One model (the smallest) for every distinct combination of timm module file, model class and block classes, and for each
-module file of torchvision's classifiers. Every model has a process, of one thread, and a time limit of its own; the
-largest come first. Rows are appended as they are done, and models that the table has already are not run again.
+module file of torchvision's classifiers. What has no classifier, whatever number of classes is asked for, is left out.
+Every model has a process, of one thread, and a time limit of its own; the largest come first. Rows are appended as they
+are done, and models that the table has already are not run again.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 from reference import Comparison, networks
 
 from dvn_cli.backbones import BackboneSpec, resolve
+from dvn_cli.backbones.registry import classifier_tensors
 from dvn_cli.errors import InputError
 from dvn_cli.graph.hollow import hollow
 from dvn_cli.partition import Partition, share_divided
@@ -86,7 +88,8 @@ def choose() -> dict[str, int]:
     names += [("torchvision", n) for n in torchvision.models.list_models(module=torchvision.models)]
     for source, name in names:
         try:
-            module = resolve(f"{source}/{name}", num_classes=10).build("meta")
+            spec = resolve(f"{source}/{name}", num_classes=10)
+            module = spec.build("meta")
         except (InputError, RuntimeError, NotImplementedError):
             continue
         library = f"{source}.models"
@@ -98,7 +101,8 @@ def choose() -> dict[str, int]:
             key = (torchvision.models.get_model_builder(name).__module__,)
         count = sum(p.numel() for p in module.parameters())
         entry = (count > LARGE, count, f"{source}/{name}")
-        best[key] = min(best.get(key, entry), entry)
+        if (key not in best or entry < best[key]) and classifier_tensors(spec):
+            best[key] = entry
     return dict(sorted((name, count) for _, count, name in best.values()))
 
 
