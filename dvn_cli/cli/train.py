@@ -48,8 +48,10 @@ def train_command(
     with err.status("reading data and dividing the backbone ..."):
         session = Session(keys, file.parent, output, chosen, resume)
     run, partition = session.run, session.run.network.partition
+    count = len(list(run.network))
+    networks = "1 network" if count == 1 else f"{count} networks"
     note(
-        f"{partition.spec.name}, {partition.units} units, {len(list(run.network))} networks, on {run.device}: "
+        f"{partition.spec.name}, {partition.units} units, {networks}, on {run.device}: "
         f"{run.total_epochs} epochs of {run.steps} steps"
     )
     err.print(task_table(run))

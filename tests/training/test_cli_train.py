@@ -199,7 +199,7 @@ def test_one_task_after_the_other(
     tasks = small.content()["tasks"]
     words = ("learning=sequential", "sequential={grow: true, warmup_epochs: 1}")
     assert ends(monkeypatch, "small.yaml", *words, f"tasks={tasks[:1]}", "levels=[1]", "-o", "first.safetensors") == 0
-    assert capfd.readouterr().err.splitlines()[0] == "wrn_10_1, 2 units, 1 networks, on cpu: 2 epochs of 2 steps"
+    assert capfd.readouterr().err.splitlines()[0] == "wrn_10_1, 2 units, 1 network, on cpu: 2 epochs of 2 steps"
     second = (*words, f"tasks={tasks[1:]}", "continues=first.safetensors", "backbone=", "units=")
     assert ends(monkeypatch, "small.yaml", *second, "--json") == 0
     out, err = capfd.readouterr()
