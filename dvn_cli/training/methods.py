@@ -88,7 +88,7 @@ def levels_of(method: Method, number: int, tasks: int, levels: Sequence[int], na
     if method.levels == "all" or tasks == 1:
         return tuple(levels)
     if number > len(levels):
-        raise InputError(f"task '{name}' takes the recipe's level {number}, and the recipe has {len(levels)}: add to levels")
+        raise InputError(f"task '{name}' takes the recipe's level {number}; the recipe has {len(levels)}")
     return (levels[number - 1],)
 
 

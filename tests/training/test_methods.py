@@ -202,7 +202,7 @@ def test_one_task_has_all_levels(tmp_path: Path, method: str, kept: list[tuple[i
 
 
 def test_a_task_for_which_there_is_no_level(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="task 'all' takes the recipe's level 2, and the recipe has 1: add to levels"):
+    with pytest.raises(InputError, match="task 'all' takes the recipe's level 2; the recipe has 1"):
         small.session(tmp_path, "levels=[2]", method="packnet")
 
 
