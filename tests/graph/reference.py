@@ -78,15 +78,17 @@ class KeptStatistics(TorchFunctionMode):
             scale: of the norm, in a shape that broadcasts with `x`: where it is zero nothing is kept.
             apart: a dimension over which nothing is taken.
         """
+        covered: set[int] = set()  # dimensions of which the scale tells what is kept
+        result = None
         if scale is not None and apart is None:
-            return None if bool(scale.all()) else scale.ne(0).to(x.dtype)
+            covered = {x.ndim - 1 - d for d, size in enumerate(reversed(scale.shape)) if size > 1}
+            result = None if bool(scale.all()) else scale.ne(0).to(x.dtype)
         seen = [x.detach().movedim(d, 0).reshape(n, -1).ne(0).any(1) for d, n in enumerate(x.shape)]
         self.seen.append(seen)
         if self.whole is None or not seen[0].any():  # of what is zero altogether nothing can be told
-            return None
-        result = None
+            return result
         for d, (now, before) in enumerate(zip(seen, self.whole.seen[len(self.seen) - 1], strict=True)):
-            if d != apart and (before & ~now).any():
+            if d != apart and d not in covered and (before & ~now).any():
                 mask = (now | ~before).to(x.dtype).reshape([-1 if i == d else 1 for i in range(x.ndim)])
                 result = mask if result is None else result * mask
         return result
