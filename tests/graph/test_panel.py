@@ -26,7 +26,7 @@ def test_narrowed_is_masked(number, name):
 
 def test_the_table_is_of_these_models_and_says_enough_of_them_pass():
     rows = panel.read(panel.TABLE)
-    assert {row.name: row.params for row in rows} == panel.chosen()
+    assert sorted(row.name for row in rows) == sorted(panel.chosen())
     check(rows)
 
 
