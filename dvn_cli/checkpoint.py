@@ -527,7 +527,7 @@ def count(header: Header, task: int | None = None, level: int | None = None) -> 
 
 def _aliased(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What a slice holds a second time, by its other name, since the backbone's own weights file does."""
-    return {name: tensors[first] for name, first in metadata.get("aliases", {}).items()}
+    return {name: tensors[first] for name, first in metadata["aliases"].items()}
 
 
 def _counts(metadata: Mapping[str, Any], tensors: Mapping[str, Tensor] | Mapping[str, Stored]) -> Counts:

@@ -17,7 +17,18 @@ from dvn_cli.graph.hollow import hollow
 from dvn_cli.graph.labels import Labeller, base_name, bind
 from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
 from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, trace
-from dvn_cli.units.assign import EVEN, Assignment, Bucket, Rule, assign, axes_by_name, kept_labels, unit_of_labels
+from dvn_cli.units.assign import (
+    EVEN,
+    Assignment,
+    Bucket,
+    Rule,
+    assign,
+    axes_by_name,
+    kept_labels,
+    owned,
+    undivided,
+    unit_of_labels,
+)
 
 ENOUGH = 0.9
 """Share of the parameters that is divided where nobody asks for more."""
@@ -82,11 +93,8 @@ def divide(
 
 def share_divided(assignment: Assignment, shapes: Mapping[str, tuple[int, ...]]) -> float:
     """The share of some tensors' elements that belong to a unit or a pair of units."""
-    owned = [sum(stop - start for runs in axis for start, stop in runs) for axis in assignment.axes]
-    whole = sum(
-        math.prod(n - (0 if a is None else owned[a]) for n, a in zip(shape, assignment.tensors[name], strict=True))
-        for name, shape in shapes.items()
-    )
+    indices = owned(assignment.axes, range(1, assignment.units + 1))
+    whole = sum(undivided(shape, assignment.tensors[name], indices) for name, shape in shapes.items())
     return 1 - whole / sum(map(math.prod, shapes.values()))
 
 

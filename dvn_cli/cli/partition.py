@@ -236,13 +236,15 @@ def _print_whole(console: "Console", partition: "Partition", undivided: Sequence
 
 def _little_divided(undivided: Sequence["Whole"], top: dict[str, Any]) -> str | None:
     """Why so few parameters are divided, where they are few."""
-    if top["divided"] >= 0.9:
+    from dvn_cli.partition import ENOUGH
+
+    if top["divided"] >= ENOUGH:
         return None
     most = undivided[0]
     remedy = ". Fewer units divide more." if "units" in most.why else "."
     return (
-        f"less than 90 % of the parameters are divided; of the others most are those of {_and_more(most.places)}: "
-        f"{most.why}{remedy}"
+        f"less than {100 * ENOUGH:.0f} % of the parameters are divided; of the others most are those of "
+        f"{_and_more(most.places)}: {most.why}{remedy}"
     )
 
 

@@ -137,10 +137,9 @@ class Run:
         self.teacher: DeepVirtualNetwork | None = None
         if self.stage.hold:
             self.teacher = copy.deepcopy(self.network).eval().requires_grad_(False)
-        if self.epochs_done == self._start:
-            earlier = self.stages[place - 1].trained if place and self.stages[place - 1].warmup else ()
+        if self.epochs_done == self._start and not (place and self.stages[place - 1].warmup):
             for network in self.stage.trained:
-                if self.stage.before and network not in (*self.stage.before, *earlier):
+                if self.stage.before and network not in self.stage.before:
                     self.network.inherit(*network, self.stage.before)
         self.moves = Moves(self.network, self.stage)
         self.optimizer = make_optimizer(self.recipe.optimizer, self.network)

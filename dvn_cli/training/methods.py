@@ -143,7 +143,7 @@ def plan(
                 "all that there are when it comes: give it a lower level, more units, or sequential.grow=false"
             )
         old = tuple(network for network in there if network[0] < newest) if method.later == "all" else ()
-        hold = tuple((network, network if network in before else _highest(before, network[0])) for network in old)
+        hold = tuple((network, network if network in before else highest(before, network[0])) for network in old)
         if before and warmup_epochs and method.later == "all":
             fresh = tuple((student, teacher) for student, teacher in hold if student not in before)
             stages.append(Stage((newest,), learn, fresh, before, "new", warmup_epochs, warmup=True))
@@ -152,5 +152,6 @@ def plan(
     return stages
 
 
-def _highest(networks: Sequence[Network], task: int) -> Network:
+def highest(networks: Sequence[Network], task: int) -> Network:
+    """Of some networks a task's of the highest level."""
     return max(network for network in networks if network[0] == task)

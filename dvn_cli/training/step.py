@@ -1,7 +1,7 @@
 """Forward and backward of all networks of a stage, one after the other."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.losses import as_seen_by, distillation
-from dvn_cli.training.methods import Network, Stage
+from dvn_cli.training.methods import Network, Stage, highest
 from dvn_cli.training.recipe import Recipe
 
 WARM = 3  # steps before one is captured: libraries choose their algorithms and allocate in the first ones
@@ -146,11 +146,7 @@ def _teachers(stage: Stage, inplace: bool) -> dict[Network, Network | None]:
     """
     learn: dict[Network, Network | None] = dict.fromkeys(stage.learn)
     if inplace:
-        top = {task: _top(stage.learn, task) for task, _ in stage.learn}
+        top = {task: highest(stage.learn, task) for task, _ in stage.learn}
         highest_first = sorted(stage.learn, key=lambda network: -network[1])
         learn = {network: None if network == top[network[0]] else top[network[0]] for network in highest_first}
     return {**learn, **dict(stage.hold)}
-
-
-def _top(networks: Sequence[Network], task: int) -> Network:
-    return max(network for network in networks if network[0] == task)

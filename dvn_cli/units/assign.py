@@ -1,7 +1,7 @@
 """Which unit owns which indices of which tensor."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +209,17 @@ def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray, class_r
 def _runs(mask: np.ndarray) -> Runs:
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
     return edges.reshape(-1, 2).tolist()
+
+
+def owned(axes: Sequence[Sequence[Runs]], units: Iterable[int]) -> list[int]:
+    """For each axis how many of its indices some units, by number from 1, own."""
+    numbers = list(units)
+    return [sum(stop - start for unit in numbers for start, stop in axis[unit - 1]) for axis in axes]
+
+
+def undivided(shape: Sequence[int], axes: Sequence[int | None], indices: Sequence[int]) -> int:
+    """How many elements of a tensor, divided along some axes, no unit owns; `indices`: of each axis, see `owned`."""
+    return math.prod(n - (0 if axis is None else indices[axis]) for n, axis in zip(shape, axes, strict=True))
 
 
 def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:

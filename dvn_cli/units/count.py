@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dvn_cli import checkpoint
 from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.narrow import Narrowed
+from dvn_cli.units.assign import owned, undivided
 
 if TYPE_CHECKING:
     from dvn_cli.partition import Partition
@@ -33,10 +34,10 @@ def params_and_density(
     metadata = header.metadata
     entry = metadata["task"]
     lacking = set(entry["order"][: entry["levels"][-1]]) - set(metadata["kept"])
-    owned = _owned(metadata, lacking)
+    indices = owned(metadata["axes"], lacking)
     top = sum(
         math.prod(
-            size + (0 if axis is None else owned[axis])
+            size + (0 if axis is None else indices[axis])
             for size, axis in zip(header.tensors[name].shape, info["axes"], strict=True)
         )
         for name, info in metadata["tensors"].items()
@@ -57,22 +58,14 @@ def divided_share(header: checkpoint.Header, task: int, level: int) -> float:
         InputError: as `checkpoint.cut`.
     """
     metadata = header.metadata
-    owned = _owned(metadata, set(checkpoint.kept_units(metadata["tasks"][task - 1], level)))
+    indices = owned(metadata["axes"], checkpoint.kept_units(metadata["tasks"][task - 1], level))
     params = whole = 0
     for name, tensor in checkpoint.cut(header, task, level).items():
         info = metadata["tensors"][name]
         if info["trainable"]:
             params += tensor.elements
-            whole += math.prod(
-                size - (0 if axis is None else owned[axis])
-                for size, axis in zip(tensor.shape, info["axes"], strict=True)
-            )
+            whole += undivided(tensor.shape, info["axes"], indices)
     return 1 - whole / params
-
-
-def _owned(metadata: dict[str, Any], units: set[int]) -> list[int]:
-    """For each axis how many of its indices some units, by number from 1, own."""
-    return [sum(stop - start for unit in units for start, stop in axis[unit - 1]) for axis in metadata["axes"]]
 
 
 @dataclass(frozen=True)
@@ -98,10 +91,10 @@ def whole(partition: "Partition") -> list[Whole]:
     few = {place for bucket in partition.buckets if not bucket.sizes for place in bucket.places}
     classes = set(partition.assignment.classes)
     counts: dict[str, dict[str, int]] = {}
-    owned = _owned({"axes": partition.assignment.axes}, set(range(1, partition.units + 1)))
+    indices = owned(partition.assignment.axes, range(1, partition.units + 1))
     for name, axes in partition.assignment.tensors.items():
         shape = partition.shapes[name]
-        count = math.prod(n - (0 if a is None else owned[a]) for n, a in zip(shape, axes, strict=True))
+        count = undivided(shape, axes, indices)
         if not count or name not in partition.parameters:
             continue
         places = {(name, dim) for dim in range(len(shape))}
