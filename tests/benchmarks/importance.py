@@ -23,7 +23,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dvn_cli.backbones import BackboneSpec, resolve
-from dvn_cli.data import DataSpec, TaskData, batches, load_task
+from dvn_cli.data import DataSpec, TaskData, load_task
+from dvn_cli.evaluation import evaluate
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.tasks import Task
@@ -174,13 +175,10 @@ def train(
             schedule.step()
 
 
-@torch.inference_mode()
 def top1(network: Forward, data: TaskData) -> float:
     """Per cent of all test images."""
-    device = data.test.labels.device
-    made = batches(data.test, 1000, mean=data.mean, std=data.std, device=device)
-    right = sum((network(images).argmax(1) == labels).sum() for images, labels in made)
-    return 100 * int(right) / len(data.test)
+    task = Task("all", data.classes, data.input_size, data.mean, data.std, (1,), (1,))
+    return evaluate(network, data.test, task, batch_size=1000, device=data.test.labels.device).top1
 
 
 def summarised(rows: Sequence[dict[str, Any]], units: int) -> list[dict[str, Any]]:
