@@ -324,6 +324,9 @@ class Labeller:
         vectors: dict[int, Tensor] = {}
         for layer in self.refresh(labels).layers:
             varying = labels.vary(layer)
+            if len(varying) == 1 and varying[0] not in vectors:
+                vectors[varying[0]] = layer.reshape(-1)
+                continue
             candidates = [d for d in varying if d not in avoid] or list(varying)
             stay = next(
                 (d for d in [*prefer, *(c for c in candidates if layer.shape[c] % self.units == 0)] if d in varying),

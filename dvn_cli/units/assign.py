@@ -107,7 +107,7 @@ def assign(
     first = np.full(len(roots), -1, dtype=np.int64)
     together = np.ones(len(roots), dtype=np.int64)  # neighbouring indices that are one class: those of a head, a group
     energy = np.zeros(len(roots))
-    seen: dict[int, list[int]] = {}
+    seen: dict[int, np.ndarray] = {}
     start = 0
     for place, (name, dim) in enumerate(places):
         found = roots[labeller.sources[name][dim].numpy()]
@@ -121,7 +121,7 @@ def assign(
         order = np.arange(start, start + len(found))
         first[found[unseen][::-1]] = order[unseen][::-1]
         start += len(found)
-        seen[place] = [int(r) for r in np.unique(found[eligible[found]])]
+        seen[place] = found[eligible[found]]
 
     unit = np.full(len(roots), SHARED, dtype=np.int64)
     candidates = np.unique(roots[eligible[roots]])
@@ -132,7 +132,7 @@ def assign(
         groups.setdefault(int(signature[root]), []).append(root)
     where: dict[int, list[tuple[str, int]]] = {}
     for place, found_roots in seen.items():
-        for key in {int(signature[r]) for r in found_roots}:
+        for key in np.unique(signature[found_roots]).tolist():
             where.setdefault(key, []).append(places[place])
     buckets = []
     lead = np.zeros(labeller.units)

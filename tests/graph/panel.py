@@ -5,8 +5,9 @@
 
 One model (the smallest) for every distinct combination of timm module file, model class and block classes, and for each
 module file of torchvision's classifiers. What has no classifier, whatever number of classes is asked for, is left out.
-Every model has a process, of one thread, and a time limit of its own; the largest come first. Rows are appended as they
-are done, and models that the table has already are not run again.
+Every model has a process, of one thread, and a time limit of its own; the largest come first. Processes are forked of
+one that has divided a model already, so that no figure counts the import of libraries. Rows are appended as they are
+done, and models that the table has already are not run again.
 """
 
 import argparse
@@ -206,6 +207,7 @@ def run(
     names: Sequence[str], quick: bool, device: str, jobs: int, limit: float, largest: float = LARGEST
 ) -> Iterator[Row]:
     """Yields a row for each model, as they are done; for the arguments see `main`."""
+    Partition.create(resolve("timm/resnet18", num_classes=10), 2)
     context = multiprocessing.get_context("fork")
     waiting, running = list(names)[::-1], dict[Connection, Job]()
     while waiting or running:
