@@ -71,8 +71,11 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int], train: bool) -> 
 
 
 def _without_stack_traces() -> Any:
-    """No node notes the Python lines that it comes from: nobody reads them, and they are a tenth of the time."""
-    return mock.patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)  # older releases know no such key
+    """No node notes the Python lines that it comes from: nobody reads them, and they are a tenth of the time.
+
+    Older releases of torch do not know the key, and note them all the same.
+    """
+    return mock.patch.object(fx.config, "do_not_emit_stack_traces", True, create=True)
 
 
 def _normalise(program: torch.export.ExportedProgram, module: nn.Module) -> Traced:
