@@ -253,10 +253,11 @@ class Partition:
                 if name is not None and name not in indices:
                     indices[name] = kept_indices(self._labeller, self._labels[node], keep)
         networks = Networks(train, evaluate, indices)
-        image = torch.empty(EXAMPLE_BATCH, self.spec.in_chans, *input_size, device="meta")
+        batch = EXAMPLE_BATCH + 1  # another one than it was traced with
+        image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
         for narrowed in (train, evaluate):
             logits = dry_run(narrowed, self.tensors(networks), image)
-            if logits.shape != (EXAMPLE_BATCH, classes):
+            if logits.shape != (batch, classes):
                 raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
         return networks
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
+from dvn_cli.graph.labels import located
 from dvn_cli.graph.narrow import Narrowed, on_device
 
 
@@ -39,6 +40,6 @@ def dry_run(network: Narrowed, tensors: Mapping[str, tuple[tuple[int, ...], torc
         with torch.no_grad():
             return interpreter.run(image, *arguments)
     except (RuntimeError, IndexError, ValueError, TypeError) as error:
-        where = interpreter.at.target if interpreter.at is not None else "the network"
+        where = "the network" if interpreter.at is None else f"operator {located(interpreter.at)}"
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise InputError(f"{where} cannot be narrowed so: {reason}") from error

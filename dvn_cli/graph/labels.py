@@ -145,12 +145,16 @@ class Call:
 
     def refuse(self, why: str = "") -> InputError:
         """The refusal of a model, by the operator and the module that stands in the way."""
-        stack = self.node.meta.get("nn_module_stack") or {}
-        path, kind = list(stack.values())[-1] if stack else ("", "")
-        kind = kind if isinstance(kind, str) else kind.__name__
-        where = f" in {path.removeprefix('L__self__.').removeprefix('L[self].') or 'the model'}" if path else ""
-        where += f" ({kind.rpartition('.')[2]})" if kind else ""
-        return InputError(f"operator {self.node.target}{where} is not supported{' ' + why if why else ''}")
+        return InputError(f"operator {located(self.node)} is not supported{' ' + why if why else ''}")
+
+
+def located(node: fx.Node) -> str:
+    """A node's operator, and in which module it is."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path, kind = list(stack.values())[-1] if stack else ("", "")
+    kind = kind if isinstance(kind, str) else kind.__name__
+    where = f" in {path.removeprefix('L__self__.').removeprefix('L[self].') or 'the model'}" if path else ""
+    return f"{node.target}{where}" + (f" ({kind.rpartition('.')[2]})" if kind else "")
 
 
 def base_name(target: object) -> str:

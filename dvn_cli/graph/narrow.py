@@ -2,6 +2,7 @@
 
 import copy
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -338,6 +339,17 @@ class _Narrower:
                 sizes.append(given[dim] if given is not None and kept is None else -1)
         return sizes
 
+    def scaled(self, number: Any, now: int) -> Any:
+        """A number that is now another one; one that grows with the batch (`now`: at `EXAMPLE_BATCH`) still does."""
+        if not isinstance(number, fx.Node):
+            return now
+        if self.labels[number] == now:
+            return number
+        times = self.graph.call_function(operator.mul, (self.new[number], now))
+        scaled = self.graph.call_function(operator.floordiv, (times, self.labels[number]))
+        times.meta, scaled.meta = {"val": number.meta["val"]}, {"val": number.meta["val"]}
+        return scaled
+
 
 def take(tensor: Tensor, kept: Kept) -> Tensor:
     """The part of a tensor that is kept, as a view wherever the indices are one run."""
@@ -443,7 +455,7 @@ def _groups_of_convolution(narrower: _Narrower, node: fx.Node, args: dict[str, A
         outputs = narrower.kept(node)[1]
         count = narrower.labels[node].shape[1] if outputs is None else len(outputs)
     inside = narrower.labels[args["weight"]].shape[1] if weight[1] is None else len(weight[1])
-    return {**args, "groups": count // inside}
+    return {**args, "groups": narrower.scaled(args["groups"], count // inside)}
 
 
 def _groups_of_norm(narrower: _Narrower, node: fx.Node, args: dict[str, Any]) -> dict[str, Any]:

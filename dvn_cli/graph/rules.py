@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from dvn_cli.graph.labels import Call, Labeller, Labels, base_name, from_vectors
+from dvn_cli.graph.trace import EXAMPLE_BATCH
 
 Rule = Callable[[Labeller, Call], Labels | list[Labels]]
 RULES: dict[str, Rule] = {}
@@ -542,15 +543,27 @@ def _convolution(labeller: Labeller, call: Call, groups: int, weight_in: int, we
     def vector(found: dict[int, Tensor], labels: Labels, dim: int) -> Tensor:
         return found.get(dim, torch.zeros(labels.shape[dim], dtype=torch.int64))
 
-    channels, w_in, w_out = vector(vectors, x, 1), vector(rows, weight, weight_in), vector(rows, weight, weight_out)
-    if groups == 1:
+    # Where every image has a filter of its own, the batch lies along the channels: images are all alike.
+    images = EXAMPLE_BATCH if isinstance(call.args["groups"], fx.Node) else 1
+    channels, first = (_all_alike(labeller, v, images) for v in (vector(vectors, x, 1), vector(rows, weight, 0)))
+    second = vector(rows, weight, 1)
+    w_in, w_out = (second, first) if weight_in else (first, second)
+    if groups == images:
         labeller.classes.unite(channels, w_in)
         out = w_out
     else:
-        out = _grouped(labeller, groups, channels, w_in, w_out, transposed=weight_in == 0)
+        out = _grouped(labeller, groups // images, channels, w_in, w_out, transposed=weight_in == 0)
     labeller.classes.mark_produced(w_out)
+    out = out.repeat(images)
     _add_bias(labeller, call, out)
     return from_vectors(call.shape, {**vectors, 1: labeller.classes.find(out)})
+
+
+def _all_alike(labeller: Labeller, vector: Tensor, times: int) -> Tensor:
+    """The first of so many equal parts, which are united."""
+    table = vector.reshape(times, -1)
+    labeller.classes.unite(table, table[:1])
+    return table[0]
 
 
 def _is_kept_in_place(call: Call, dim: int) -> bool:

@@ -153,7 +153,7 @@ def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str, largest: fl
 def _is_rounding(row: Row, partition: Partition, quick: bool, device: str, gain: float) -> bool:
     """Compares all networks, up to the first that is wrong. Returns whether that may be for rounding errors alone."""
     spec, modes = partition.spec, (False,) if quick else (False, True)
-    comparison = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), modes, 2, device, gain)
+    comparison = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), modes, device=device, gain=gain)
     for units in (4, 2):
         assignment = comparison.divide(units)
         if not quick and units == 4 and assignment != partition.assignment:

@@ -29,7 +29,7 @@ SLOW = [
 
 def comparison(name: str, size: int) -> Comparison:
     spec = resolve(name, num_classes=10, input_size=(size, size))
-    return Comparison(spec.build(), (3, size, size), batch=2)
+    return Comparison(spec.build(), (3, size, size))
 
 
 def compare(name: str, size: int, all_of_2: bool) -> None:

@@ -18,7 +18,7 @@ def test_narrowed_is_masked(number, name):
     """One network of each, by turns of 2 and of 4 units, in train and in eval graphs."""
     units, train = (2, 4)[number % 2], number % 4 < 2
     spec = panel.spec_of(name)
-    case = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), modes=(train,), batch=2)
+    case = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), modes=(train,))
     case.divide(units)
     assert any(bucket.sizes for bucket in case.buckets)
     assert case.error((2,), train) < panel.TOLERANCE

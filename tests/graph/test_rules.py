@@ -100,10 +100,11 @@ def selective(x: Tensor, a: nn.Module, b: nn.Module, gate: nn.Module) -> Tensor:
 
 
 def mixture(x: Tensor, route: nn.Module, experts: nn.Module) -> Tensor:
-    """As in CondConv: a kernel for every image."""
-    kernel = (route(x.mean((2, 3))).sigmoid() @ experts.weight).reshape(-1, 8, 3, 3)
+    """As in CondConv: a kernel for every image, whose groups are as many as its experts say."""
+    groups = 64 * 9 // experts.weight.shape[0]
+    kernel = (route(x.mean((2, 3))).sigmoid() @ experts.weight.T).reshape(-1, 8 // groups, 3, 3)
     images = x.reshape(1, -1, 6, 6)
-    return F.conv2d(images, kernel, padding=1, groups=x.shape[0]).reshape(-1, 8, 6, 6)
+    return F.conv2d(images, kernel, padding=1, groups=groups * x.shape[0]).reshape(-1, 8, 6, 6)
 
 
 def grouped_queries(x: Tensor, q: nn.Module, kv: nn.Module) -> Tensor:
@@ -157,7 +158,9 @@ CASES = {
     "softmax": Between(softmax_over_channels),
     "channel attention": Between(channel_attention),
     "selective kernel": Between(selective, a=nn.Conv2d(8, 8, 1), b=nn.Conv2d(8, 8, 1), gate=nn.Conv2d(8, 16, 1)),
-    "generated kernel": Between(mixture, route=nn.Linear(8, 3), experts=nn.Linear(8 * 8 * 9, 3)),
+    "generated kernel": Between(mixture, route=nn.Linear(8, 3), experts=nn.Linear(3, 8 * 8 * 9)),
+    "generated kernel of two groups": Between(mixture, route=nn.Linear(8, 3), experts=nn.Linear(3, 8 * 4 * 9)),
+    "generated depthwise kernel": Between(mixture, route=nn.Linear(8, 3), experts=nn.Linear(3, 8 * 9)),
     "grouped queries": Between(grouped_queries, q=nn.Conv2d(8, 8, 1), kv=nn.Conv2d(8, 8, 1)),
     "one head": Between(one_head),
     "shared module": Between(twice, conv=SHARED_CONV, again=SHARED_CONV),
@@ -183,16 +186,20 @@ CASES = {
     "einsum": Between(lambda x: torch.einsum("bchw,bcij->bchi", x, x) / 9),
 }
 
-WHOLE = {"cumulative", "generated kernel", "index changed in place"}  # every channel goes with every other
+WHOLE = {  # for how many units every channel goes with every other
+    **{name: {2, 3} for name in ("cumulative", "generated kernel", "index changed in place")},
+    "generated kernel of two groups": {3},
+}
 
 
+@pytest.mark.parametrize("units", [2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_narrowed_is_masked(name):
+def test_narrowed_is_masked(name, units):
     torch.manual_seed(0)
     comparison = Comparison(CASES[name], (3, 6, 6))
-    comparison.divide(2)
+    comparison.divide(units)
     assert comparison.assignment.tensors["after.weight"][0] is not None
-    assert (comparison.assignment.tensors["stem.weight"][0] is None) == (name in WHOLE)
+    assert (comparison.assignment.tensors["stem.weight"][0] is None) == (units in WHOLE.get(name, ()))
     for kept in [(1,), (2,), (1, 2)]:
         for train in (False, True):
             assert comparison.error(kept, train) < 1e-8
