@@ -3,6 +3,7 @@
 import copy
 import math
 import operator
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -287,6 +288,8 @@ class _Narrower:
             return False
         if isinstance(expected, Tensor):
             return torch.equal(take(expected, self.kept(node)), result)
+        if len(expected) != len(result):  # fewer, where what it takes apart lost some
+            return False
         pairs = zip(expected, result, self.labels[node], strict=True)
         return all(torch.equal(take(e, self.kept_of(x)), r) for e, r, x in pairs)
 
@@ -375,7 +378,7 @@ def _view(narrower: _Narrower, node: fx.Node, args: dict[str, Any]) -> tuple[dic
 
 def _expand(narrower: _Narrower, node: fx.Node, args: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     given, kept = args["size"], narrower.kept(node)
-    sizes = [n if kept[d] is None or n == -1 else len(kept[d]) for d, n in enumerate(given)]  # type: ignore[arg-type]
+    sizes = [n if k is None or n == -1 else narrower.scaled(n, len(k)) for n, k in zip(given, kept, strict=True)]
     return {**args, "size": sizes}, node.target
 
 
@@ -404,6 +407,8 @@ def _slice(narrower: _Narrower, node: fx.Node, args: dict[str, Any]) -> tuple[di
         return args, node.target
     numbers = torch.arange(narrower.labels[source].shape[dim])[args["start"] : args["end"] : args["step"]]
     places = torch.isin(kept, numbers).nonzero().reshape(-1)
+    if len(places) == len(kept):  # of a dimension that grows with the batch too
+        return {**args, "dim": dim, "start": 0, "end": sys.maxsize, "step": 1}, node.target
     if not len(places):
         return {**args, "dim": dim, "start": 0, "end": 0, "step": 1}, node.target
     if int(places[-1]) - int(places[0]) + 1 != len(places):

@@ -114,6 +114,12 @@ def grouped_queries(x: Tensor, q: nn.Module, kv: nn.Module) -> Tensor:
     return attended.mT.flatten(1, 2).unflatten(2, (6, 6))
 
 
+def heads_along_the_batch(x: Tensor) -> Tensor:
+    """As in BoTNet's relative positions: sizes and slices of a dimension that grows with the batch."""
+    heads = x.reshape(-1, 2, 6, 6)[:, :, :5]
+    return heads[:, :, None].expand(x.shape[0] * 4, -1, 3, -1, -1).mean(2).reshape(-1, 8, 5, 6)
+
+
 def one_head(x: Tensor) -> Tensor:
     tokens = x.flatten(2).mT[:, None] * 3
     return F.scaled_dot_product_attention(tokens, tokens, tokens)[:, 0].mT.unflatten(2, (6, 6))
@@ -162,6 +168,7 @@ CASES = {
     "generated kernel of two groups": Between(mixture, route=nn.Linear(8, 3), experts=nn.Linear(3, 8 * 4 * 9)),
     "generated depthwise kernel": Between(mixture, route=nn.Linear(8, 3), experts=nn.Linear(3, 8 * 9)),
     "grouped queries": Between(grouped_queries, q=nn.Conv2d(8, 8, 1), kv=nn.Conv2d(8, 8, 1)),
+    "heads along the batch": Between(heads_along_the_batch),
     "one head": Between(one_head),
     "shared module": Between(twice, conv=SHARED_CONV, again=SHARED_CONV),
     "transposed": Between(lambda x, up: up(x), 6, up=nn.ConvTranspose2d(8, 6, 2, 2, groups=2)),
