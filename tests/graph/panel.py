@@ -1,6 +1,6 @@
 """The panel: how many of timm's and torchvision's architectures can be divided, and whether what comes out is right.
 
-    python tests/graph/panel.py --jobs 8   run it, 8 models at a time, and write panel.csv beside this file
+    python tests/graph/panel.py --jobs 8   run what panel.csv beside this file lacks, 8 models at a time, and add it
     python tests/graph/panel.py --choose   choose the models again and write them to panel.txt
 
 One model (the smallest) for every distinct combination of timm module file, model class and block classes, and for each
@@ -33,7 +33,7 @@ from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.backbones.registry import classifier_tensors
 from dvn_cli.errors import InputError
 from dvn_cli.graph.hollow import hollow
-from dvn_cli.partition import Partition, share_divided
+from dvn_cli.partition import ENOUGH, Partition, share_divided
 from dvn_cli.units.assign import Assignment
 
 HERE = Path(__file__).parent
@@ -253,8 +253,8 @@ def summary(rows: Sequence[Row]) -> str:
             lines.append(
                 f"{label}: median {statistics.median(values):.4g} {unit}, p90 {p90:.4g}, worst {max(values):.4g}"
             )
-    few = sorted((row.divided, row.name) for row in passed if row.divided < 0.9)
-    lines.append(f"less than 90 % divided: {', '.join(f'{name} {share:.0%}' for share, name in few) or 'none'}")
+    few = sorted((row.divided, row.name) for row in passed if row.divided < ENOUGH)
+    lines.append(f"less than {ENOUGH:.0%} divided: {', '.join(f'{name} {share:.0%}' for share, name in few) or 'none'}")
     lines += [f"{row.outcome} {row.name}: {row.reason}" for row in rows if row.outcome != "passed"]
     return "\n".join(lines)
 

@@ -8,11 +8,13 @@ import torch.nn.functional as F
 from reference import Comparison
 from torch import Tensor, nn
 
+from dvn_cli.backbones import resolve
 from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Labeller
-from dvn_cli.graph.narrow import on_device
+from dvn_cli.graph.narrow import _Narrower, on_device
 from dvn_cli.graph.rules import RULES, kind_of
 from dvn_cli.graph.trace import trace
+from dvn_cli.partition import Partition
 
 
 class Between(nn.Module):
@@ -258,6 +260,16 @@ def refusal(module: nn.Module) -> str:
         Labeller(2).run(trace(module, (3, 6, 6), False))
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def test_what_fits_the_traced_batch_alone_is_refused(monkeypatch):
+    """A model with kernels for every image, whose groups are here as many as at the size that it was traced with."""
+    monkeypatch.setattr(_Narrower, "scaled", lambda self, number, now: now)
+    partition = Partition.create(resolve("timm/efficientnet_cc_b0_4e", num_classes=4, input_size=(32, 32)), 2)
+    with pytest.raises(
+        InputError, match=r"operator aten.conv2d.default in blocks\S+ \(CondConv2d\) cannot be narrowed so"
+    ):
+        partition.networks((1,), 4)
 
 
 def test_an_unknown_operator_is_refused_by_name():
