@@ -1,7 +1,6 @@
 """The data of one task: its classes chosen, its splits made, its normalisation known."""
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +10,9 @@ from torch import Tensor
 
 from dvn_cli.data import sources
 from dvn_cli.data.batches import Split, batches
+from dvn_cli.data.classes import relabelled, select
 from dvn_cli.data.spec import DataSpec
-from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.errors import InputError
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +75,10 @@ def load_task(spec: DataSpec, *, channels: int = 3, base: Path | None = None) ->
     if tuple(train_source.images.shape[2:]) != tuple(test.images.shape[2:]):
         sizes = " and ".join("x".join(map(str, images.shape[2:])) for images in (train_source.images, test.images))
         raise InputError(f"train and test images have different sizes ({sizes}): set size")
-    selection = _selection(spec, train_source.class_names)
+    selection = select(spec, train_source.class_names)
     if tuple(selection) != classes:
         raise InputError("train and test have different classes: name those to keep with classes")
-    new_label = _relabelled(selection, len(train_source.class_names))[train_source.labels.numpy()]
+    new_label = relabelled(selection, len(train_source.class_names))[train_source.labels.numpy()]
     order = sources.stratified_order(train_source.strata.numpy(), spec.seed)
     held_out = np.zeros(len(order), dtype=bool)
     held_out[order[: round(spec.validation * len(order))]] = True
@@ -109,8 +109,8 @@ def load_task(spec: DataSpec, *, channels: int = 3, base: Path | None = None) ->
 def load_test(spec: DataSpec, *, channels: int = 3, base: Path | None = None) -> tuple[Split, tuple[str, ...]]:
     """Reads only the test images of a task, and the names of its classes. Arguments and errors as `load_task`."""
     source = _read(spec, False, channels, base)
-    selection = _selection(spec, source.class_names)
-    new_label = _relabelled(selection, len(source.class_names))[source.labels.numpy()]
+    selection = select(spec, source.class_names)
+    new_label = relabelled(selection, len(source.class_names))[source.labels.numpy()]
     order = sources.stratified_order(source.strata.numpy(), spec.seed)
     order = order[new_label[order] >= 0]
     if len(order) == 0:
@@ -120,48 +120,6 @@ def load_test(spec: DataSpec, *, channels: int = 3, base: Path | None = None) ->
 
 def _read(spec: DataSpec, train: bool, channels: int, base: Path | None) -> sources.Images:
     return sources.read(sources.Request.of(spec, channels, base), train)
-
-
-def _selection(spec: DataSpec, names: Sequence[str]) -> dict[str, list[int]]:
-    """Each class of the task, in order, and the indices of the source's classes that it is made of."""
-    if spec.groups is not None:
-        members = {name: _indices(old, names) for name, old in spec.groups.items()}
-        indices = [index for group in members.values() for index in group]
-    else:
-        indices = list(range(len(names))) if spec.classes is None else _indices(spec.classes, names)
-        members = {names[index]: [index] for index in indices}
-    twice = next((index for index in indices if indices.count(index) > 1), None)
-    if twice is not None:
-        raise InputError(f"class '{names[twice]}' is named twice")
-    if len(members) < 2:
-        raise InputError(f"a task needs at least 2 classes, not {len(members)}")
-    return members
-
-
-def _indices(asked: str | list[int | str], names: Sequence[str]) -> list[int]:
-    """Indices of classes given by name, by index or as a range of indices `first-last`, in the order given."""
-    indices: list[int] = []
-    for item in [asked] if isinstance(asked, str) else asked:
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", str(item))
-        if isinstance(item, str) and item in names:
-            indices.append(names.index(item))
-        elif match is None:
-            few = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
-            raise InputError(f"no class '{item}'{did_you_mean(item, names)}; there are {len(names)}: {few}")
-        else:
-            first, last = int(match[1]), int(match[2] or match[1])
-            if first > last or last >= len(names):
-                raise InputError(f"no classes '{item}': they are numbered 0 to {len(names) - 1}")
-            indices.extend(range(first, last + 1))
-    return indices
-
-
-def _relabelled(selection: Mapping[str, list[int]], count: int) -> np.ndarray:
-    """For each of the source's classes the task's label, or -1."""
-    new = np.full(count, -1, dtype=np.int64)
-    for label, members in enumerate(selection.values()):
-        new[members] = label
-    return new
 
 
 def _split(source: sources.Images, new_label: np.ndarray, chosen: np.ndarray) -> Split:
