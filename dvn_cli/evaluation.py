@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from dvn_cli import checkpoint, report
 from dvn_cli.data import DataSpec, Split, batches, load_test
+from dvn_cli.data.classes import corresponding, few, is_range
 from dvn_cli.data.sources import TEST_SPLITS
+from dvn_cli.data.text import read_yaml
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
 from dvn_cli.tasks import Task
@@ -300,44 +303,89 @@ def read_images(
             spec = data
         if spec.height_width not in (None, task.input_size):
             raise InputError(f"its images are {_size(task.input_size)}: leave out size, or give that")
+        spec = spec.model_copy(update={"size": task.input_size})
+        if data is None and spec.classes is not None and len(set(task.classes)) == len(task.classes):
+            spec = spec.model_copy(update={"classes": list(task.classes)})  # whatever has which index by now
         try:
-            split, classes = load_test(spec.model_copy(update={"size": task.input_size}), channels=channels, base=base)
+            split, classes = load_test(spec, channels=channels, base=base, absent=_absent(task, None if data else spec))
         except InputError as error:
             raise InputError(f"{error}{'' if data else '; --data gives other images'}") from None
-        return Split(split.images, _labels(task, classes, note)[split.labels])
+        labels = _labels(task, classes, split.labels, spec, data is None, note)
+        there = labels[split.labels] if spec.test_images is None else labels
+        missing = [name for label, name in enumerate(task.classes) if label not in set(there.tolist())]
+        if missing and note is not None:
+            note(f"task '{task.name}': there are no images of {few(missing)}, of its {len(task.classes)} classes")
+        return Split(split.images, labels[split.labels])
     except InputError as error:
         raise InputError(f"task '{task.name}': {error}") from None
 
 
-def _labels(task: Task, classes: Sequence[str], note: Callable[[str], None] | None) -> Tensor:
-    """The task's label of each of the images' classes: by name, or by number where one side has numbers for names."""
-    own, count = list(task.classes), len(task.classes)
+def _absent(task: Task, trained: DataSpec | None) -> set[str]:
+    """Names of classes that test images may lack: the task's, and what its groups were made of."""
+    old = (trained.groups or {}).values() if trained is not None else ()
+    names = {name for group in old if isinstance(group, list) for name in group if isinstance(name, str)}
+    return {*task.classes, *(name for name in names if not is_range(name))}
+
+
+def _labels(
+    task: Task, classes: Sequence[str], found: Tensor, spec: DataSpec, own: bool, note: Callable[[str], None] | None
+) -> Tensor:
+    """The task's label of each of the images' classes: by name, or by number where one side has numbers for names.
+
+    Args:
+        task: Whose labels.
+        classes: The images'; -1 is the label of those that have no images and that the task lacks.
+        found: The class of each image.
+        spec: What was read.
+        own: It is the task's own data.
+        note: As `open_files`.
+
+    Raises:
+        InputError: There are images of a class that the task lacks, or that it has twice.
+    """
+    names, count = list(task.classes), len(task.classes)
     numbers = [str(number) for number in range(count)]
-    if set(classes) == set(own):
-        return torch.tensor([own.index(name) for name in classes])
-    if len(classes) == count and (sorted(classes) == sorted(numbers) or sorted(own) == sorted(numbers)):
-        labels = (
-            [int(name) for name in classes] if sorted(classes) == sorted(numbers) else list(map(own.index, numbers))
+    for numbered, rest in ((classes, names), (names, classes)):
+        if len(classes) == count and sorted(numbered) == sorted(numbers) and set(rest) != set(numbers):
+            labels = list(map(int, classes)) if numbered is classes else list(map(names.index, numbers))
+            if note is not None:
+                first = f"'{classes[0]}' is taken for '{names[labels[0]]}'"
+                other = "the images' classes have other names and are taken in order"
+                note(f"task '{task.name}': {other}: {first}, and so on")
+            return torch.tensor(labels)
+    labels = corresponding(names, classes)
+    foreign = [classes[index] for index in found.unique().tolist() if labels[index] < 0]
+    twice = [name for name in foreign if name in names]
+    if twice:
+        raise InputError(
+            f"several classes are named {few(twice)}: they are told apart only where the images have the task's "
+            "classes in the same order"
         )
-        if note is not None:
-            first = f"'{classes[0]}' is taken for '{own[labels[0]]}'"
-            note(f"task '{task.name}': the images' classes have other names and are taken in order: {first}, and so on")
-        return torch.tensor(labels)
-    raise InputError(
-        f"{_difference(own, classes)}; --data classes=[...] chooses among them, groups={{NEW: [OLD]}} renames them"
-    )
+    if foreign:
+        raise InputError(f"{_difference(names, classes)}; {_advice(names, classes, spec, own)}")
+    return torch.tensor(labels)
 
 
 def _difference(own: Sequence[str], classes: Sequence[str]) -> str:
     lacking, foreign = ([name for name in a if name not in b] for a, b in ((own, classes), (classes, own)))
     if len(lacking) == len(own):
-        return f"the images have {len(classes)} classes ({_few(classes)}), the task {len(own)} others ({_few(own)})"
-    differ = " and ".join(f"{verb} {_few(names)}" for verb, names in (("lack", lacking), ("have", foreign)) if names)
+        return f"the images have {len(classes)} classes ({few(classes)}), the task {len(own)} others ({few(own)})"
+    differ = " and ".join(f"{verb} {few(names)}" for verb, names in (("lack", lacking), ("have", foreign)) if names)
     return f"the images have {len(classes)} classes, the task {len(own)}: they {differ}{'' if lacking else ' as well'}"
 
 
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(f"'{name}'" for name in names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _advice(own: Sequence[str], classes: Sequence[str], spec: DataSpec, own_data: bool) -> str:
+    """What to add to the command, so that images of other classes are left out or get the task's names."""
+    if spec.groups is not None and not own_data:
+        return "groups={NEW: [OLD], ...} gives names of the task's classes, and what each is made of in the images"
+    common = [name for name in classes if name in set(own)]
+    listed = yaml.safe_dump(common, default_flow_style=True, allow_unicode=True, width=math.inf).strip()
+    chosen = shlex.quote(f"classes={listed if len(common) <= 20 else '[...]'}")
+    folder = "--data FOLDER " if own_data else ""
+    leave_out = [f"{folder}--data {chosen} leaves out the others"] if common else []
+    return ", ".join(
+        [*leave_out, f"{folder}--data 'groups={{NEW: [OLD], ...}}' names each class of the task and what it is made of"]
+    )
 
 
 def _size(size: Sequence[int]) -> str:
@@ -389,8 +437,8 @@ def _folder(path: Path) -> dict[str, Any]:
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, or a date that there is not
         raise InputError(f"cannot read '{path}': {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"'{path}' describes no images: give a mapping of keys, such as source and path")

@@ -362,7 +362,6 @@ def test_numbers_stand_for_classes_in_order(dvn, tmp_path):
 @pytest.mark.parametrize(("names", "options", "message"), [
     (("black", "blue", "grey", "green", "red", "white"), [],
      "task 'colours': the images have 6 classes, the task 6: they lack 'olive' and have 'green'"),
-    (COLOURS[:4], [], "the images have 4 classes, the task 6: they lack 'red', 'white'"),
     (tuple("abcdef"), [], "the images have 6 classes ('a', 'b', 'c' and 3 more), the task 6 others ('black', "),
     ((*COLOURS, "yellow"), [], "the images have 7 classes, the task 6: they have 'yellow' as well"),
     ((*COLOURS, "yellow"), ["--data", "classes=[black, blue, grey, olive, red, white]"], None),

@@ -1,9 +1,9 @@
 """The data of one task, as a recipe's YAML and a checkpoint's metadata describe it."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PositiveFloat, PositiveInt, model_validator
 
 Kind = Literal["digits", "torchvision", "folder", "hf"]
 Augmentation = Literal["none", "crop", "crop-flip"]
@@ -15,6 +15,17 @@ _TAKES: dict[str, set[str]] = {
     "hf": {"name", "path", "image", "label", "subset", "test_split"},
 }
 """Of the fields that say where images are, those that each kind of source takes."""
+
+
+def _classes(value: Any) -> int | str | list[int | str]:
+    """Checks the type of what is said of classes."""
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, int | str) or isinstance(item, bool):
+            raise ValueError(f"give names, indices or ranges of classes, no {type(item).__name__}")
+    return value
+
+
+Classes = Annotated[int | str | list[int | str], PlainValidator(_classes)]
 
 
 class DataSpec(BaseModel):
@@ -44,11 +55,13 @@ class DataSpec(BaseModel):
         default=None,
         description="the split to test on; by default test, else validation, valid or val; of a folder, `.` is itself",
     )
-    classes: str | list[int | str] | None = Field(
+    classes: Classes | None = Field(
         default=None,
-        description="the classes to keep, in order: names, indices from 0, or ranges such as 0-4; all of them",
+        description="the classes to keep, in order: names, indices from 0, or ranges of them such as 0-4; all of them. "
+        "A name goes before an index: where all names are numbers, 0-4 is the classes named 0, 1, 2, 3 and 4. Names "
+        "are taken as written, so that 00009, yes or 1e3 is that class; a number in quotes is a name and no index",
     )
-    groups: dict[str, str | list[int | str]] | None = Field(
+    groups: dict[str, Classes] | None = Field(
         default=None, description="in place of classes: each new class and the old ones that it is made of"
     )
     train_images: PositiveInt | None = Field(

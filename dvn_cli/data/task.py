@@ -1,6 +1,6 @@
 """The data of one task: its classes chosen, its splits made, its normalisation known."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dvn_cli.data import sources
 from dvn_cli.data.batches import Split, batches
-from dvn_cli.data.classes import relabelled, select
+from dvn_cli.data.classes import Selection, corresponding, few, resolved, select
 from dvn_cli.data.spec import DataSpec
 from dvn_cli.errors import InputError
 
@@ -20,7 +20,7 @@ class TaskData:
     """A task's images in memory.
 
     Attributes:
-        spec: What they were made from.
+        spec: What they were made from, with the names of the classes in its groups.
         classes: Names, in the order of the labels.
         input_size: Height and width in pixels.
         mean: Per channel, of pixels in 0..1.
@@ -71,14 +71,20 @@ def load_task(spec: DataSpec, *, channels: int = 3, base: Path | None = None) ->
         DvnError: It cannot be downloaded.
     """
     train_source = _read(spec, True, channels, base)
-    test, classes = load_test(spec, channels=channels, base=base)
+    selection = select(spec, train_source.class_names)
+    if len(selection.names) < 2:
+        raise InputError(f"a task needs at least 2 classes, not {len(selection.names)}")
+    test = _test_split(spec, _read(spec, False, channels, base), selection, train_source.class_names)
     if tuple(train_source.images.shape[2:]) != tuple(test.images.shape[2:]):
         sizes = " and ".join("x".join(map(str, images.shape[2:])) for images in (train_source.images, test.images))
         raise InputError(f"train and test images have different sizes ({sizes}): set size")
-    selection = select(spec, train_source.class_names)
-    if tuple(selection) != classes:
-        raise InputError("train and test have different classes: name those to keep with classes")
-    new_label = relabelled(selection, len(train_source.class_names))[train_source.labels.numpy()]
+    new_label = selection.relabelled(len(train_source.class_names))[train_source.labels.numpy()]
+    untrained = np.setdiff1d(test.labels.numpy(), new_label)
+    if len(untrained):
+        raise InputError(
+            f"there are test images of {few([selection.names[label] for label in untrained])} and no train images: "
+            "leave that out with classes"
+        )
     order = sources.stratified_order(train_source.strata.numpy(), spec.seed)
     held_out = np.zeros(len(order), dtype=bool)
     held_out[order[: round(spec.validation * len(order))]] = True
@@ -95,8 +101,8 @@ def load_task(spec: DataSpec, *, channels: int = 3, base: Path | None = None) ->
     learnt = _split(train_source, new_label, train)
     mean, std = _mean_std(learnt.images)
     return TaskData(
-        spec=spec,
-        classes=classes,
+        spec=resolved(spec, train_source.class_names),
+        classes=selection.names,
         input_size=(learnt.images.shape[2], learnt.images.shape[3]),
         mean=_per_channel("mean", spec.mean, channels) or mean,
         std=_per_channel("std", spec.std, channels) or std,
@@ -106,16 +112,39 @@ def load_task(spec: DataSpec, *, channels: int = 3, base: Path | None = None) ->
     )
 
 
-def load_test(spec: DataSpec, *, channels: int = 3, base: Path | None = None) -> tuple[Split, tuple[str, ...]]:
-    """Reads only the test images of a task, and the names of its classes. Arguments and errors as `load_task`."""
+def load_test(
+    spec: DataSpec, *, channels: int = 3, base: Path | None = None, absent: Collection[str] = ()
+) -> tuple[Split, tuple[str, ...]]:
+    """Reads only the test images of a task, and the names of its classes.
+
+    Args:
+        spec, channels, base: As `load_task`.
+        absent: Classes that `spec` may name although there are no images of them.
+
+    Raises:
+        InputError, DvnError: As `load_task`.
+    """
     source = _read(spec, False, channels, base)
-    selection = select(spec, source.class_names)
-    new_label = relabelled(selection, len(source.class_names))[source.labels.numpy()]
+    selection = select(spec, source.class_names, absent)
+    return _test_split(spec, source, selection, source.class_names), selection.names
+
+
+def _test_split(spec: DataSpec, source: sources.Images, selection: Selection, names: Sequence[str]) -> Split:
+    """The test images of a selection of classes from a list of names, of which the source may lack some."""
+    places = np.array(corresponding(names, source.class_names))
+    foreign = [source.class_names[label] for label in np.unique(source.labels.numpy()) if places[label] < 0]
+    if spec.classes is not None or spec.groups is not None:  # others may be there, but none of the name of one of these
+        foreign = sorted({names[index] for members in selection.members for index in members} & set(foreign))
+    if foreign:
+        has = "more than once" if foreign[0] in names else "not"
+        raise InputError(f"test has images of {few(foreign)}, which train has {has}: name the classes to keep")
+    of_name = np.append(selection.relabelled(len(names)), -1)  # the last one for what has no place
+    new_label = of_name[places][source.labels.numpy()]
     order = sources.stratified_order(source.strata.numpy(), spec.seed)
     order = order[new_label[order] >= 0]
     if len(order) == 0:
-        raise InputError(f"no test images of the classes {', '.join(list(selection)[:5])}")
-    return _split(source, new_label, order[: spec.test_images]), tuple(selection)
+        raise InputError(f"no test images of the classes {', '.join(selection.names[:5])}")
+    return _split(source, new_label, order[: spec.test_images])
 
 
 def _read(spec: DataSpec, train: bool, channels: int, base: Path | None) -> sources.Images:

@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dvn_cli.data import DataSpec
+from dvn_cli.data.text import read_yaml
 from dvn_cli.errors import InputError, did_you_mean
 from dvn_cli.training.methods import METHODS, together
 
@@ -214,7 +215,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: not YAML, an unknown key, a value of the wrong type or out of range: the first of them.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, or a date that there is not
         raise InputError(f"cannot read the recipe '{path}': {error}") from None
     if not isinstance(content, dict):
@@ -259,7 +260,7 @@ def parse_override(override: str) -> tuple[str, Any]:
     if not equals or not key:
         raise InputError(f"'{override}' is no override: give key=value, such as optimizer.lr=0.05")
     try:
-        return key, yaml.safe_load(text)
+        return key, read_yaml(text, key)
     except (ValueError, yaml.YAMLError):
         raise InputError(f"the value of {key} is not YAML: {text}") from None
 

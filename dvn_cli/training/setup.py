@@ -197,7 +197,7 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, kno
                 tuple(images.std),
                 tuple(order),
                 levels_of(method, number, count, levels, keys.name),
-                {"spec": keys.data.model_dump(mode="json"), "base": str(base.resolve())},
+                {"spec": images.spec.model_dump(mode="json"), "base": str(base.resolve())},
             )
         )
     return tasks
