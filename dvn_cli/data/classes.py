@@ -186,7 +186,7 @@ class _Names:
 
     def _no_class(self, text: str) -> InputError:
         value = _value(text)
-        hint = did_you_mean(text, self.places)
+        hint = did_you_mean(text, self.places) if value is None else ""
         if value is not None and value in self.of_value:
             hint = f"; did you mean '{self.of_value[value]}'?"
         elif _INDEX.fullmatch(text) and not self.all_numbers and int(text) < len(self.names):

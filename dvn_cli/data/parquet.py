@@ -4,9 +4,9 @@ import functools
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,29 +29,31 @@ def read(request: Request, train: bool) -> Images:
         InputError: No such folder, data set, split, subset or column, or labels that are not classes.
         DvnError: The hub cannot be reached.
     """
-    import pyarrow.parquet as pq
-
     by_split = _files(request)
     present, has_no = sorted(by_split), f"{request} has no split"
     to_learn = train or set(TRAIN_SPLITS) & set(present)  # else there are images to test on alone
     train_split = first_present(TRAIN_SPLITS, present, has_no) if to_learn else None
     test_split = first_present(request.splits(train=False), present, has_no)
     files = by_split[train_split if train and train_split else test_split]
-    schema = pq.read_schema(files[0])
-    features = _features(schema)
-    image = _column(request, schema, features, "image", request.image)
-    label = _column(request, schema, features, "label", request.label)
-    class_names = (features.get(label) or {}).get("names")
-    if class_names is None:
-        both = {split: by_split[split] for split in (train_split, test_split) if split}
-        class_names = _names(_values(request, [file for files in both.values() for file in files], label))
-    labels = _indices(_values(request, files, label), class_names)
+    columns = _columns(files[0])
+    image = _image_column(request, columns)
+    splits = [tuple(by_split[split]) for split in dict.fromkeys((train_split, test_split)) if split]
+    label = _label_column(request, columns, splits)
+    values, codes = _encoded(request, tuple(files), label.name)
+    class_names = next(filter(None, (_class_names(of_split[0], label.name) for of_split in (files, *splits))), None)
+    if class_names is not None:
+        classes = [_class_index(value, class_names) for value in values]
+    else:
+        class_names = _values_as_names(_encoded(request, of_split, label.name)[0] for of_split in splits)
+        index = {name: place for place, name in enumerate(class_names)}
+        classes = [index[str(value)] for value in values]
     # Every column of classes counts, so that a task by one of them holds out the same images as a task by another.
-    columns = [name for name, feature in features.items() if feature.get("_type") == "ClassLabel"] or [label]
-    codes = [np.unique(np.asarray(_values(request, files, column)), return_inverse=True)[1] for column in columns]
-    strata = np.unique(np.stack(codes), axis=1, return_inverse=True)[1].reshape(-1)
-    images = _decoded(request._replace(label=None), tuple(files), image)
-    return Images(images, torch.from_numpy(labels), tuple(map(str, class_names)), torch.from_numpy(strata))
+    of_classes = [column.name for column in columns if column.kind_of_feature == "ClassLabel"] or [label.name]
+    by_column = np.stack([_encoded(request, tuple(files), name, nulls=True)[1] for name in of_classes])
+    strata = np.unique(by_column, axis=1, return_inverse=True)[1].reshape(-1)
+    images = _decoded(request._replace(label=None), tuple(files), image.name)
+    labels = np.array(classes, dtype=np.int64)[codes]
+    return Images(images, torch.from_numpy(labels), tuple(class_names), torch.from_numpy(strata))
 
 
 def _files(request: Request) -> dict[str, list[Path]]:
@@ -116,65 +118,229 @@ def _first_sentence(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def _features(schema: "pa.Schema") -> dict[str, dict[str, Any]]:
-    """The data set's own types of its columns, empty where the files carry none."""
+# Columns
+
+
+class Column(NamedTuple):
+    """A column, or a field of a nested one.
+
+    Attributes:
+        name: Of a field the names on the way to it, with dots between.
+        type: Of its values, pyarrow's.
+        feature: The data set's own description of it; empty where the files carry none.
+    """
+
+    name: str
+    type: "pa.DataType"
+    feature: Mapping[str, Any]
+
+    @property
+    def kind_of_feature(self) -> str | None:
+        """What the data set takes it for, such as Image or ClassLabel."""
+        kind = self.feature.get("_type")
+        return kind if isinstance(kind, str) else None
+
+
+def _columns(file: Path) -> list[Column]:
+    """The columns of a file, each nested one before its fields."""
+    import pyarrow.parquet as pq
+
+    schema = pq.read_schema(file)
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
     except (KeyError, TypeError, ValueError):
-        return {}
-    return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
+        features = {}
+
+    def walk(fields: Iterable["pa.Field"], described: Any, prefix: str) -> Iterator[Column]:
+        for field in fields:
+            feature = described.get(field.name) if isinstance(described, dict) else None
+            column = Column(prefix + field.name, field.type, feature if isinstance(feature, dict) else {})
+            yield column
+            if _is_nested(column):
+                yield from walk(field.type.fields, feature, f"{column.name}.")
+
+    return list(walk(schema, features, ""))
 
 
-def _column(
-    request: Request, schema: "pa.Schema", features: dict[str, dict[str, Any]], what: str, asked: str | None
-) -> str:
-    """The column of images or of labels: the one asked for, or the only one of its type."""
-    if asked is not None:
-        if asked not in schema.names:
-            there = ", ".join(schema.names)
-            raise InputError(f"{request} has no column '{asked}'{did_you_mean(asked, schema.names)}; it has: {there}")
-        return asked
-    wanted = {"image": "Image", "label": "ClassLabel"}[what]
-    fitting = [name for name, feature in features.items() if feature.get("_type") == wanted and name in schema.names]
-    fitting = fitting or [name for name in schema.names if _fits(schema.field(name).type, what)]
-    if len(fitting) != 1:
-        found = "several columns" if fitting else "no column"
-        raise InputError(
-            f"{request} has {found} of {what}s: name one with {what}: {', '.join(fitting or schema.names)}"
-        )
-    return fitting[0]
-
-
-def _fits(kind: "pa.DataType", what: str) -> bool:
+def _is_nested(column: Column) -> bool:
+    """Whether a column is a struct of others, and not of an image's bytes and path."""
     import pyarrow.types as types
 
-    if what == "label":
-        return types.is_integer(kind) or types.is_string(kind) or types.is_boolean(kind)
-    return types.is_binary(kind) or (types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+    return types.is_struct(column.type) and column.kind_of_feature != "Image" and not _holds_images(column.type)
 
 
-def _values(request: Request, files: list[Path], column: str) -> list[int] | list[str]:
-    """A column of labels, whole."""
+def _holds_images(kind: "pa.DataType") -> bool:
+    import pyarrow.types as types
+
+    if types.is_struct(kind):
+        return kind.get_field_index("bytes") >= 0
+    return types.is_binary(kind) or types.is_large_binary(kind)
+
+
+def _holds_labels(kind: "pa.DataType") -> bool:
+    import pyarrow.types as types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_integer(kind) or types.is_boolean(kind) or types.is_string(kind) or types.is_large_string(kind)
+
+
+def _holds_lists_of_labels(kind: "pa.DataType") -> bool:
+    import pyarrow.types as types
+
+    lists = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    return lists and _holds_labels(kind.value_type)
+
+
+def _image_column(request: Request, columns: Sequence[Column]) -> Column:
+    """The column of images: the one asked for, or the only one."""
+    if request.image is not None:
+        return _asked(request, columns, request.image)
+    typed = [column for column in columns if column.kind_of_feature == "Image"]
+    return _only(request, columns, "image", typed or [column for column in columns if _holds_images(column.type)])
+
+
+def _label_column(request: Request, columns: Sequence[Column], splits: Sequence[tuple[Path, ...]]) -> Column:
+    """The column of labels: the one asked for, or the only one that may be meant.
+
+    Raises:
+        InputError: There is none, several may be meant, or the only one has another value for every image.
+    """
+    if request.label is not None:
+        column = _asked(request, columns, request.label)
+        if not _holds_labels(column.type):
+            raise InputError(
+                f"column '{column.name}' of {request} holds {_python_type(column.type)}, not integers or strings; "
+                f"the columns are {_listed(columns)}"
+            )
+        return column
+    typed = [column for column in columns if column.kind_of_feature == "ClassLabel" and _holds_labels(column.type)]
+    if len(typed) == 1:
+        return typed[0]
+    possible = [column for column in columns if _holds_labels(column.type) or _holds_lists_of_labels(column.type)]
+    column = _only(request, columns, "label", typed or possible)
+    if not _holds_labels(column.type):
+        raise InputError(
+            f"{request} has no column of labels: '{column.name}' has several for each image; name one with label: "
+            f"{_listed(columns)}"
+        )
+    encoded = [_encoded(request, files, column.name) for files in splits]
+    if all(len(values) == len(codes) for values, codes in encoded) and max(len(codes) for _, codes in encoded) > 1:
+        raise InputError(
+            f"{request} has no column of labels, unless it is '{column.name}', which is another for every image; name "
+            f"one with label: {_listed(columns)}"
+        )
+    return column
+
+
+def _asked(request: Request, columns: Sequence[Column], name: str) -> Column:
+    for column in columns:
+        if column.name == name:
+            return column
+    hint = did_you_mean(name, [column.name for column in columns])
+    raise InputError(f"{request} has no column '{name}'{hint}; it has: {_listed(columns)}")
+
+
+def _only(request: Request, columns: Sequence[Column], what: str, fitting: Sequence[Column]) -> Column:
+    if len(fitting) == 1:
+        return fitting[0]
+    found = "several columns" if fitting else "no column"
+    raise InputError(f"{request} has {found} of {what}s: name one with {what}: {_listed(fitting or columns)}")
+
+
+def _listed(columns: Sequence[Column]) -> str:
+    return ", ".join(column.name for column in columns if not _is_nested(column))
+
+
+def _python_type(kind: "pa.DataType") -> str:
+    """What the values of a column are in Python, such as dict."""
+    import pyarrow.types as types
+
+    kinds = {
+        "dict": types.is_struct,
+        "list": types.is_nested,
+        "bytes": lambda kind: types.is_binary(kind) or types.is_large_binary(kind),
+        "float": types.is_floating,
+    }
+    return next((name for name, is_one in kinds.items() if is_one(kind)), str(kind))
+
+
+def _picked(table: "pa.Table | pa.RecordBatch", name: str) -> "pa.Array | pa.ChunkedArray":
+    """A column, or a field of a nested one, of what was read with `columns=[name]`."""
+    import pyarrow.compute as pc
+
+    for column in table.schema.names:
+        if name == column:
+            return table.column(column)
+    parts = name.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        column = ".".join(parts[:depth])
+        if column in table.schema.names:
+            return pc.struct_field(table.column(column), parts[depth:])
+    raise KeyError(name)
+
+
+# Labels
+
+
+@functools.lru_cache(maxsize=4)
+def _encoded(
+    request: Request, files: tuple[Path, ...], name: str, nulls: bool = False
+) -> tuple[list[int | str], np.ndarray]:
+    """The different values of a column of labels, and for each row which of them it has; `nulls`: those are one too.
+
+    Raises:
+        InputError: A file lacks the column, or a row a label.
+    """
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    values = [value for file in files for value in pq.read_table(file, columns=[column])[column].to_pylist()]
-    if not all(isinstance(value, int | str) for value in values):
-        odd = next(value for value in values if not isinstance(value, int | str))
-        raise InputError(f"column '{column}' of {request} has {odd!r}: labels are integers or strings")
-    return values
+    place: dict[Any, int] = {}
+    codes = []
+    for file in files:
+        with pq.ParquetFile(file) as opened:
+            try:
+                column = _picked(opened.read(columns=[name]), name)
+            except KeyError:
+                raise InputError(f"{file} has no column '{name}', as other files of {request} have") from None
+        if column.null_count and not nulls:
+            raise InputError(
+                f"column '{name}' of {request} has no label for {column.null_count} of {len(column)} images"
+            )
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if pa.types.is_boolean(column.type):
+            column = column.cast(pa.string())  # 'false' and 'true'
+        encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+        own = [place.setdefault(value, len(place)) for value in encoded.dictionary.to_pylist()]
+        codes.append(np.array(own, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
+    return list(place), np.concatenate(codes)
 
 
-def _names(values: list[int] | list[str]) -> list[Any]:
-    """The classes of a column without names for them: its strings in order, or as many as its integers count."""
-    strings = {value for value in values if isinstance(value, str)}
+def _class_names(file: Path, name: str) -> list[str] | None:
+    """The names that a data set gives the classes of a column; None where it has none."""
+    feature = next((column.feature for column in _columns(file) if column.name == name), {})
+    names = feature.get("names")
+    return [str(item) for item in names] if isinstance(names, list) else None
+
+
+def _class_index(value: int | str, names: Sequence[str]) -> int:
+    """The index of a label's class; an integer is one already."""
+    if isinstance(value, int):
+        return value if abs(value) < 2**62 else -1
+    return names.index(value) if value in names else -1
+
+
+def _values_as_names(of_splits: Iterable[Sequence[int | str]]) -> list[str]:
+    """The classes of a column that nobody has named: its values, integers in ascending order."""
+    values = {value for of_split in of_splits for value in of_split}
     integers = [value for value in values if isinstance(value, int)]
-    return sorted(strings) if strings else list(range(max(integers, default=-1) + 1))
+    if len(integers) == len(values):
+        return [str(value) for value in sorted(integers)]
+    return sorted({str(value) for value in values})
 
 
-def _indices(values: list[int] | list[str], class_names: list[Any]) -> np.ndarray:
-    """The index of each label's class; integers are indices already."""
-    of_name = {name: index for index, name in enumerate(class_names)}
-    return np.asarray([int(v) if isinstance(v, int) else of_name.get(v, -1) for v in values], dtype=np.int64)
+# Images
 
 
 @functools.lru_cache(maxsize=16)
@@ -193,7 +359,7 @@ def _opened(request: Request, files: tuple[Path, ...], column: str) -> Iterator[
     for file in files:
         with pq.ParquetFile(file) as opened:
             for batch in opened.iter_batches(batch_size=1024, columns=[column]):
-                for value in batch.column(0).to_pylist():
+                for value in _picked(batch, column).to_pylist():
                     content = value.get("bytes") if isinstance(value, dict) else value
                     if not isinstance(content, bytes):
                         raise InputError(f"column '{column}' of {request} does not hold images")

@@ -244,7 +244,10 @@ def torchvision_data(request: Request, train: bool) -> Images:
             yield image
 
     tensor = stack(images(), len(data), request)
-    names = getattr(data, "classes", None) or range(max(labels, default=-1) + 1)
+    names = getattr(data, "classes", None)
+    if not names:  # its labels are all that there is to call the classes by
+        names, places = np.unique(labels, return_inverse=True)
+        return _labelled(tensor, places, tuple(map(str, names)))
     return _labelled(tensor, labels, tuple(map(str, names)))
 
 
