@@ -55,6 +55,8 @@ def train_command(
         f"{run.total_epochs} epochs of {run.steps} steps"
     )
     err.print(task_table(run))
+    for line in class_lines(run, err.width):
+        note(line)
     if session.left_over:
         note("an interrupted run of this name was here; --resume would have gone on with it")
     elif run.epochs_done:
@@ -83,14 +85,34 @@ def task_table(run: "Run") -> "Table":
 
     made = report.table("task", "classes", "train", "validation", "test", "units, level by level", text=1)
     for number, task in enumerate(run.network.tasks, 1):
-        images = ("-", "-", "-")  # of a task learnt in an earlier run
+        images: tuple[str, ...] = ("-", "-", "-")  # of a task learnt in an earlier run
         if data := run.data.get(number):
-            held_out = 0 if data.validation is None else len(data.validation)
-            images = (str(len(data.train)), str(held_out), str(len(data.test)))
+            images = tuple(map(str, data.counts.values()))
         bounds = zip((0, *task.levels), task.levels, strict=False)
         units = " | ".join(" ".join(map(str, task.order[start:stop])) for start, stop in bounds)
         made.add_row(f"{number} {task.name}", str(len(task.classes)), *images, units)
     return made
+
+
+def class_lines(run: "Run", width: int) -> list[str]:
+    """Which classes each task has, as many as fit into a line, and which of them a split has no images of."""
+    from dvn_cli.data.classes import few
+
+    lines = []
+    for number, data in run.data.items():
+        name = f"task {number} {run.network.tasks[number - 1].name}"
+        groups = data.spec.groups or {}
+        made_of = {new: list(map(str, old if isinstance(old, list) else [old])) for new, old in groups.items()}
+        most = (40, 20, 10, 6, 3)
+        shown = [", ".join(f"'{new}' ({few(old, n)})" for new, old in made_of.items()) for n in most if made_of]
+        shown = [f"{name}: classes {text}" for text in (*shown, *(few(data.classes, n) for n in most))]
+        lines.append(next((line for line in shown if len(line) <= width), shown[-1]))
+        for split, labels in (("train", data.train.labels), ("test", data.test.labels)):
+            there = set(labels.tolist())
+            missing = [of_class for label, of_class in enumerate(data.classes) if label not in there]
+            if missing:
+                lines.append(f"{name}: no {split} images of {few(missing)}")
+    return lines
 
 
 def how_to_go_on(session: "Session") -> str:

@@ -39,6 +39,12 @@ class TaskData:
     validation: Split | None
     test: Split
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many images each split has."""
+        validation = 0 if self.validation is None else len(self.validation)
+        return {"train": len(self.train), "validation": validation, "test": len(self.test)}
+
     def train_batches(
         self, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:

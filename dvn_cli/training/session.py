@@ -124,7 +124,12 @@ class Session:
         self._write_record()
 
     def _write_record(self) -> None:
-        text = json.dumps({**self.record, "epochs": self.run.history}, indent=1, allow_nan=False)
+        tasks = [
+            {"name": self.run.network.tasks[number - 1].name, "classes": data.classes, "images": data.counts}
+            | ({} if data.spec.groups is None else {"groups": data.spec.groups})
+            for number, data in self.run.data.items()
+        ]
+        text = json.dumps({**self.record, "tasks": tasks, "epochs": self.run.history}, indent=1, allow_nan=False)
         with checkpoint.atomic(self.files.record) as file:
             file.write(text.encode() + b"\n")
 

@@ -189,7 +189,9 @@ def test_what_is_told_fits(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert lines[0] == "wrn_10_1, 2 units, 3 networks, on cpu: 2 epochs of 2 steps"
     assert lines[3].split() == ["1", "[red]low", "5", "32", "8", "20", "2", "|", "1"]
     assert lines[4].split() == ["2", "all", "10", "32", "8", "20", "2", "1"]
-    assert lines[5].startswith("epoch 1/2: loss ")
+    assert lines[5] == "task 1 [red]low: classes '0', '1', '2', '3', '4'"
+    assert lines[6].startswith("task 2 all: classes '0', '1', ")
+    assert lines[7].startswith("epoch 1/2: loss ")
 
 
 def test_one_task_after_the_other(
