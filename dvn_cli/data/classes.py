@@ -122,7 +122,7 @@ class _Names:
             match = _RANGE.fullmatch(text)
             if text in self.places:
                 found.append((text, self._only(text)))
-            elif text in absent:
+            elif text in absent and (isinstance(item, str) or self.all_numbers):
                 found.append((text, None))
             elif isinstance(item, int):
                 index = self._numbered(item)
