@@ -355,7 +355,7 @@ def _labels(
             return torch.tensor(labels)
     labels = corresponding(names, classes)
     foreign = [classes[index] for index in found.unique().tolist() if labels[index] < 0]
-    twice = [name for name in foreign if name in names]
+    twice = sorted(set(foreign) & set(names))
     if twice:
         raise InputError(
             f"several classes are named {few(twice)}: they are told apart only where the images have the task's "

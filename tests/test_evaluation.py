@@ -1,8 +1,10 @@
 """`dvn eval` as it is typed, against accuracy counted here with numpy on the logits of what `dvn_cli.load` gives."""
 
 import csv
+import io
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -23,11 +26,14 @@ from dvn_cli import cli
 from dvn_cli.backbones import resolve
 from dvn_cli.checkpoint import read_checkpoint, slice_file
 from dvn_cli.data import Split
+from dvn_cli.data.sources import read
 from dvn_cli.errors import InputError
-from dvn_cli.evaluation import accuracy_table, evaluate, evaluate_all
+from dvn_cli.evaluation import accuracy_table, evaluate, evaluate_all, read_images
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.tasks import Task
+from dvn_cli.training.recipe import parse
+from dvn_cli.training.session import Session
 
 MEAN, STD = (0.3,), (0.25,)
 COLOURS = ("black", "blue", "grey", "olive", "red", "white")
@@ -375,6 +381,120 @@ def test_classes_that_differ(dvn, tmp_path, names, options, message):
     assert (message or "images") in err
 
 
+@pytest.mark.parametrize("options", [
+    [], ["--data", "classes=[black, blue, grey, olive, red, white]"],
+    ["--data", "groups={black: black, blue: blue, grey: [], olive: olive, red: [], white: [white]}"],
+])  # fmt: skip
+def test_images_that_lack_some_classes(dvn, made, tmp_path, options):
+    """They are evaluated among all the task's classes, by a checkpoint and by a slice."""
+    some = [label for label, name in enumerate(COLOURS) if name not in ("grey", "red")]
+    write_folder(tmp_path / "some", tuple(COLOURS[label] for label in some))  # image i is of the i-th folder's look
+    pixels = [picture(place, index) for place in range(4) for index in range(5 + place)]
+    labels = [label for place, label in enumerate(some) for _ in range(5 + place)]
+    expected = counted(made / "s11.safetensors", pixels, labels)
+    for file in ("dvn.safetensors", "s11.safetensors"):
+        code, out, err = dvn(file, "--task", "1", "--level", "1", "--json", "--data", str(tmp_path / "some"), *options)
+        assert code == 0, err
+        (row,) = json.loads(out)["results"]
+        assert (row["top1"], row["top5"], row["loss"]) == pytest.approx(expected, rel=1e-5)
+        note = "task 'colours': there are no images of 'grey', 'red', of its 6 classes\n"
+        assert err.endswith(note)
+        assert err.count("\n") == 2
+
+
+def test_the_advice_about_other_classes_works(dvn, tmp_path):
+    names = (*COLOURS[:4], "a, b: c", "yes")
+    write_folder(tmp_path / "other", names, images=1)
+    command = ["--task", "1", "--data", str(tmp_path / "other")]
+    code, _, err = dvn(*command)
+    assert code == 2
+    assert "they lack 'red', 'white' and have 'a, b: c', 'yes'" in err
+    leave_out = err[err.index("--data 'classes") : err.index(" leaves out")]
+    code, _, err = dvn(*command, *shlex.split(leave_out))
+    assert code == 0, err
+    groups = {**{name: [name] for name in COLOURS[:4]}, "red": ["yes"], "white": ["a, b: c"]}
+    written = yaml.safe_dump(groups, default_flow_style=True).strip()
+    code, _, err = dvn(*command, "--data", f"groups={written}")
+    assert (code, err.count("\n")) == (0, 1), err
+    code, _, err = dvn(*command, "--data", "groups={scarlet: [black, yes]}")
+    assert code == 2
+    assert "groups={NEW: [OLD], ...} gives names of the task's classes" in err
+
+
+def test_numbers_for_names_of_some_classes(dvn, tmp_path):
+    """A classifier whose classes are named by numbers, on images of a few of them."""
+    write_folder(tmp_path / "two", ("1", "4"))
+    own = results(dvn("--json", "fresh.safetensors", "--data", str(tmp_path / "two")))
+    assert own[0]["images"] == 11
+    write_folder(tmp_path / "named", ("olive", "red"))
+    for groups in ("{1: olive, 4: red}", "{1: [0], 4: [1]}", "{'1': [olive], '4': 1}"):
+        words = ("--data", str(tmp_path / "named"), "--data", f"groups={groups}")
+        assert results(dvn("--json", "fresh.safetensors", *words)) == own
+
+
+def labels_by_folder(task: Task, notes: list[str] | None = None) -> dict[int, int]:
+    """The label that each folder's images are given, by the grey level that fills them."""
+    split = read_images(task, 1, note=None if notes is None else notes.append)
+    return dict(zip(split.images[:, 0, 0, 0].tolist(), split.labels.tolist(), strict=True))
+
+
+def test_the_tasks_own_classes_whatever_has_which_index_by_now(tmp_path):
+    for value, name in enumerate("abcdef"):
+        for split in ("train", "test"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for index in range(3):
+                Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / split / name / f"{index}.png")
+    content = {"backbone": {"name": "wrn_10_1", "in_chans": 1}, "units": 2, "batch_size": 4, "threads": 1}
+    data = {"source": "folder", "path": ".", "validation": 0}
+    tasks = [
+        {"name": "some", "data": {**data, "classes": "1-4"}},
+        {"name": "two", "data": {**data, "groups": {"low": "0-2", "high": [4, 5, "d"]}}},
+    ]
+    session = Session(
+        parse({**content, "tasks": tasks}, "r"), tmp_path, tmp_path / "d.safetensors", torch.device("cpu")
+    )
+    some, two = (Task.from_dict(json.loads(json.dumps(task.to_dict()))) for task in session.run.network.tasks)
+    assert two.data["spec"]["groups"] == {"low": ["a", "b", "c"], "high": ["e", "f", "d"]}
+    for gone in (None, "train", "test/b"):
+        if gone is not None:
+            shutil.rmtree(tmp_path / gone)
+        read.cache_clear()
+        notes: list[str] = []
+        there = {1: 0} if gone != "test/b" else {}
+        assert labels_by_folder(some, notes) == {**there, 2: 1, 3: 2, 4: 3}
+        assert labels_by_folder(two, notes) == {0: 0, **({1: 0} if there else {}), 2: 0, 3: 1, 4: 1, 5: 1}
+        assert notes == ([] if there else ["task 'some': there are no images of 'b', of its 4 classes"])
+
+
+def test_two_classes_of_one_name(tmp_path):
+    """They are told apart where the images have the task's list of classes, and nowhere else."""
+    names = ("crane", "dog", "crane")
+
+    def task_with(images: tuple[str, ...], labels: list[int]) -> Task:
+        folder = tmp_path / "-".join(map(str, (*images, *labels)))
+        folder.mkdir()
+        table = pa.table({"img": [{"bytes": png(value)} for value in range(len(labels))], "label": labels})
+        features = {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": images}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, folder / "test-0.parquet")
+        data = {"spec": {"source": "hf", "path": str(folder)}, "base": "."}
+        return Task("t", names, (8, 8), MEAN, STD, (1,), (1,), data)
+
+    assert labels_by_folder(task_with(names, [2, 0, 1])) == {0: 2, 1: 0, 2: 1}
+    assert labels_by_folder(task_with(("crane", "dog"), [1, 1])) == {0: 1, 1: 1}, "no crane is seen"
+    for other in (("crane", "dog"), ("crane", "crane", "dog")):
+        with pytest.raises(
+            InputError, match="task 't': several classes are named 'crane': they are told apart only wh"
+        ):
+            read_images(task_with(other, [1, 0]), 1)
+
+
+def png(value: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8), value, np.uint8)).save(buffer, "png")
+    return buffer.getvalue()
+
+
 def test_a_yaml_file_of_data(dvn, made, tmp_path):
     write_folder(tmp_path / "pictures" / "val", COLOURS)
     (tmp_path / "data.yaml").write_text("source: folder\npath: pictures\naugment: crop\n")
@@ -432,8 +552,6 @@ def test_a_broken_file_is_found_before_anything_is_computed(dvn, made, monkeypat
 
 
 def test_metadata_of_images_that_cannot_be_read(made):
-    from dvn_cli.evaluation import read_images
-
     task = Task("t", ("a", "b"), (8, 8), MEAN, STD, (1,), (1,), {"spec": {"source": "film"}, "base": "."})
     with pytest.raises(InputError, match="task 't': what it says of its images cannot be read; give them with --data"):
         read_images(task, 1)

@@ -13,6 +13,7 @@ import pytest
 import small
 import torch
 import yaml
+from PIL import Image
 
 import dvn_cli
 from dvn_cli import cli
@@ -192,6 +193,47 @@ def test_what_is_told_fits(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert lines[5] == "task 1 [red]low: classes '0', '1', '2', '3', '4'"
     assert lines[6].startswith("task 2 all: classes '0', '1', ")
     assert lines[7].startswith("epoch 1/2: loss ")
+
+
+def test_the_classes_are_told_and_recorded(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """By name, of groups with what they are made of, before the first epoch; and what has no images to test on."""
+    monkeypatch.setenv("COLUMNS", "80")
+    for name in ("1", "10", "2", "yes"):
+        for split, count in (("train", 6), ("test", 2)):
+            if (split, name) != ("test", "10"):
+                (here / split / name).mkdir(parents=True)
+                for index in range(count):
+                    Image.new("L", (8, 8), 9 * index).save(here / split / name / f"{index}.png")
+    words = [
+        "tasks.*.data={source: folder, path: .}",
+        "tasks.0.data.classes=[yes, 2, 10]",
+        "tasks.1.data.groups={no: [10, yes], 0: [1, 2]}",
+        "epochs=1",
+    ]
+    assert ends(monkeypatch, "small.yaml", *words) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[5:9] == [
+        "task 1 low: classes 'yes', '2', '10'",
+        "task 1 low: no test images of '10'",
+        "task 2 all: classes 'no' ('10', 'yes'), '0' ('1', '2')",
+        next(line for line in lines if line.startswith("epoch 1/1: ")),
+    ]
+    record = json.loads(Path("dvn.run.json").read_text())
+    assert record["tasks"] == [
+        {"name": "low", "classes": ["yes", "2", "10"], "images": {"train": 16, "validation": 2, "test": 4}},
+        {
+            "name": "all",
+            "classes": ["no", "0"],
+            "images": {"train": 22, "validation": 2, "test": 6},
+            "groups": {"no": ["10", "yes"], "0": ["1", "2"]},
+        },
+    ]
+    assert record["recipe"]["tasks"][0]["data"]["classes"] == ["yes", 2, 10]
+    trained = dvn_cli.load("dvn.safetensors").tasks
+    assert [task.classes for task in trained] == [("yes", "2", "10"), ("no", "0")]
+    assert trained[1].data["spec"]["groups"] == {"no": ["10", "yes"], "0": ["1", "2"]}
 
 
 def test_one_task_after_the_other(
