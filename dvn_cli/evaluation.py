@@ -311,8 +311,8 @@ def read_images(
         except InputError as error:
             raise InputError(f"{error}{'' if data else '; --data gives other images'}") from None
         labels = _labels(task, classes, split.labels, spec, data is None, note)
-        there = labels[split.labels] if spec.test_images is None else labels
-        missing = [name for label, name in enumerate(task.classes) if label not in set(there.tolist())]
+        there = set((labels[split.labels] if spec.test_images is None else labels).tolist())
+        missing = [name for label, name in enumerate(task.classes) if label not in there]
         if missing and note is not None:
             note(f"task '{task.name}': there are no images of {few(missing)}, of its {len(task.classes)} classes")
         return Split(split.images, labels[split.labels])

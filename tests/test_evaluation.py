@@ -1,11 +1,11 @@
 """`dvn eval` as it is typed, against accuracy counted here with numpy on the logits of what `dvn_cli.load` gives."""
 
 import csv
-import io
 import json
 import math
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +25,9 @@ import dvn_cli
 from dvn_cli import cli
 from dvn_cli.backbones import resolve
 from dvn_cli.checkpoint import read_checkpoint, slice_file
-from dvn_cli.data import Split
-from dvn_cli.data.sources import read
+from dvn_cli.data import Split, batches
 from dvn_cli.errors import InputError
-from dvn_cli.evaluation import accuracy_table, evaluate, evaluate_all, read_images
+from dvn_cli.evaluation import accuracy_table, evaluate, evaluate_all, open_files
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.tasks import Task
@@ -432,67 +431,77 @@ def test_numbers_for_names_of_some_classes(dvn, tmp_path):
         assert results(dvn("--json", "fresh.safetensors", *words)) == own
 
 
-def labels_by_folder(task: Task, notes: list[str] | None = None) -> dict[int, int]:
-    """The label that each folder's images are given, by the grey level that fills them."""
-    split = read_images(task, 1, note=None if notes is None else notes.append)
-    return dict(zip(split.images[:, 0, 0, 0].tolist(), split.labels.tolist(), strict=True))
+def labels_by_grey(made: Path, tasks: list[Task], notes: list[str] | None = None) -> list[dict[int, int]]:
+    """For each task the label of its test images that are filled with a grey level, as a checkpoint is evaluated."""
+    opened = dvn_cli.load(made / "fresh.safetensors")
+    DeepVirtualNetwork(opened.partition, tasks, opened.file_tensors()).save(made / "named.safetensors")
+    (loaded,) = open_files([made / "named.safetensors"], note=None if notes is None else notes.append)
+    found = []
+    for number in range(1, len(tasks) + 1):
+        images, labels = next(batches(loaded.splits[number], 999, mean=[0.0], std=[1.0]))
+        greys = (255 * images[:, 0, 0, 0]).round().int()
+        found.append(dict(zip(greys.tolist(), labels.tolist(), strict=True)))
+    return found
 
 
-def test_the_tasks_own_classes_whatever_has_which_index_by_now(tmp_path):
+def grey(value: int) -> Image.Image:
+    return Image.fromarray(np.full((8, 8), value, np.uint8))
+
+
+def test_the_tasks_own_classes_whatever_has_which_index_by_now(made, tmp_path):
     for value, name in enumerate("abcdef"):
-        for split in ("train", "test"):
-            (tmp_path / split / name).mkdir(parents=True)
-            for index in range(3):
-                Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / split / name / f"{index}.png")
+        for split, count in (("train", 3), ("test", 1)):
+            (tmp_path / "all" / split / name).mkdir(parents=True)
+            for index in range(count):
+                grey(value).save(tmp_path / "all" / split / name / f"{index}.png")
     content = {"backbone": {"name": "wrn_10_1", "in_chans": 1}, "units": 2, "batch_size": 4, "threads": 1}
     data = {"source": "folder", "path": ".", "validation": 0}
-    tasks = [
+    keys = [
         {"name": "some", "data": {**data, "classes": "1-4"}},
         {"name": "two", "data": {**data, "groups": {"low": "0-2", "high": [4, 5, "d"]}}},
     ]
-    session = Session(
-        parse({**content, "tasks": tasks}, "r"), tmp_path, tmp_path / "d.safetensors", torch.device("cpu")
-    )
-    some, two = (Task.from_dict(json.loads(json.dumps(task.to_dict()))) for task in session.run.network.tasks)
-    assert two.data["spec"]["groups"] == {"low": ["a", "b", "c"], "high": ["e", "f", "d"]}
-    for gone in (None, "train", "test/b"):
-        if gone is not None:
-            shutil.rmtree(tmp_path / gone)
-        read.cache_clear()
+    recipe = parse({**content, "tasks": keys}, "r")
+    session = Session(recipe, tmp_path / "all", tmp_path / "d.safetensors", torch.device("cpu"))
+    tasks = session.run.network.tasks
+    assert tasks[1].data["spec"]["groups"] == {"low": ["a", "b", "c"], "high": ["e", "f", "d"]}
+    for left_out in ((), ("train",), ("train", "test/b")):
+        now = tmp_path / "-".join(("now", *left_out)).replace("/", "")
+        shutil.copytree(tmp_path / "all", now)
+        for folder in left_out:
+            shutil.rmtree(now / folder)
         notes: list[str] = []
-        there = {1: 0} if gone != "test/b" else {}
-        assert labels_by_folder(some, notes) == {**there, 2: 1, 3: 2, 4: 3}
-        assert labels_by_folder(two, notes) == {0: 0, **({1: 0} if there else {}), 2: 0, 3: 1, 4: 1, 5: 1}
-        assert notes == ([] if there else ["task 'some': there are no images of 'b', of its 4 classes"])
+        moved = [replace(task, data={**task.data, "base": str(now)}) for task in tasks]
+        some, two = labels_by_grey(made, moved, notes)
+        b = {} if "test/b" in left_out else {1: 0}
+        assert some == {**b, 2: 1, 3: 2, 4: 3}
+        assert two == {0: 0, **b, 2: 0, 3: 1, 4: 1, 5: 1}
+        assert ("task 'some': there are no images of 'b', of its 4 classes" in notes) == (not b)
 
 
-def test_two_classes_of_one_name(tmp_path):
+def test_two_classes_of_one_name(made, tmp_path):
     """They are told apart where the images have the task's list of classes, and nowhere else."""
     names = ("crane", "dog", "crane")
 
-    def task_with(images: tuple[str, ...], labels: list[int]) -> Task:
+    def task_with(images: tuple[str, ...], labels: list[int]) -> list[Task]:
         folder = tmp_path / "-".join(map(str, (*images, *labels)))
         folder.mkdir()
-        table = pa.table({"img": [{"bytes": png(value)} for value in range(len(labels))], "label": labels})
+        for value in range(len(labels)):
+            grey(value).save(folder / f"{value}.png")
+        pixels = [{"bytes": (folder / f"{value}.png").read_bytes()} for value in range(len(labels))]
+        table = pa.table({"img": pixels, "label": labels})
         features = {"img": {"_type": "Image"}, "label": {"_type": "ClassLabel", "names": images}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
         pq.write_table(table, folder / "test-0.parquet")
         data = {"spec": {"source": "hf", "path": str(folder)}, "base": "."}
-        return Task("t", names, (8, 8), MEAN, STD, (1,), (1,), data)
+        return [Task("t", names, (8, 8), MEAN, STD, (1, 2), (1, 2), data)]
 
-    assert labels_by_folder(task_with(names, [2, 0, 1])) == {0: 2, 1: 0, 2: 1}
-    assert labels_by_folder(task_with(("crane", "dog"), [1, 1])) == {0: 1, 1: 1}, "no crane is seen"
+    assert labels_by_grey(made, task_with(names, [2, 0, 1])) == [{0: 2, 1: 0, 2: 1}]
+    assert labels_by_grey(made, task_with(("crane", "dog"), [1, 1])) == [{0: 1, 1: 1}], "no crane is seen"
     for other in (("crane", "dog"), ("crane", "crane", "dog")):
         with pytest.raises(
             InputError, match="task 't': several classes are named 'crane': they are told apart only wh"
         ):
-            read_images(task_with(other, [1, 0]), 1)
-
-
-def png(value: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(np.full((8, 8), value, np.uint8)).save(buffer, "png")
-    return buffer.getvalue()
+            labels_by_grey(made, task_with(other, [1, 0]))
 
 
 def test_a_yaml_file_of_data(dvn, made, tmp_path):
@@ -552,6 +561,8 @@ def test_a_broken_file_is_found_before_anything_is_computed(dvn, made, monkeypat
 
 
 def test_metadata_of_images_that_cannot_be_read(made):
+    from dvn_cli.evaluation import read_images
+
     task = Task("t", ("a", "b"), (8, 8), MEAN, STD, (1,), (1,), {"spec": {"source": "film"}, "base": "."})
     with pytest.raises(InputError, match="task 't': what it says of its images cannot be read; give them with --data"):
         read_images(task, 1)
