@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -406,12 +407,12 @@ def parse_data(words: Sequence[str], note: Callable[[str], None] | None = None) 
     base = None
     for word in words:
         path, key = Path(word).expanduser(), word.partition("=")[0]
-        if path.is_dir():
+        if os.path.isdir(path):  # which is false, unlike pathlib's, of what is too long for a path: long KEY=VALUE
             content |= _folder(path)
             if note is not None:
                 what = "parquet files" if content["source"] == "hf" else "images by class"
                 note(f"images: the {what} in '{path}'")
-        elif path.is_file() and path.suffix in (".yaml", ".yml"):
+        elif os.path.isfile(path) and path.suffix in (".yaml", ".yml"):
             base = path.parent
             content |= _yaml(path)
         elif "=" not in word:

@@ -195,6 +195,14 @@ def test_aliases_merge_keys_and_other_keys_are_as_ever():
     assert read == plain
 
 
+def test_many_names_on_the_command_line():
+    """More than a path has room for."""
+    source = [f"class number {number}" for number in range(1000)]
+    classes, groups = flow(source), flow({"a": source[:500], "b": source[500:]})
+    assert select(parse_data(["source=digits", f"classes={classes}"])[0], source).names == tuple(source)
+    assert select(parse_data(["source=digits", f"groups={groups}"])[0], source).names == ("a", "b")
+
+
 def test_two_classes_of_one_name_are_two():
     source = ("crane", "dog", "crane")
     selection = select(DataSpec(source="digits"), source)
