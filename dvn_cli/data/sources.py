@@ -115,8 +115,6 @@ def stack(decoded: Iterable["Image"], count: int, request: Request) -> Tensor:
     Raises:
         InputError: They are of different sizes and none is requested, or of more than 8 bits a channel.
     """
-    from PIL import Image
-
     modes = {1: "L", 3: "RGB"}
     if request.channels not in modes:
         raise InputError(f"images have 1 or 3 channels, not {request.channels}")
@@ -127,8 +125,7 @@ def stack(decoded: Iterable["Image"], count: int, request: Request) -> Tensor:
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"image {number} of {request} has more than 8 bits a channel ({image.mode})")
             image = image.convert(modes[request.channels])
-            if request.size is not None and image.size != request.size[::-1]:
-                image = image.resize(request.size[::-1], Image.Resampling.BILINEAR)
+            image = _resized(image, request)
             if number == 0:
                 out = np.empty((count, request.channels, image.height, image.width), dtype=np.uint8)
             elif out.shape[2:] != (image.height, image.width):
@@ -140,6 +137,15 @@ def stack(decoded: Iterable["Image"], count: int, request: Request) -> Tensor:
             f"an image of {request}, after {number + 1} good ones, cannot be read: {_line(error)}"
         ) from error
     return torch.from_numpy(out)
+
+
+def _resized(image: "Image", request: Request) -> "Image":
+    """The image at the size requested, or as it is where none is."""
+    from PIL import Image
+
+    if request.size is None or image.size == request.size[::-1]:
+        return image
+    return image.resize(request.size[::-1], Image.Resampling.BILINEAR)
 
 
 def _line(error: Exception) -> str:
