@@ -1,11 +1,12 @@
 """Accuracy and loss of networks on test images, and where those images come from."""
 
+import contextlib
 import json
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dvn_cli import checkpoint, report
-from dvn_cli.data import DataSpec, Split, batches, load_test
+from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
 from dvn_cli.data.classes import corresponding, few, is_range
 from dvn_cli.data.sources import TEST_SPLITS
 from dvn_cli.data.text import read_yaml
@@ -150,8 +151,9 @@ def evaluate_all(
     rows = []
     try:
         for number, level in chosen:
-            if number not in on_device:
-                on_device = {number: splits[number].to(device)}
+            if number not in on_device:  # tasks that share their images go there together, and others make room
+                same = [other for other in splits if splits[other].pool is splits[number].pool]
+                on_device = dict(zip(same, to_device((splits[other] for other in same), device), strict=True))
             task = network.tasks[number - 1]
 
             def forward(images: Tensor, number: int = number, level: int = level) -> Tensor:
@@ -244,20 +246,30 @@ def open_files(
         asked = " and ".join([f"task '{task}'"] * (task is not None) + [f"level {level}"] * (level is not None))
         names = [f"'{h.path}' (task '{h.metadata['task']['name']}', level {h.metadata['level']})" for h in headers]
         raise InputError(f"none of the slices is of {asked}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
-    splits: dict[str, Split] = {}
-    loaded = []
-    for path, header, networks in zip(paths, headers, chosen, strict=True):
-        of_file = {}
+    reader = Reader(note)
+    tasks: dict[str, Task] = {}
+    images: dict[str, Chosen] = {}
+    of_files: list[dict[int, str]] = []  # of each file the key of every task's images
+    for header, networks in zip(headers, chosen, strict=True):
+        of_files.append({})
         channels = header.metadata["backbone"]["in_chans"]
         for number in dict.fromkeys(number for number, _ in networks):
             entry = header.metadata["task"] if header.kind == "slice" else header.metadata["tasks"][number - 1]
             key = json.dumps([entry["classes"], entry["input_size"], channels, data is None and entry["data"]])
-            if key not in splits:
-                splits[key] = read_images(Task.from_dict(entry), channels, data, base, note)
-            of_file[number] = splits[key]
-        if networks:
-            loaded.append(Loaded(str(path), header, load(path), networks, of_file))
-    return loaded
+            if key not in images:
+                tasks[key] = Task.from_dict(entry)
+                images[key] = choose_images(reader, tasks[key], channels, data, base, note)
+            of_files[-1][number] = key
+    splits = {}
+    for key in images:
+        with _named(tasks[key], data is None):
+            reader.check_memory()
+            splits[key] = images[key].load()
+    return [
+        Loaded(str(path), header, load(path), networks, {number: splits[key] for number, key in of_file.items()})
+        for path, header, networks, of_file in zip(paths, headers, chosen, of_files, strict=True)
+        if networks
+    ]
 
 
 def _networks(header: checkpoint.Header, task: str | None, level: int | None) -> list[tuple[int, int]]:
@@ -276,16 +288,18 @@ def _networks(header: checkpoint.Header, task: str | None, level: int | None) ->
 # Images
 
 
-def read_images(
+def choose_images(
+    reader: Reader,
     task: Task,
     channels: int,
     data: DataSpec | None = None,
     base: Path | None = None,
     note: Callable[[str], None] | None = None,
-) -> Split:
-    """Reads the images to evaluate a task on, resized to its size, with labels in the order of its classes.
+) -> Chosen:
+    """Chooses the images to evaluate a task on, at its size, with labels in the order of its classes.
 
     Args:
+        reader: that reads them, with those of other tasks.
         channels: of the images.
         data, base, note: as `open_files`.
 
@@ -307,18 +321,28 @@ def read_images(
         spec = spec.model_copy(update={"size": task.input_size})
         if data is None and spec.classes is not None and len(set(task.classes)) == len(task.classes):
             spec = spec.model_copy(update={"classes": list(task.classes)})  # whatever has which index by now
+        absent = _absent(task, None if data else spec)
         try:
-            split, classes = load_test(spec, channels=channels, base=base, absent=_absent(task, None if data else spec))
+            images, classes = reader.test(spec, channels=channels, base=base, absent=absent)
         except InputError as error:
             raise InputError(f"{error}{'' if data else '; --data gives other images'}") from None
-        labels = _labels(task, classes, split.labels, spec, data is None, note)
-        there = set((labels[split.labels] if spec.test_images is None else labels).tolist())
+        labels = _labels(task, classes, images.labels, spec, data is None, note)
+        there = set((labels[images.labels] if spec.test_images is None else labels).tolist())
         missing = [name for label, name in enumerate(task.classes) if label not in there]
         if missing and note is not None:
             note(f"task '{task.name}': there are no images of {few(missing)}, of its {len(task.classes)} classes")
-        return Split(split.images, labels[split.labels])
+        return replace(images, labels=labels[images.labels])
     except InputError as error:
         raise InputError(f"task '{task.name}': {error}") from None
+
+
+@contextlib.contextmanager
+def _named(task: Task, own: bool) -> Iterator[None]:
+    """What is wrong with a task's images, its own or others, is said with its name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"task '{task.name}': {error}{'; --data gives other images' if own else ''}") from None
 
 
 def _absent(task: Task, trained: DataSpec | None) -> set[str]:

@@ -561,8 +561,9 @@ def test_a_broken_file_is_found_before_anything_is_computed(dvn, made, monkeypat
 
 
 def test_metadata_of_images_that_cannot_be_read(made):
-    from dvn_cli.evaluation import read_images
+    from dvn_cli.data import Reader
+    from dvn_cli.evaluation import choose_images
 
     task = Task("t", ("a", "b"), (8, 8), MEAN, STD, (1,), (1,), {"spec": {"source": "film"}, "base": "."})
     with pytest.raises(InputError, match="task 't': what it says of its images cannot be read; give them with --data"):
-        read_images(task, 1)
+        choose_images(Reader(), task, 1)

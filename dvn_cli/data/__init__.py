@@ -1,7 +1,18 @@
 """Where a task's images come from and how they are batched."""
 
-from dvn_cli.data.batches import Split, batch_count, batches
+from dvn_cli.data.batches import Split, batch_count, batches, to_device
 from dvn_cli.data.spec import DataSpec
-from dvn_cli.data.task import TaskData, load_task, load_test
+from dvn_cli.data.task import Chosen, Reader, TaskData, load_task, load_test
 
-__all__ = ["DataSpec", "Split", "TaskData", "batch_count", "batches", "load_task", "load_test"]
+__all__ = [
+    "Chosen",
+    "DataSpec",
+    "Reader",
+    "Split",
+    "TaskData",
+    "batch_count",
+    "batches",
+    "load_task",
+    "load_test",
+    "to_device",
+]

@@ -1,6 +1,6 @@
 """Whole batches, augmented and normalised where they are used: no worker processes, no image handled alone."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,19 +15,38 @@ class Split:
     """Images and the index of each one's class.
 
     Attributes:
-        images: uint8 (N, C, H, W).
+        pool: uint8 (M, C, H, W), images that several splits may share.
         labels: int64 (N,).
+        indices: int64 (N,), which images of the pool they are, None for all of them in order.
     """
 
-    images: Tensor
+    pool: Tensor
     labels: Tensor
+    indices: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def images(self) -> Tensor:
+        """The images alone, uint8 (N, C, H, W): a copy where they are not all of the pool."""
+        return self.pool if self.indices is None else self.pool[self.indices]
+
     def to(self, device: torch.device | str) -> "Split":
-        """The same split on a device, where `batches` then needs no copies."""
-        return Split(self.images.to(device), self.labels.to(device))
+        """Returns the same split on a device, where `batches` then needs no copies."""
+        return to_device([self], device)[0]
+
+
+def to_device(splits: Iterable[Split], device: torch.device | str) -> list[Split]:
+    """Returns the same splits on a device, where a pool that several share is there once."""
+    moved: dict[int, Tensor] = {}
+    result = []
+    for split in splits:
+        if id(split.pool) not in moved:
+            moved[id(split.pool)] = split.pool.to(device)
+        indices = None if split.indices is None else split.indices.to(device)
+        result.append(Split(moved[id(split.pool)], split.labels.to(device), indices))
+    return result
 
 
 def batches(
@@ -67,7 +86,7 @@ def batches(
         order = torch.randperm(len(split), generator=generator).to(split.labels.device)
         order = order[: len(split) - len(split) % batch_size] if len(split) >= batch_size else order
     for chosen in order.split(batch_size):
-        images = split.images[chosen].to(device)
+        images = split.pool[chosen if split.indices is None else split.indices[chosen]].to(device)
         if generator is not None and augment != "none":
             images = _augmented(images, pad, augment == "crop-flip", generator)
         yield images.float().sub_(scale[0]).div_(scale[1]), split.labels[chosen].to(device)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dvn_cli.data.sources import TEST_SPLITS, TRAIN_SPLITS, Images, Request, first_present, stack
+from dvn_cli.data.decode import Item
+from dvn_cli.data.sources import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present
 from dvn_cli.errors import DvnError, InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps what it converted to parquet itself
 
 
-def read(request: Request, train: bool) -> Images:
-    """Reads one split: images as stored, classes named as the files' metadata name them.
+def read(request: Request, part: Part) -> Listing | None:
+    """Lists one split: images as stored, classes named as the files' metadata name them.
 
     Raises:
         InputError: No such folder, data set, split, subset or column, or labels that are not classes.
@@ -31,13 +31,16 @@ def read(request: Request, train: bool) -> Images:
     """
     by_split = _files(request)
     present, has_no = sorted(by_split), f"{request} has no split"
-    to_learn = train or set(TRAIN_SPLITS) & set(present)  # else there are images to test on alone
+    if part == "validation" and not set(request.splits(part)) & set(present):
+        return None
+    to_learn = part == "train" or set(TRAIN_SPLITS) & set(present)  # else there are images to test on alone
     train_split = first_present(TRAIN_SPLITS, present, has_no) if to_learn else None
-    test_split = first_present(request.splits(train=False), present, has_no)
-    files = by_split[train_split if train and train_split else test_split]
+    test_split = first_present(request.splits("test"), present, has_no)
+    split = first_present(request.splits(part), present, has_no)
+    files = by_split[split]
     columns = _columns(files[0])
     image = _image_column(request, columns)
-    splits = [tuple(by_split[split]) for split in dict.fromkeys((train_split, test_split)) if split]
+    splits = [tuple(by_split[name]) for name in dict.fromkeys((train_split, split, test_split)) if name]
     label = _label_column(request, columns, splits)
     values, codes = _encoded(request, tuple(files), label.name)
     class_names = next(filter(None, (_class_names(of_split[0], label.name) for of_split in (files, *splits))), None)
@@ -51,9 +54,14 @@ def read(request: Request, train: bool) -> Images:
     of_classes = [column.name for column in columns if column.kind_of_feature == "ClassLabel"] or [label.name]
     by_column = np.stack([_encoded(request, tuple(files), name, nulls=True)[1] for name in of_classes])
     strata = np.unique(by_column, axis=1, return_inverse=True)[1].reshape(-1)
-    images = _decoded(request._replace(label=None), tuple(files), image.name)
-    labels = np.array(classes, dtype=np.int64)[codes]
-    return Images(images, torch.from_numpy(labels), tuple(class_names), torch.from_numpy(strata))
+    return Listing(
+        split,
+        torch.from_numpy(np.array(classes, dtype=np.int64)[codes]),
+        tuple(class_names),
+        torch.from_numpy(strata),
+        key=(image.name, *files),
+        items=functools.partial(_items, request, part, files, image.name),
+    )
 
 
 def _files(request: Request) -> dict[str, list[Path]]:
@@ -63,7 +71,7 @@ def _files(request: Request) -> dict[str, list[Path]]:
     plain_text/test/0000.parquet); the parts before that are its subset.
     """
     root = _root(request)
-    known = {*TRAIN_SPLITS, *TEST_SPLITS, *request.splits(train=False)}
+    known = {*TRAIN_SPLITS, *TEST_SPLITS, *request.splits("test")}
     subsets: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(root.rglob("*.parquet")):
         parts = path.relative_to(root).parts
@@ -343,24 +351,35 @@ def _values_as_names(of_splits: Iterable[Sequence[int | str]]) -> list[str]:
 # Images
 
 
-@functools.lru_cache(maxsize=16)
-def _decoded(request: Request, files: tuple[Path, ...], column: str) -> Tensor:
-    """The images of some files; tasks by different labels share them."""
+def _items(request: Request, part: Part, files: Sequence[Path], column: str, indices: np.ndarray) -> Iterator[Item]:
+    """The images in some rows, counted through all files; groups of rows that have none of them are not read."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    count = sum(pq.read_metadata(file).num_rows for file in files)
-    return stack(_opened(request, files, column), count, request)
+    def within(start: int, count: int) -> np.ndarray:
+        return indices[np.searchsorted(indices, start) : np.searchsorted(indices, start + count)]
 
-
-def _opened(request: Request, files: tuple[Path, ...], column: str) -> Iterator["Image"]:
-    import pyarrow.parquet as pq
-    from PIL import Image
-
+    first = 0  # row of the group
     for file in files:
         with pq.ParquetFile(file) as opened:
-            for batch in opened.iter_batches(batch_size=1024, columns=[column]):
-                for value in _picked(batch, column).to_pylist():
-                    content = value.get("bytes") if isinstance(value, dict) else value
-                    if not isinstance(content, bytes):
-                        raise InputError(f"column '{column}' of {request} does not hold images")
-                    yield Image.open(io.BytesIO(content))
+            first_of_file = first
+            for group in range(opened.num_row_groups):
+                row, first = first, first + opened.metadata.row_group(group).num_rows
+                if not len(within(row, first - row)):
+                    continue
+                for batch in opened.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
+                    wanted = within(row, len(batch))
+                    values = _picked(batch, column).take(pa.array(wanted - row)).to_pylist()
+                    for index, value in zip(wanted, values, strict=True):
+                        content = value.get("bytes") if isinstance(value, dict) else value
+                        if not isinstance(content, bytes):
+                            raise InputError(f"column '{column}' of {request} does not hold images")
+                        where = f"{part} image in row {index - first_of_file} of {file}"
+                        yield Item(where, functools.partial(_open, content))
+                    row += len(batch)
+
+
+def _open(content: bytes) -> "Image":
+    from PIL import Image
+
+    return Image.open(io.BytesIO(content))

@@ -35,7 +35,8 @@ class DataSpec(BaseModel):
 
     source: Kind = Field(
         description="digits: the handwritten digits that come with dvn; torchvision: one of torchvision.datasets; "
-        "folder: images, PATH/train/CLASS/* and PATH/test/CLASS/*; hf: Hugging Face parquet files"
+        "folder: images, PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/*, a fifth of which is tested on; "
+        "hf: Hugging Face parquet files"
     )
     name: str | None = Field(
         default=None,
@@ -53,7 +54,8 @@ class DataSpec(BaseModel):
     )
     test_split: str | None = Field(
         default=None,
-        description="the split to test on; by default test, else validation, valid or val; of a folder, `.` is itself",
+        description="the split to test on; by default test, else validation, valid, val or dev; of a folder, to "
+        "evaluate on all its classes, `.`",
     )
     classes: Classes | None = Field(
         default=None,
@@ -65,10 +67,18 @@ class DataSpec(BaseModel):
         default=None, description="in place of classes: each new class and the old ones that it is made of"
     )
     train_images: PositiveInt | None = Field(
-        default=None, description="use only so many images of train, the validation share included; all by default"
+        default=None,
+        description="use only so many images of train, what is held out of it included, and of a validation split; all "
+        "by default",
     )
     test_images: PositiveInt | None = Field(default=None, description="use only so many images of test; all by default")
-    validation: float = Field(default=0.1, ge=0, lt=1, description="the share of train held out to choose by")
+    validation: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="the share of train held out to choose by; by default the data set's own validation split (called "
+        "validation, valid, val or dev, where there is test beside it), else 0.1",
+    )
     seed: int = Field(
         default=0, ge=0, lt=2**32, description="of the choice of the images to hold out and of those that limits keep"
     )

@@ -1,6 +1,8 @@
 """The data of one task: its classes chosen, its splits made, its normalisation known."""
 
-from collections.abc import Collection, Iterator, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +13,12 @@ from torch import Tensor
 from dvn_cli.data import sources
 from dvn_cli.data.batches import Split, batches
 from dvn_cli.data.classes import Selection, corresponding, few, resolved, select
+from dvn_cli.data.pool import Pool, check_memory
 from dvn_cli.data.spec import DataSpec
 from dvn_cli.errors import InputError
+
+VALIDATION_SHARE = 0.1
+"""Of train, held out where a data set has no validation split of its own beside test."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +32,8 @@ class TaskData:
         mean: Per channel, of pixels in 0..1.
         std: Per channel, of pixels in 0..1.
         train: To learn from.
-        validation: Held out from train to choose by; None where the recipe wants none.
+        validation: To choose by: the data set's own validation split or a share held out from train; None where the
+            recipe wants none.
         test: To report on, and for nothing else.
     """
 
@@ -62,113 +69,261 @@ class TaskData:
 
 
 def load_task(spec: DataSpec, *, channels: int = 3, base: Path | None = None) -> TaskData:
-    """Reads the data of a task.
-
-    The images held out of train are drawn from the whole data set, before classes are chosen: with the same seed and
-    share, an image that one task chooses by is not one that another task of the data set learns from.
-
-    Args:
-        spec: What to read.
-        channels: Of the images, 1 or 3; grey and colour are converted.
-        base: The folder that relative paths start from, before the working directory.
-
-    Raises:
-        InputError: Something that `spec` names is not there, or too little is left: fewer than 2 classes, no images.
-        DvnError: It cannot be downloaded.
-    """
-    train_source = _read(spec, True, channels, base)
-    selection = select(spec, train_source.class_names)
-    if len(selection.names) < 2:
-        raise InputError(f"a task needs at least 2 classes, not {len(selection.names)}")
-    test = _test_split(spec, _read(spec, False, channels, base), selection, train_source.class_names)
-    if tuple(train_source.images.shape[2:]) != tuple(test.images.shape[2:]):
-        sizes = " and ".join("x".join(map(str, images.shape[2:])) for images in (train_source.images, test.images))
-        raise InputError(f"train and test images have different sizes ({sizes}): set size")
-    new_label = selection.relabelled(len(train_source.class_names))[train_source.labels.numpy()]
-    untrained = np.setdiff1d(test.labels.numpy(), new_label)
-    if len(untrained):
-        raise InputError(
-            f"there are test images of {few([selection.names[label] for label in untrained])} and no train images: "
-            "leave that out with classes"
-        )
-    order = sources.stratified_order(train_source.strata.numpy(), spec.seed)
-    held_out = np.zeros(len(order), dtype=bool)
-    held_out[order[: round(spec.validation * len(order))]] = True
-    order = order[new_label[order] >= 0]
-    validation, train = order[held_out[order]], order[~held_out[order]]
-    if spec.train_images is not None and spec.train_images < len(order):
-        validation = validation[: round(spec.validation * spec.train_images)]
-        train = train[: spec.train_images - len(validation)]
-    if len(train) == 0 or (len(validation) == 0 and spec.validation > 0):
-        raise InputError(
-            f"{len(train) + len(validation)} images are too few to train on and to hold out a share of "
-            f"{spec.validation:g}; give more, or set validation to 0"
-        )
-    learnt = _split(train_source, new_label, train)
-    mean, std = _mean_std(learnt.images)
-    return TaskData(
-        spec=resolved(spec, train_source.class_names),
-        classes=selection.names,
-        input_size=(learnt.images.shape[2], learnt.images.shape[3]),
-        mean=_per_channel("mean", spec.mean, channels) or mean,
-        std=_per_channel("std", spec.std, channels) or std,
-        train=learnt,
-        validation=_split(train_source, new_label, validation) if len(validation) else None,
-        test=test,
-    )
+    """Reads the data of one task; see `Reader.task` and `TaskPlan.load`."""
+    return Reader().task(spec, channels=channels, base=base).load()
 
 
 def load_test(
     spec: DataSpec, *, channels: int = 3, base: Path | None = None, absent: Collection[str] = ()
 ) -> tuple[Split, tuple[str, ...]]:
-    """Reads only the test images of a task, and the names of its classes.
+    """Reads only the test images of a task, and the names of its classes; see `Reader.test`."""
+    chosen, classes = Reader().test(spec, channels=channels, base=base, absent=absent)
+    return chosen.load(), classes
 
-    Args:
-        spec, channels, base: As `load_task`.
-        absent: Classes that `spec` may name although there are no images of them.
 
-    Raises:
-        InputError, DvnError: As `load_task`.
+class Reader:
+    """Reads the data of several tasks: first which images each of them uses, then those, each decoded once.
+
+    The images held out of train are drawn from the whole data set, before classes are chosen: with the same seed and
+    share, an image that one task chooses by is not one that another task of the data set learns from.
     """
-    source = _read(spec, False, channels, base)
-    selection = select(spec, source.class_names, absent)
-    return _test_split(spec, source, selection, source.class_names), selection.names
+
+    def __init__(self, note: Callable[[str], None] | None = None) -> None:
+        """`note`: told, in a line, what is used for what and which files are left out."""
+        self._note = note
+        self._noted: set[str] = set()
+        self._listings: dict[tuple[sources.Request, sources.Part], sources.Listing | None] = {}
+        self._pools: dict[Hashable, Pool] = {}
+
+    def task(self, spec: DataSpec, *, channels: int = 3, base: Path | None = None) -> "TaskPlan":
+        """Chooses the images of a task, to be loaded when those of all tasks are chosen.
+
+        Args:
+            spec: What to read.
+            channels: Of the images, 1 or 3; grey and colour are converted.
+            base: The folder that relative paths start from, before the working directory.
+
+        Raises:
+            InputError: Something that `spec` names is not there, or too little is left: fewer than 2 classes, no
+                images.
+            DvnError: It cannot be downloaded.
+        """
+        request = sources.Request.of(spec, channels, base)
+        source = self._listing(request, "train")
+        selection = select(spec, source.class_names)
+        if len(selection.names) < 2:
+            raise InputError(f"a task needs at least 2 classes, not {len(selection.names)}")
+        for index in itertools.chain.from_iterable(selection.members):
+            if index in source.empty:
+                raise InputError(f"class '{source.class_names[index]}' has no train images: {source.empty[index]}")
+        test_source = self._listing(request, "test")
+        test = self._beside_train(spec, request, "test", test_source, selection, source.class_names)
+        new_label = selection.relabelled(len(source.class_names))[source.labels.numpy()]
+        untrained = np.setdiff1d(test.labels.numpy(), new_label)
+        if len(untrained):
+            raise InputError(
+                f"there are test images of {few([selection.names[label] for label in untrained])} and no train images: "
+                "leave that out with classes"
+            )
+        own = self._own_validation(request, test_source) if spec.validation is None else None
+        share = (VALIDATION_SHARE if own is None else 0) if spec.validation is None else spec.validation
+        order = sources.stratified_order(source.strata.numpy(), spec.seed)
+        held_out = np.zeros(len(order), dtype=bool)
+        held_out[order[: round(share * len(order))]] = True
+        order = order[new_label[order] >= 0]
+        validation, train = order[held_out[order]], order[~held_out[order]]
+        if spec.train_images is not None and spec.train_images < len(order):
+            validation = validation[: round(share * spec.train_images)]
+            train = train[: spec.train_images - len(validation)]
+        if len(train) == 0 or (len(validation) == 0 and share > 0):
+            raise InputError(
+                f"{len(train) + len(validation)} images are too few to train on and to hold out a share of "
+                f"{share:g}; give more, or set validation to 0"
+            )
+        chosen = self._chosen(request, source, train, new_label)
+        validated = None
+        if own is not None:
+            validated = self._beside_train(spec, request, "validation", own, selection, source.class_names)
+        elif share > 0:
+            validated = self._chosen(request, source, validation, new_label)
+        self._say(request, source, own, test_source, share)
+        spec = resolved(spec, source.class_names)
+        return TaskPlan(self, spec, selection.names, channels, chosen, validated, test)
+
+    def test(
+        self, spec: DataSpec, *, channels: int = 3, base: Path | None = None, absent: Collection[str] = ()
+    ) -> tuple["Chosen", tuple[str, ...]]:
+        """Chooses only the test images of a task, and names its classes.
+
+        Args:
+            spec, channels, base: As `task`.
+            absent: Classes that `spec` may name although there are no images of them.
+
+        Raises:
+            InputError, DvnError: As `task`.
+        """
+        request = sources.Request.of(spec, channels, base)
+        source = self._listing(request, "test")
+        selection = select(spec, source.class_names, absent)
+        self._say_left_out(request, source)
+        return self._beside_train(spec, request, "test", source, selection, source.class_names), selection.names
+
+    def check_memory(self) -> None:
+        """Checks that all images chosen and not decoded yet fit the memory; see `pool.check_memory`."""
+        check_memory(self._pools.values())
+
+    def _listing(self, request: sources.Request, part: sources.Part) -> sources.Listing:
+        if (request, part) not in self._listings:
+            self._listings[request, part] = sources.read(request, part)
+        listing = self._listings[request, part]
+        assert listing is not None  # there is always a train and a test part, or an error
+        return listing
+
+    def _own_validation(self, request: sources.Request, test: sources.Listing) -> sources.Listing | None:
+        """The data set's own validation split, None where it has none beside what is tested on."""
+        beside = request._replace(test_split=test.split)
+        if (beside, "validation") not in self._listings:
+            self._listings[beside, "validation"] = sources.read(beside, "validation")
+        return self._listings[beside, "validation"]
+
+    def _beside_train(
+        self,
+        spec: DataSpec,
+        request: sources.Request,
+        part: sources.Part,
+        source: sources.Listing,
+        selection: Selection,
+        names: Sequence[str],
+    ) -> "Chosen":
+        """The images of a selection of classes from a list of names, of which the source may lack some."""
+        places = np.array(corresponding(names, source.class_names))
+        foreign = [source.class_names[label] for label in np.unique(source.labels.numpy()) if places[label] < 0]
+        if spec.classes is not None or spec.groups is not None:  # others may be there, but none of these names
+            foreign = sorted({names[index] for members in selection.members for index in members} & set(foreign))
+        if foreign:
+            has = "more than once" if foreign[0] in names else "not"
+            raise InputError(f"{part} has images of {few(foreign)}, which train has {has}: name the classes to keep")
+        of_name = np.append(selection.relabelled(len(names)), -1)  # the last one for what has no place
+        new_label = of_name[places][source.labels.numpy()]
+        order = sources.stratified_order(source.strata.numpy(), spec.seed)
+        order = order[new_label[order] >= 0]
+        if len(order) == 0:
+            advice = "" if part == "test" else "; with validation=0.1 a tenth of train is held out instead"
+            raise InputError(f"no {part} images of the classes {', '.join(selection.names[:5])}{advice}")
+        limit = spec.test_images if part == "test" else spec.train_images
+        return self._chosen(request, source, order[:limit], new_label)
+
+    def _chosen(
+        self, request: sources.Request, source: sources.Listing, indices: np.ndarray, new_label: np.ndarray
+    ) -> "Chosen":
+        indices = np.sort(indices)
+        key = (source.key, request._replace(label=None, test_split=None))
+        if key not in self._pools or self._pools[key].decoded:
+            self._pools[key] = Pool(source, request)
+        self._pools[key].use(indices)
+        return Chosen(self._pools[key], indices, torch.from_numpy(new_label[indices]))
+
+    def _say(
+        self,
+        request: sources.Request,
+        train: sources.Listing,
+        own: sources.Listing | None,
+        test: sources.Listing,
+        share: float,
+    ) -> None:
+        if request.name is None and request.path is None:  # it comes with dvn, whose documentation says this
+            return
+        held_out = f" ({100 * share:.3g} % of that is held out to validate on)" if share > 0 else ""
+        validated = "" if own is None else f", validates on {own.split}"
+        want = "" if request.test_split or test.split not in sources.VALIDATION_SPLITS else " (there is no test split)"
+        self._say_once(f"{request}: trains on {train.split}{held_out}{validated} and tests on {test.split}{want}")
+        self._say_left_out(request, train, *([] if own is None else [own]), test)
+
+    def _say_left_out(self, request: sources.Request, *listings: sources.Listing) -> None:
+        left_out = sum((listing.left_out for listing in listings), Counter[str]())
+        if left_out:
+            self._say_once(f"{request}: left out {sources.in_words(left_out)}")
+
+    def _say_once(self, line: str) -> None:
+        if self._note is not None and line not in self._noted:
+            self._note(line)
+        self._noted.add(line)
 
 
-def _test_split(spec: DataSpec, source: sources.Images, selection: Selection, names: Sequence[str]) -> Split:
-    """The test images of a selection of classes from a list of names, of which the source may lack some."""
-    places = np.array(corresponding(names, source.class_names))
-    foreign = [source.class_names[label] for label in np.unique(source.labels.numpy()) if places[label] < 0]
-    if spec.classes is not None or spec.groups is not None:  # others may be there, but none of the name of one of these
-        foreign = sorted({names[index] for members in selection.members for index in members} & set(foreign))
-    if foreign:
-        has = "more than once" if foreign[0] in names else "not"
-        raise InputError(f"test has images of {few(foreign)}, which train has {has}: name the classes to keep")
-    of_name = np.append(selection.relabelled(len(names)), -1)  # the last one for what has no place
-    new_label = of_name[places][source.labels.numpy()]
-    order = sources.stratified_order(source.strata.numpy(), spec.seed)
-    order = order[new_label[order] >= 0]
-    if len(order) == 0:
-        raise InputError(f"no test images of the classes {', '.join(selection.names[:5])}")
-    return _split(source, new_label, order[: spec.test_images])
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """Images that a task uses and their labels, which are decoded together with those of other tasks.
+
+    Attributes:
+        pool: All images of their part of the data set that some task uses.
+        indices: Of its listing, in rising order, int64 (N,).
+        labels: int64 (N,).
+    """
+
+    pool: Pool
+    indices: np.ndarray
+    labels: Tensor
+
+    def load(self) -> Split:
+        """Decodes the pool, if it is not yet.
+
+        Raises:
+            InputError: An image cannot be read, or their sizes differ and none is set.
+        """
+        images = self.pool.images
+        whole = len(self.indices) == len(images)
+        return Split(images, self.labels, None if whole else torch.from_numpy(self.pool.rows(self.indices)))
 
 
-def _read(spec: DataSpec, train: bool, channels: int, base: Path | None) -> sources.Images:
-    return sources.read(sources.Request.of(spec, channels, base), train)
+@dataclass(frozen=True, eq=False)
+class TaskPlan:
+    """The images that a task is to have."""
+
+    reader: "Reader"
+    spec: DataSpec
+    classes: tuple[str, ...]
+    channels: int
+    train: Chosen
+    validation: Chosen | None
+    test: Chosen
+
+    def load(self) -> TaskData:
+        """Decodes the images, with those of all tasks planned so far that share them.
+
+        Raises:
+            InputError: They do not fit the memory, one cannot be read, or their sizes differ and none is set.
+        """
+        self.reader.check_memory()
+        train, test = self.train.load(), self.test.load()
+        validation = None if self.validation is None else self.validation.load()
+        for name, other in (("test", test), ("validation", validation)):
+            if other is not None and train.pool.shape[2:] != other.pool.shape[2:]:
+                sizes = " and ".join("x".join(map(str, split.pool.shape[2:])) for split in (train, other))
+                raise InputError(f"train and {name} images have different sizes ({sizes}): set size")
+        mean, std = _mean_std(train)
+        return TaskData(
+            spec=self.spec,
+            classes=self.classes,
+            input_size=(train.pool.shape[2], train.pool.shape[3]),
+            mean=_per_channel("mean", self.spec.mean, self.channels) or mean,
+            std=_per_channel("std", self.spec.std, self.channels) or std,
+            train=train,
+            validation=validation,
+            test=test,
+        )
 
 
-def _split(source: sources.Images, new_label: np.ndarray, chosen: np.ndarray) -> Split:
-    chosen = np.sort(chosen)
-    images = source.images if len(chosen) == len(source.images) else source.images[torch.from_numpy(chosen)]
-    return Split(images, torch.from_numpy(new_label[chosen]))
-
-
-def _mean_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel of uint8 images, in units of 255; a constant channel has deviation 1."""
+def _mean_std(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel of 8-bit images, in units of 255; a constant channel has deviation 1."""
     values = torch.arange(256, dtype=torch.float64) / 255
+    counts = torch.zeros(split.pool.shape[1], 256, dtype=torch.int64)  # of each value, by channel
+    for chosen in torch.arange(len(split)).split(256):
+        images = split.pool[chosen if split.indices is None else split.indices[chosen]]
+        for channel, count in zip(images.unbind(1), counts, strict=True):
+            count += torch.bincount(channel.flatten(), minlength=256)
     means, deviations = [], []
-    for channel in images.unbind(1):
-        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+    for count in counts:
+        share = count.double() / count.sum()
         mean = (share * values).sum()
         deviation = float((share * (values - mean) ** 2).sum().sqrt())
         means.append(float(mean))

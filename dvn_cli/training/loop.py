@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dvn_cli.data import TaskData
+from dvn_cli.data import TaskData, to_device
 from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError
 from dvn_cli.evaluation import evaluate_all
@@ -56,10 +56,11 @@ class Run:
         self.generators = {number: torch.Generator() for number in self.data}
         for number, generator in self.generators.items():
             generator.manual_seed(self.recipe.seed * 1000 + number - 1)
-        self.train = {number: data.train.to(self.device) for number, data in self.data.items()}
-        self.validation = {
-            number: data.validation.to(self.device) for number, data in self.data.items() if data.validation is not None
-        }
+        validated = {number: data.validation for number, data in self.data.items() if data.validation is not None}
+        splits = [*(data.train for data in self.data.values()), *validated.values()]
+        on_device = iter(to_device(splits, self.device))  # all at once: tasks of one data set share its images there
+        self.train = dict(zip(self.data, on_device, strict=False))
+        self.validation = dict(zip(validated, on_device, strict=True))
         sequential = self.recipe.sequential
         self.stages = plan(
             METHODS[self.recipe.method],

@@ -1,6 +1,7 @@
 """From a recipe to what the loop needs: the tasks' images and the untrained networks."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from dvn_cli import checkpoint
 from dvn_cli.backbones import BackboneSpec, load_pretrained, load_weights, resolve
-from dvn_cli.data import TaskData, load_task
+from dvn_cli.data import Reader, TaskData
 from dvn_cli.data.spec import locate
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork, load
@@ -22,20 +23,33 @@ from dvn_cli.units.assign import Rule
 from dvn_cli.units.order import paper_order
 
 
-def load_data(recipe: Recipe, base: Path) -> list[TaskData]:
+def load_data(recipe: Recipe, base: Path, note: Callable[[str], None] | None = None) -> list[TaskData]:
     """Reads the images of all tasks; paths are relative to `base`, else to the working directory.
 
+    Args:
+        note: told, in a line, what of a data set is used for what.
+
     Raises:
-        InputError: see `data.load_task`; the message begins with the task's name.
+        InputError: see `data.Reader`; the message begins with the task's name.
     """
-    channels = _channels(recipe, base)
-    loaded = []
+    channels, reader = _channels(recipe, base), Reader(note)
+    plans, loaded = [], []
     for task in recipe.tasks:
-        try:
-            loaded.append(load_task(task.data, channels=channels, base=base))
-        except InputError as error:
-            raise InputError(f"task '{task.name}': {error}") from None
+        with _named(task.name):
+            plans.append(reader.task(task.data, channels=channels, base=base))
+    for task, plan in zip(recipe.tasks, plans, strict=True):
+        with _named(task.name):
+            loaded.append(plan.load())
     return loaded
+
+
+@contextlib.contextmanager
+def _named(task: str) -> Iterator[None]:
+    """What cannot be done for a task is said with its name."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"task '{task}': {error}") from None
 
 
 def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[Network]]:
