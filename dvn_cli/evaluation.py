@@ -246,7 +246,7 @@ def open_files(
         asked = " and ".join([f"task '{task}'"] * (task is not None) + [f"level {level}"] * (level is not None))
         names = [f"'{h.path}' (task '{h.metadata['task']['name']}', level {h.metadata['level']})" for h in headers]
         raise InputError(f"none of the slices is of {asked}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
-    reader = Reader(note)
+    reader = Reader()
     tasks: dict[str, Task] = {}
     images: dict[str, Chosen] = {}
     of_files: list[dict[int, str]] = []  # of each file the key of every task's images
@@ -265,6 +265,9 @@ def open_files(
         with _named(tasks[key], data is None):
             reader.check_memory()
             splits[key] = images[key].load()
+    if note is not None:
+        for line in reader.notes:
+            note(line)
     return [
         Loaded(str(path), header, load(path), networks, {number: splits[key] for number, key in of_file.items()})
         for path, header, networks, of_file in zip(paths, headers, chosen, of_files, strict=True)

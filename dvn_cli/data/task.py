@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,12 +86,13 @@ class Reader:
 
     The images held out of train are drawn from the whole data set, before classes are chosen: with the same seed and
     share, an image that one task chooses by is not one that another task of the data set learns from.
+
+    Attributes:
+        notes: Lines that say what of each data set is used for what, and which files are left out.
     """
 
-    def __init__(self, note: Callable[[str], None] | None = None) -> None:
-        """`note`: told, in a line, what is used for what and which files are left out."""
-        self._note = note
-        self._noted: set[str] = set()
+    def __init__(self) -> None:
+        self.notes: list[str] = []
         self._listings: dict[tuple[sources.Request, sources.Part], sources.Listing | None] = {}
         self._pools: dict[Hashable, Pool] = {}
 
@@ -146,7 +147,7 @@ class Reader:
             validated = self._beside_train(spec, request, "validation", own, selection, source.class_names)
         elif share > 0:
             validated = self._chosen(request, source, validation, new_label)
-        self._say(request, source, own, test_source, share)
+        self._note_uses(request, source, own, test_source, share)
         spec = resolved(spec, source.class_names)
         return TaskPlan(self, spec, selection.names, channels, chosen, validated, test)
 
@@ -165,7 +166,7 @@ class Reader:
         request = sources.Request.of(spec, channels, base)
         source = self._listing(request, "test")
         selection = select(spec, source.class_names, absent)
-        self._say_left_out(request, source)
+        self._note_left_out(request, source)
         return self._beside_train(spec, request, "test", source, selection, source.class_names), selection.names
 
     def check_memory(self) -> None:
@@ -223,7 +224,7 @@ class Reader:
         self._pools[key].use(indices)
         return Chosen(self._pools[key], indices, torch.from_numpy(new_label[indices]))
 
-    def _say(
+    def _note_uses(
         self,
         request: sources.Request,
         train: sources.Listing,
@@ -236,18 +237,17 @@ class Reader:
         held_out = f" ({100 * share:.3g} % of that is held out to validate on)" if share > 0 else ""
         validated = "" if own is None else f", validates on {own.split}"
         want = "" if request.test_split or test.split not in sources.VALIDATION_SPLITS else " (there is no test split)"
-        self._say_once(f"{request}: trains on {train.split}{held_out}{validated} and tests on {test.split}{want}")
-        self._say_left_out(request, train, *([] if own is None else [own]), test)
+        self._note(f"{request}: trains on {train.split}{held_out}{validated} and tests on {test.split}{want}")
+        self._note_left_out(request, train, *([] if own is None else [own]), test)
 
-    def _say_left_out(self, request: sources.Request, *listings: sources.Listing) -> None:
+    def _note_left_out(self, request: sources.Request, *listings: sources.Listing) -> None:
         left_out = sum((listing.left_out for listing in listings), Counter[str]())
         if left_out:
-            self._say_once(f"{request}: left out {sources.in_words(left_out)}")
+            self._note(f"{request}: left out {sources.in_words(left_out)}")
 
-    def _say_once(self, line: str) -> None:
-        if self._note is not None and line not in self._noted:
-            self._note(line)
-        self._noted.add(line)
+    def _note(self, line: str) -> None:
+        if line not in self.notes:  # of several tasks of one data set
+            self.notes.append(line)
 
 
 @dataclass(frozen=True, eq=False)

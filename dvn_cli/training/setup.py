@@ -32,7 +32,7 @@ def load_data(recipe: Recipe, base: Path, note: Callable[[str], None] | None = N
     Raises:
         InputError: see `data.Reader`; the message begins with the task's name.
     """
-    channels, reader = _channels(recipe, base), Reader(note)
+    channels, reader = _channels(recipe, base), Reader()
     plans, loaded = [], []
     for task in recipe.tasks:
         with _named(task.name):
@@ -40,6 +40,9 @@ def load_data(recipe: Recipe, base: Path, note: Callable[[str], None] | None = N
     for task, plan in zip(recipe.tasks, plans, strict=True):
         with _named(task.name):
             loaded.append(plan.load())
+    if note is not None:
+        for line in reader.notes:
+            note(line)
     return loaded
 
 
