@@ -1,5 +1,6 @@
 """Images that tasks share: which of them are used is known before any is decoded, and each is decoded once."""
 
+import functools
 import math
 from collections.abc import Iterable
 
@@ -34,9 +35,10 @@ class Pool:
         """All images that are used, uint8 (N, C, H, W), decoded at the first call.
 
         Raises:
-            InputError: see `sources.stack`.
+            InputError: They do not fit the memory, or see `sources.stack`.
         """
         if self._images is None:
+            check_memory([self])
             used = np.flatnonzero(self._used)
             try:
                 self._images = stack(lambda: self._items(used), len(used), self._request)
@@ -51,13 +53,13 @@ class Pool:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """Of `images`, by the size of the first where none is requested."""
-        used = np.flatnonzero(self._used)
-        if self._request.size is not None:
-            height, width = self._request.size
-        else:
-            width, height = decode.size(next(iter(self._items(used[:1]))))
-        return len(used), self._request.channels, height, width
+        """Of `images`, by the size of one of them where none is requested."""
+        return (int(self._used.sum()), self._request.channels, *(self._request.size or self._size_of_one))
+
+    @functools.cached_property
+    def _size_of_one(self) -> tuple[int, int]:
+        width, height = decode.size(next(iter(self._items(np.flatnonzero(self._used)[:1]))))
+        return height, width
 
     def __str__(self) -> str:
         count, *pixels = self.shape

@@ -212,7 +212,7 @@ def test_an_image_above_the_limit_is_one_line(tmp_path, monkeypatch, pixels):
     spec = classes_of(tmp_path, {"1.png": PHOTO})
     Image.new("1", (pixels, 1)).save(tmp_path / "train" / "b" / "big.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
-    with pytest.raises(InputError, match="train image .*/train/b/big.png has more pixels than Pillow's limit of 40"):
+    with pytest.raises(InputError, match=r"train image .*/train/b/big.png has more pixels than Pillow's limit of 40"):
         load_task(spec)
 
 
@@ -229,10 +229,13 @@ def test_whatever_the_bytes_an_image_is_read_or_named(data):
     one = item(content, "image 'x'")
     try:
         found = eight_bit(upright(one), "RGB", partial(white_of, [one]))
-        assert found.mode == "RGB"
     except InputError as error:
-        assert str(error).startswith("image 'x' ")
-        assert "\n" not in str(error)
+        found, problem = None, str(error)
+    if found is None:
+        assert problem.startswith("image 'x' ")
+        assert "\n" not in problem
+    else:
+        assert found.mode == "RGB"
 
 
 @pytest.mark.parametrize(

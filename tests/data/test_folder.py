@@ -143,7 +143,8 @@ TENTH = " (10 % of that is held out to validate on)"
           for name in ("validation", "valid", "val", "dev")),
         *(({"train": 10, name: 4}, {}, (18, 2, 8), f"train{TENTH} and tests on {name} (there is no test split)")
           for name in ("validation", "valid", "val", "dev")),
-        ({"train": 10, "val": 4, "dev": 3}, {}, (20, 6, 8), "train, validates on dev and tests on val (there is no test split)"),
+        ({"train": 10, "val": 4, "dev": 3}, {}, (20, 6, 8),
+         "train, validates on dev and tests on val (there is no test split)"),
         ({"trainval": 10, "test": 3}, {}, (18, 2, 6), f"trainval{TENTH} and tests on test"),
         ({"train": 10, "val": 4, "test": 3}, {"validation": 0.25}, (15, 5, 6),
          "train (25 % of that is held out to validate on) and tests on test"),
@@ -182,7 +183,7 @@ def test_no_image_to_validate_on(tmp_path):
     put(tmp_path / "train" / "dog", 5)
     spec = DataSpec(source="folder", path=str(tmp_path), classes=["cat", "dog"], test_images=1)
     put(tmp_path / "test" / "cat", 2)
-    with pytest.raises(InputError, match="no validation images of the classes cat, dog; with validation=0.1"):
+    with pytest.raises(InputError, match=r"no validation images of the classes cat, dog; with validation=0.1"):
         load_task(spec)
     assert len(load_task(spec.model_copy(update={"validation": 0.2})).validation) == 2
 
@@ -212,7 +213,7 @@ def test_a_folder_of_classes_is_split_whatever_the_seed(tmp_path):
 
 
 def test_a_folder_of_classes_that_cannot_be_split(tmp_path):
-    with pytest.raises(InputError, match="class 'class .' has no train images: it has too few to test on some"):
+    with pytest.raises(InputError, match=r"class 'class .' has no train images: it has too few to test on some"):
         told(flat(tmp_path, 1, 1, 1))
 
 
