@@ -75,6 +75,8 @@ def _files(request: Request) -> dict[str, list[Path]]:
     subsets: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(root.rglob("*.parquet")):
         parts = path.relative_to(root).parts
+        if any(part.startswith(".") for part in parts):  # what systems and programs leave there
+            continue
         for depth in range(len(parts) - 1, -1, -1):
             split = re.split(r"[-.]", parts[depth])[0]
             if split in known:

@@ -82,7 +82,8 @@ def too_large(pools: Iterable[Pool], free: int | None) -> InputError:
     """What is said of images that do not fit the memory."""
     largest_first = sorted(pools, key=_bytes, reverse=True)
     total = sum(map(_bytes, largest_first))
-    others = f", and those of {len(largest_first) - 1} more splits," if len(largest_first) > 1 else ""
+    rest = len(largest_first) - 1
+    others = f", and those of {'another split' if rest == 1 else f'{rest} other splits'}," if rest else ""
     there_are = "" if free is None else f", and {_gib(free)} of memory are free"
     return InputError(
         f"{largest_first[0]}{others} take {_gib(total)}{there_are}: set a smaller size, fewer train_images or "
