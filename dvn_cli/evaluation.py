@@ -260,10 +260,10 @@ def open_files(
                 tasks[key] = Task.from_dict(entry)
                 images[key] = choose_images(reader, tasks[key], channels, data, base, note)
             of_files[-1][number] = key
+    reader.check_memory()
     splits = {}
     for key in images:
         with _named(tasks[key], data is None):
-            reader.check_memory()
             splits[key] = images[key].load()
     if note is not None:
         for line in reader.notes:

@@ -37,6 +37,7 @@ def load_data(recipe: Recipe, base: Path, note: Callable[[str], None] | None = N
     for task in recipe.tasks:
         with _named(task.name):
             plans.append(reader.task(task.data, channels=channels, base=base))
+    reader.check_memory()
     for task, plan in zip(recipe.tasks, plans, strict=True):
         with _named(task.name):
             loaded.append(plan.load())

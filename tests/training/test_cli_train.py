@@ -1,5 +1,6 @@
 """`dvn train` as it is typed, and what can be typed after it."""
 
+import itertools
 import json
 import os
 import re
@@ -214,6 +215,7 @@ def test_the_classes_are_told_and_recorded(
     ]
     assert ends(monkeypatch, "small.yaml", *words) == 0
     lines = capfd.readouterr().err.splitlines()
+    assert lines[0] == f"{here}: trains on train (10 % of that is held out to validate on) and tests on test"
     first = lines.index("task 1 low: classes 'yes', '2', '10'")
     assert lines[first : first + 4] == [
         "task 1 low: classes 'yes', '2', '10'",
@@ -235,6 +237,35 @@ def test_the_classes_are_told_and_recorded(
     trained = dvn_cli.load("dvn.safetensors").tasks
     assert [task.classes for task in trained] == [("yes", "2", "10"), ("no", "0")]
     assert trained[1].data["spec"]["groups"] == {"no": ["10", "yes"], "0": ["1", "2"]}
+
+
+@pytest.mark.parametrize(
+    ("content", "override", "message"),
+    [
+        (b"GIF89a", "seed=1", "task 'all': train image .*/train/b/7.gif (cannot be read: .*|is not an image .*)"),
+        (b"", "tasks.1.data.size=30000", r"12 images of 1x30000x30000 of .* take [\d.]+ GiB, and .*: set a .*"),
+    ],
+)
+def test_images_that_cannot_be_had_are_one_line(
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    content: bytes,
+    override: str,
+    message: str,
+) -> None:
+    """And nothing is written."""
+    for split, name in itertools.product(("train", "test"), "ab"):
+        (here / split / name).mkdir(parents=True)
+        for index in range(6):
+            Image.new("L", (8, 8), 9 * index).save(here / split / name / f"{index}.gif")
+    if content:
+        (here / "train" / "b" / "7.gif").write_bytes(content)
+    before = sorted(here.rglob("*"))
+    words = ["tasks.1.data={source: folder, path: .}", "tasks.0.data.size=8", override]
+    assert ends(monkeypatch, "small.yaml", *words) == 2
+    assert re.fullmatch(f"dvn: {message}\n", capfd.readouterr().err)
+    assert sorted(here.rglob("*")) == before
 
 
 def test_one_task_after_the_other(
