@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from pydantic import ValidationError
-from rich.table import Table
 from torch import Tensor
 
 from dvn_cli import checkpoint, report
@@ -503,7 +502,7 @@ def gate_as_json(judged: Gate | None) -> dict[str, Any] | None:
     return {"min_accuracy": judged.min_accuracy, "passed": judged.passed, "worst": worst}
 
 
-def result_tables(rows: Sequence[Row]) -> list[Table]:
+def result_tables(rows: Sequence[Row]) -> list[report.FittedTable]:
     """A row for each network, in one table, or in one for each file where several have the same task and level."""
     files = list(dict.fromkeys(row.file for row in rows))
     if len({(row.task, row.name, row.level) for row in rows}) < len(rows) and len(files) > 1:
@@ -511,9 +510,10 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
     return [_result_table(rows, None)]
 
 
-def _result_table(rows: Sequence[Row], title: str | None) -> Table:
+def _result_table(rows: Sequence[Row], title: str | None) -> report.FittedTable:
     columns = ("task", "level", "units", "params", "density", "top-1", "top-5", "loss", "images")
-    made = report.table(*columns, title=title, text=1)
+    optional = ("units", "params", "density", "images", "loss", "top-5")
+    made = report.table(*columns, title=title, text=1, optional=optional)
     for row in rows:
         result = row.result
         made.add_row(
@@ -530,10 +530,11 @@ def _result_table(rows: Sequence[Row], title: str | None) -> Table:
     return made
 
 
-def accuracy_table(tasks: Sequence[Task], rows: Sequence[Row]) -> Table:
+def accuracy_table(tasks: Sequence[Task], rows: Sequence[Row]) -> report.FittedTable:
     """Top-1 accuracy in per cent, a row for each task and a column for each level."""
     levels = max(row.level for row in rows)
-    made = report.table("top-1 in %", *(f"level {level}" for level in range(1, levels + 1)), "images", text=1)
+    columns = (f"level {level}" for level in range(1, levels + 1))
+    made = report.table("top-1 in %", *columns, "images", text=1, optional=("images",))
     for number, task in enumerate(tasks, 1):
         own = {row.level: row.result for row in rows if row.task == number}
         if own:

@@ -97,11 +97,12 @@ def _measure(
     threads: int | None,
 ) -> tuple[list["Target"], dict[str, Any]]:
     """Measures networks of files. Returns them, and the document of what was found."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from dvn_cli import report
+
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    notes = Console(stderr=True)
+    notes = report.console(stderr=True)
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         shown = bar.add_task("importing torch", total=None)
         import torch
@@ -158,23 +159,24 @@ def _scenario(
         measured.append(document)
 
     def show() -> None:
-        from rich.console import Console
         from rich.text import Text
 
-        console = Console(highlight=False, markup=False)
+        from dvn_cli import report
+
+        console = report.console()
         for number, (table, of, document) in enumerate(zip(tables, costs, measured, strict=True)):
             if number:
                 console.print()
             console.print(
                 Text(f"{name.upper()}, {scenario.title}; scale {table.scale}, setting {table.setting}", "bold")
             )
-            console.print(scenarios.accuracy_table(table))
+            report.show(console, scenarios.accuracy_table(table))
             console.print()
             for line in scenarios.notes(table):
                 console.print(line)
             if of:
                 console.print()
-                console.print(scenarios.cost_table(of))
+                report.show(console, scenarios.cost_table(of))
                 console.print(scenarios.cost_note(table, document))
         for path in written:
             console.print(f"{path} is written", soft_wrap=True)
@@ -220,16 +222,17 @@ def _name(target: "Target", files: int) -> str:
 
 
 def _print(document: dict[str, Any], names: list[str]) -> None:
-    from rich.console import Console
+    from dvn_cli.report import console as new_console
+    from dvn_cli.report import percent, short, show, table
 
-    from dvn_cli.report import percent, short, table
-
-    console = Console(highlight=False)
+    console = new_console()
     on = f"{document['device']}, {document['device_name']}"
     threads = f", threads: {document['threads']}" if document["device"] == "cpu" else ""
     console.print(f"{on}{threads}, torch {document['torch']}, batch size {document['batch_size']}\n")
-    costs = table("task", "level", "params", "density", "compression", "MACs", "peak memory", text=1)
-    speeds = table("task", "level", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up", text=1)
+    columns = ("params", "density", "compression", "MACs", "peak memory")
+    costs = table("task", "level", *columns, text=1, optional=("compression", "density", "MACs"))
+    columns = ("p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up")
+    speeds = table("task", "level", *columns, text=1, optional=("p99 ms", "p90 ms", "images/s"))
     for name, row in zip(names, document["results"], strict=True):
         memory, speedup = row["peak_memory_bytes"], row["speedup"]
         costs.add_row(
@@ -248,6 +251,6 @@ def _print(document: dict[str, Any], names: list[str]) -> None:
             f"{row['images_per_s']:,.0f}",
             "-" if speedup is None else f"{speedup:.2f}x",
         )
-    console.print(costs)
+    show(console, costs)
     console.print()
-    console.print(speeds)
+    show(console, speeds)

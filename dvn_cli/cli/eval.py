@@ -46,16 +46,15 @@ def eval_command(
 
     import json
 
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dvn_cli import device as devices
-    from dvn_cli import evaluation
+    from dvn_cli import evaluation, report
 
-    err = Console(stderr=True, markup=False)
+    err = report.console(stderr=True)
 
     def note(text: str) -> None:
-        err.print(text, markup=False, highlight=False, soft_wrap=True)
+        err.print(text, soft_wrap=True)
 
     chosen = devices.choose(device)
     spec, base = evaluation.parse_data(data, note) if data else (None, None)
@@ -74,7 +73,7 @@ def eval_command(
     if as_json:
         typer.echo(json.dumps(results, indent=2))
     else:
-        Console(markup=False).print(*evaluation.result_tables(rows))
+        report.show(report.console(), *evaluation.result_tables(rows))
     problem = evaluation.failure(rows, judged)
     if problem is not None:
         raise DvnError(problem)

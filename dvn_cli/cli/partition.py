@@ -57,9 +57,9 @@ def partition_command(
     if output.exists() and not force:
         _refuse_to_lose(output)
 
-    from rich.console import Console
+    from dvn_cli import report
 
-    notes = Console(stderr=True)
+    notes = report.console(stderr=True)
     with notes.status("importing torch and timm") as status:
         import torch
 
@@ -140,7 +140,7 @@ def partition_command(
         typer.echo(json.dumps(document, indent=2))
         return
 
-    console = Console(highlight=False)
+    console = report.console(markup=True)
     arrow = f"{backbone} -> " if spec.name != backbone else ""
     size = "x".join(map(str, spec.input_size))
     console.print(
@@ -194,7 +194,7 @@ def _sum(sizes: Sequence[int]) -> str:
 
 
 def _print_buckets(console: "Console", partition: "Partition") -> None:
-    from dvn_cli.report import table
+    from dvn_cli.report import show, table
 
     alike: dict[Any, list[Bucket]] = {}
     divided = [bucket for bucket in partition.buckets if bucket.sizes]
@@ -208,7 +208,7 @@ def _print_buckets(console: "Console", partition: "Partition") -> None:
     how = ", equally strong" if partition.rule.assign == "importance" else ""
     how += f", in multiples of {partition.rule.round_to}" if partition.rule.round_to > 1 else ""
     console.print(f"\n[bold]Coupled, and divided among the units{how}:[/] {len(divided)} groups of channels")
-    console.print(rows)
+    show(console, rows)
     if len(alike) > ROWS:
         console.print(f"and {len(alike) - ROWS} kinds of groups more (--json has all)")
 
@@ -276,9 +276,9 @@ def _print_private(console: "Console", partition: "Partition") -> None:
 
 
 def _print_levels(console: "Console", levels: Sequence[dict[str, Any]], lowest: Sequence[int]) -> None:
-    from dvn_cli.report import percent, short, table
+    from dvn_cli.report import percent, short, show, table
 
-    rows = table("level", "units", "parameters", "exactly", "density", "MACs", "file")
+    rows = table("level", "units", "parameters", "exactly", "density", "MACs", "file", optional=("exactly", "file"))
     for row in levels:
         rows.add_row(
             str(row["level"]),
@@ -290,7 +290,7 @@ def _print_levels(console: "Console", levels: Sequence[dict[str, Any]], lowest: 
             f"{row['bytes'] / 1e6:,.1f} MB",
         )
     console.print("\n[bold]Levels of task 1[/]")
-    console.print(rows)
+    show(console, rows)
     if min(lowest) != max(lowest):
         console.print(
             f"Units are not all alike: level 1 of the tasks has {min(lowest):,} to {max(lowest):,} parameters."

@@ -7,8 +7,8 @@ import typer
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
+    from dvn_cli.report import FittedTable
     from dvn_cli.training.loop import Run
     from dvn_cli.training.session import Session
 
@@ -35,15 +35,13 @@ def train_command(
     keys = recipes.read(file, overrides or [])
     chosen = devices.choose(device)
 
-    from rich.console import Console
-
-    from dvn_cli import evaluation
+    from dvn_cli import evaluation, report
     from dvn_cli.training.session import Session
 
-    err = Console(stderr=True, markup=False)
+    err = report.console(stderr=True)
 
     def note(text: str) -> None:
-        err.print(text, markup=False, highlight=False, soft_wrap=True)
+        err.print(text, soft_wrap=True)
 
     with err.status("reading data and dividing the backbone ..."):
         session = Session(keys, file.parent, output, chosen, resume)
@@ -54,7 +52,7 @@ def train_command(
         f"{partition.spec.name}, {partition.units} units, {networks}, on {run.device}: "
         f"{run.total_epochs} epochs of {run.steps} steps"
     )
-    err.print(task_table(run))
+    report.show(err, task_table(run))
     for line in class_lines(run, err.width):
         note(line)
     if session.left_over:
@@ -75,11 +73,11 @@ def train_command(
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(output), "results": results}, indent=2))
     else:
-        Console(markup=False).print(evaluation.accuracy_table(run.network.tasks, rows))
+        report.show(report.console(), evaluation.accuracy_table(run.network.tasks, rows))
     note(f"{output} is written; {session.files.record} says how it went")
 
 
-def task_table(run: "Run") -> "Table":
+def task_table(run: "Run") -> "FittedTable":
     """What is about to be trained: a row for each task."""
     from dvn_cli import report
 
