@@ -237,6 +237,9 @@ def open_files(
             the tasks' classes.
     """
     headers = [checkpoint.read_header(path) for path in paths]
+    if task is not None:  # of all slices together, a text must not be the number of one and the name of another
+        slices = [header.metadata for header in headers if header.kind == "slice"]
+        checkpoint.matching_tasks({(one["task_number"], one["task"]["name"]) for one in slices}, task)
     chosen = [_networks(header, task, level) for header in headers]
     if not any(chosen):
         asked = " and ".join([f"task '{task}'"] * (task is not None) + [f"level {level}"] * (level is not None))
@@ -262,8 +265,9 @@ def _networks(header: checkpoint.Header, task: str | None, level: int | None) ->
     """The networks of a file that are asked for, by number of task and level; none of a slice that is another one."""
     metadata = header.metadata
     if header.kind == "slice":
-        own, name, depth = metadata["task_number"], metadata["task"]["name"], metadata["level"]
-        return [(own, depth)] if task in (None, str(own), name) and level in (None, depth) else []
+        own, depth = metadata["task_number"], metadata["level"]
+        asked = task is None or checkpoint.matching_tasks([(own, metadata["task"]["name"])], task)
+        return [(own, depth)] if asked and level in (None, depth) else []
     numbers = [checkpoint.find_task(metadata, task)] if task else list(range(1, len(metadata["tasks"]) + 1))
     depths = {number: len(metadata["tasks"][number - 1]["levels"]) for number in numbers}
     if level is not None:
@@ -293,7 +297,10 @@ def read_images(
     try:
         if data is None:
             if task.data is None:
-                raise InputError("it says nothing of its images; give them with --data FOLDER")
+                raise InputError(
+                    "the file does not say where its images are; give them with --data, a folder or keys such as "
+                    "--data source=digits"
+                )
             try:
                 spec, base = DataSpec.model_validate(task.data["spec"]), Path(task.data["base"])
             except (ValidationError, KeyError, TypeError):

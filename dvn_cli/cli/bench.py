@@ -24,7 +24,9 @@ def bench_command(
             "checkpoints or folders. Default: the working directory.",
         ),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="A task, by name or by number from 1. Default: the first.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A task, by name or by number from 1 (or name:T, number:T). Default: the first.")
+    ] = None,
     level: Annotated[int | None, typer.Option(help="A level, from 1. Default: all levels.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every task, not the first only.")] = False,
     scenario: Annotated[
@@ -57,6 +59,11 @@ def bench_command(
     if scenario is None and plots is not None:
         raise InputError("--plots is of runs: give --scenario too")
 
+    if results_file is not None:
+        checkpoints.check_writable(results_file)
+    if plots is not None:
+        checkpoints.check_folder_writable(plots)
+
     measure = functools.partial(
         _measure,
         device=device,
@@ -74,13 +81,15 @@ def bench_command(
         targets, document = measure(headers, task, level, every)
         show = functools.partial(_print, document, [_name(target, len(headers)) for target in targets])
     text = json.dumps(document, indent=2)
-    if results_file is not None:
-        with checkpoints.atomic(results_file) as opened:
-            opened.write(text.encode() + b"\n")
-    if as_json:
-        typer.echo(text)
-    else:
-        show()
+    try:
+        if as_json:
+            typer.echo(text)
+        else:
+            show()
+    finally:  # whichever of the two fails, the other one has the results
+        if results_file is not None:
+            with checkpoints.atomic(results_file) as opened:
+                opened.write(text.encode() + b"\n")
 
 
 def _measure(

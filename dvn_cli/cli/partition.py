@@ -54,8 +54,9 @@ def partition_command(
     """Divide a backbone into units: every task and level is then a network of its own in one set of weights."""
     if pretrained and weights is not None:
         raise InputError("--pretrained or --weights, not both: each says what the weights are")
-    if output.exists() and not force:
-        _refuse_to_lose(output)
+    if not force and (lost := checkpoints.lost_with(output)):
+        raise InputError(f"{lost}; --force replaces it, -o writes elsewhere")
+    checkpoints.check_writable(output)
 
     from dvn_cli import report
 
@@ -157,18 +158,6 @@ def partition_command(
     _print_private(console, partition)
     _print_levels(console, levels, lowest)
     console.print(f"{output} written.", soft_wrap=True)
-
-
-def _refuse_to_lose(path: Path) -> None:
-    """Raises InputError unless a file is a fresh partition, which the command that made it makes again."""
-    try:
-        metadata = checkpoints.read_header(path).metadata
-    except InputError as error:
-        raise InputError(f"{error}; --force replaces it, -o writes elsewhere") from None
-    if metadata["kind"] != "checkpoint":
-        raise InputError(f"'{path}' is a slice; --force replaces it, -o writes elsewhere")
-    if metadata.get("training") is not None:
-        raise InputError(f"'{path}' is a trained checkpoint; --force replaces it, -o writes elsewhere")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
