@@ -302,7 +302,8 @@ def read_images(
                     "--data source=digits"
                 )
             try:
-                spec, base = DataSpec.model_validate(task.data["spec"]), Path(task.data["base"])
+                spec = DataSpec.model_validate(task.data["spec"])
+                base = None if task.data["base"] is None else Path(task.data["base"])
             except (ValidationError, KeyError, TypeError):
                 raise InputError("what it says of its images cannot be read; give them with --data FOLDER") from None
         else:

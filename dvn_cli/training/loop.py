@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dvn_cli.data import TaskData
 from dvn_cli.data.batches import batch_count
-from dvn_cli.errors import DvnError
+from dvn_cli.errors import DvnError, InputError
 from dvn_cli.evaluation import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.methods import METHODS, Network, plan
@@ -120,6 +120,32 @@ class Run:
         torch.set_rng_state(tensors["random"])
         if self.device.type == "cuda" and "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
+
+    def extend(self, tensors: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]], epochs_done: int) -> None:
+        """Goes on from the networks that a shorter run of the recipe left, at its place in this one's schedule.
+
+        The optimizer starts anew, and so do the random numbers, from the seed and the number of epochs.
+
+        Args:
+            tensors: of the checkpoint, by their names in it.
+            history: of that run; empty where it is lost.
+            epochs_done: of that run.
+
+        Raises:
+            InputError: the run has stages, of which the first ones would need more epochs.
+        """
+        if epochs_done < self.total_epochs and (len(self.stages) > 1 or self.stage.hold):
+            raise InputError(
+                "tasks that are learnt one after the other get no more epochs afterwards: start again with --force"
+            )
+        self._put(self.network, tensors)
+        self.epochs_done, self.history = epochs_done, [dict(entry) for entry in history]
+        self._begin()
+        for number, generator in self.generators.items():
+            generator.manual_seed((self.recipe.seed * 1000 + number - 1) + (epochs_done << 44))
+        if self.recipe.select == "best" and self.history:
+            self.best = max(_mean(numbers(entry["validation"] or [])) for entry in self.history)
+            self.best_tensors = {name: t.detach().clone() for name, t in self.network.file_tensors().items()}
 
     @staticmethod
     @torch.no_grad()
@@ -249,8 +275,7 @@ class Run:
         return self._by_level({(row.task, row.level): row.result.top1 for row in rows})
 
     def _keep_best(self, validation: list[list[float | None]] | None) -> None:
-        values = numbers(validation or [])
-        score = sum(values) / len(values)
+        score = _mean(numbers(validation or []))
         if score > self.best:
             self.best = score
             self.best_tensors = {name: t.detach().clone() for name, t in self.network.file_tensors().items()}
@@ -271,6 +296,10 @@ def make_optimizer(keys: OptimizerKeys, network: DeepVirtualNetwork) -> torch.op
 def json_number(value: float) -> float | None:
     """A number that JSON has, or None."""
     return value if math.isfinite(value) else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def numbers(by_level: Sequence[Sequence[float | None]]) -> list[float]:

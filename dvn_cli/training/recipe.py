@@ -1,7 +1,9 @@
 """A recipe: one typed definition that is the file's schema, its validation and its documentation."""
 
+import codecs
 import copy
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -9,12 +11,16 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dvn_cli.data import DataSpec
+from dvn_cli.data.spec import MAY_DIFFER
 from dvn_cli.data.text import read_yaml
 from dvn_cli.errors import InputError, did_you_mean
 from dvn_cli.training.methods import METHODS, together
 
 FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
 """Where the recipes that come with dvn are: in an installed package, or in a checkout."""
+
+STDIN = Path("-")
+"""In place of a recipe's file."""
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
@@ -160,7 +166,7 @@ class Recipe(Keys):
         default="last", description="keep the last epoch, or the best on the validation images (mean of all networks)"
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast where it is safe")
-    threads: Annotated[Count, Field(le=1024)] | None = Field(
+    threads: Annotated[Annotated[Count, Field(le=1024)] | None, MAY_DIFFER] = Field(
         default=None, description="of the CPU; torch's own choice. Networks of a few thousand weights want 1"
     )
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True, description="of initialisation, order and augmentation")
@@ -193,10 +199,16 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}
 
 
+def folder(file: Path) -> Path:
+    """The folder that a recipe's relative paths start from: that of its file, of a pipe the working directory."""
+    return file.parent if file.is_file() else Path()
+
+
 def find(recipe: str) -> Path:
-    """The file of a recipe, given by path or by the name of one that comes with dvn."""
-    if Path(recipe).is_file():
-        return Path(recipe)
+    """The file of a recipe, given by path or by the name of one that comes with dvn; `-` is stdin."""
+    path = Path(recipe)
+    if path == STDIN or (path.exists() and not path.is_dir()):
+        return path
     known = shipped()
     if recipe in known:
         return known[recipe]
@@ -214,13 +226,40 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: not YAML, an unknown key, a value of the wrong type or out of range: the first of them.
     """
+    name = "stdin" if path == STDIN else f"'{path}'"
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        raw = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
+        text = _decoded(raw)
+        twice = _named_twice(yaml.compose(text, yaml.SafeLoader))
+        content = read_yaml(text)
     except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, or a date that there is not
-        raise InputError(f"cannot read the recipe '{path}': {error}") from None
+        raise InputError(f"cannot read the recipe {name}: {error}") from None
+    if twice is not None:
+        raise InputError(f"{path}: {twice}: leave one of them out")
     if not isinstance(content, dict):
         raise InputError(f"'{path}' is no recipe: a recipe is a mapping of keys")
     return parse(resolved(content, overrides, str(path)), str(path))
+
+
+def _decoded(raw: bytes) -> str:
+    """The text of a file: UTF-16 where its byte order mark says so, else UTF-8, with a mark or without."""
+    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return raw.decode("utf-16" if utf16 else "utf-8-sig")
+
+
+def _named_twice(node: yaml.Node | None, path: str = "") -> str | None:
+    """What is wrong with the first key that a mapping has twice, of which YAML silently takes the last."""
+    inner: Iterable[tuple[str, yaml.Node]] = ()
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if lines.setdefault(key.value if isinstance(key, yaml.ScalarNode) else f"{line}", line) != line:
+                return f"key '{path}{key.value}' is there twice, in lines {lines[key.value]} and {line}"
+        inner = ((key.value, value) for key, value in node.value if isinstance(key, yaml.ScalarNode))
+    elif isinstance(node, yaml.SequenceNode):
+        inner = ((str(index), value) for index, value in enumerate(node.value))
+    return next(filter(None, (_named_twice(value, f"{path}{key}.") for key, value in inner)), None)
 
 
 def resolved(content: dict[str, Any], overrides: Sequence[str], origin: str) -> dict[str, Any]:
