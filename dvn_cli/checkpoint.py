@@ -369,7 +369,8 @@ def lost_with(path: Path) -> str | None:
         return None
     names = [entry["name"] for entry in metadata["tasks"]]
     tasks = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    epochs = f"{record['epochs']} epochs, " if isinstance(record, dict) and "epochs" in record else ""
+    count = record.get("epochs") if isinstance(record, dict) else None
+    epochs = "" if count is None else f"{count} epoch{'s' * (count != 1)}, "
     return f"'{path}' is a trained checkpoint (tasks: {tasks}; {epochs}written {written_at(path)})"
 
 

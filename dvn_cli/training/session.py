@@ -266,7 +266,7 @@ class Finished:
         _check_recipe(self.training["recipe"], recipe, f"'{path}'", {"epochs"})
         before = self.training["recipe"]["epochs"]
         if before > recipe.epochs:
-            raise InputError(f"'{path}' has been trained for {before} epochs: give epochs more than that, not fewer")
+            raise InputError(f"'{path}' has been trained for {before} epochs: with --resume give as many or more")
 
     def is_complete(self, recipe: Recipe) -> bool:
         """Whether nothing is left to do for a recipe, which it is of (see `check`)."""

@@ -48,7 +48,7 @@ def session(folder: Path, *overrides: str, resume: bool = False, force: bool = F
 
 
 def trained(folder: Path, *overrides: str, resume: bool = False, **keys: Any) -> Session:
-    made = session(folder, *overrides, resume=resume, **keys)
+    made = session(folder, *overrides, resume=resume, force=not resume, **keys)
     made.train(nothing, nothing)
     return made
 
