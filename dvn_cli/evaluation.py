@@ -19,7 +19,7 @@ from dvn_cli.data import DataSpec, Split, batches, load_test
 from dvn_cli.data.classes import corresponding, few, is_range
 from dvn_cli.data.sources import TEST_SPLITS
 from dvn_cli.data.text import read_yaml
-from dvn_cli.errors import DvnError, InputError
+from dvn_cli.errors import InputError, enough_memory
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
 from dvn_cli.tasks import Task
 from dvn_cli.training.recipe import first_problem, override_key, parse_override
@@ -192,7 +192,7 @@ class Loaded:
         Raises:
             DvnError: the device's memory is too small.
         """
-        try:
+        with enough_memory(device, f"give a smaller --batch-size than {batch_size}"):
             module = self.module.to(device)
             if isinstance(module, DeepVirtualNetwork):
                 return evaluate_all(
@@ -207,8 +207,6 @@ class Loaded:
             (number, level), task = self.networks[0], module.task
             split = self.splits[number].to(device)
             result = evaluate(module, split, task, batch_size=batch_size, device=device, progress=progress)
-        except torch.OutOfMemoryError as error:
-            raise DvnError(f"{device} has too little memory: give a smaller --batch-size than {batch_size}") from error
         params, density = params_and_density(self.header)
         units = tuple(self.header.metadata["kept"])
         return [Row(number, task.name, level, units, params, density, result, self.file)]

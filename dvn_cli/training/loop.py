@@ -16,6 +16,7 @@ from dvn_cli.data import TaskData
 from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.evaluation import evaluate_all
+from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.methods import METHODS, Network, plan
 from dvn_cli.training.moves import Moves
@@ -82,6 +83,22 @@ class Run:
         """Of an epoch of this stage."""
         size = self.recipe.batch_size
         return max(batch_count(self.train[task], size, training=True) for task in self.stage.tasks)
+
+    def check_batches(self) -> None:
+        """Raises InputError where a norm would take the variance of a single value: of one image at 1x1 pixels."""
+        for number, split in self.train.items():
+            networks = [network for stage in self.stages for network in stage.learn if network[0] == number]
+            if min(len(split), self.recipe.batch_size) > 1 or not networks:
+                continue
+            tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
+            graph = self.network.networks(*networks[0]).train
+            norm = norm_of_a_single_value(graph, tensors, tuple(split.images.shape[1:]))
+            if norm is not None:
+                remedy = "batch_size 2 or more" if len(split) > 1 else "the task 2 training images or more"
+                raise InputError(
+                    f"task '{self.network.tasks[number - 1].name}' is trained on one image at a time, of which "
+                    f"'{norm}' has one value for each channel, and so no variance: give {remedy}"
+                )
 
     # The state between two epochs
 

@@ -234,7 +234,7 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         text = _decoded(raw)
         twice = _named_twice(yaml.compose(text, yaml.SafeLoader))
         content = read_yaml(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, or a date that there is not
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no text, or no such date
         raise InputError(f"cannot read the recipe {name}: {error}") from None
     if twice is not None:
         raise InputError(f"{path}: {twice}: leave one of them out")

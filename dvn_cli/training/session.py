@@ -113,6 +113,7 @@ class Session:
         self._images = [[len(d.train), len(d.validation or ())] for d in data]
         with self._enough_memory(device):
             self.run = Run(recipe, network, dict(enumerate(data, known + 1)), device, before)
+        self.run.check_batches()
         self.restarts: list[int] = []
         if interrupted is not None:
             self._restore(*interrupted)

@@ -239,6 +239,10 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("sequential.temp=2", "unknown key 'sequential.temp'; did you mean 'temperature'?"),
         ("sequential.warmup_epochs=-1", "sequential.warmup_epochs: input should be greater than or equal to 0"),
         ("tasks.*.data.train_images=2", "task 'low': 2 images are too few"),
+        (
+            "tasks.1.data={source: digits, train_images: 1, validation: 0, size: 4}",
+            "task 'all' is trained on one image at a time, of which 'layer",
+        ),
         ("tasks.*.levles=[1]", "unknown key 'tasks.0.levles'; did you mean 'levels'?"),
         ("tasks.*.data.x.y=1", "unknown key 'tasks.0.data.x'"),
         ("epochs.*=1", "epochs has no keys: there is no epochs.*"),
