@@ -146,9 +146,8 @@ class Session:
 
     def _extend(self, finished: "Finished") -> None:
         _check_data(finished.header.metadata["tasks"], self.run.network.tasks)
-        history = finished.record.get("epochs", [])
         try:
-            self.run.extend(read_tensors(finished.header), history, finished.epochs)
+            self.run.extend(read_tensors(finished.header), finished.history, finished.epochs)
         except (KeyError, RuntimeError, TypeError, ValueError):
             raise InputError(
                 f"'{self.files.checkpoint}' does not fit the networks that the recipe gives now: give another output "
@@ -257,6 +256,12 @@ class Finished:
         return self.training["epochs"]
 
     @property
+    def history(self) -> list[dict[str, Any]]:
+        """What each epoch gave; empty where the record is lost, or of another run."""
+        history = self.record.get("epochs", [])
+        return history if len(history) == self.epochs else []
+
+    @property
     def results(self) -> list[dict[str, Any]] | None:
         """On the test images; None where the run was interrupted before it had them."""
         return self.record.get("test")
@@ -264,8 +269,9 @@ class Finished:
     def check(self, recipe: Recipe) -> None:
         """Raises InputError unless it is of the recipe, but for fewer epochs."""
         path = self.header.path
-        _check_recipe(self.training["recipe"], recipe, f"'{path}'", {"epochs"})
-        before = self.training["recipe"]["epochs"]
+        if not isinstance(self.training.get("epochs"), int):
+            raise InputError(f"'{path}' does not say how many epochs it was trained for: start again with --force")
+        before = _check_recipe(self.training.get("recipe"), recipe, f"'{path}'", {"epochs"}).epochs
         if before > recipe.epochs:
             raise InputError(f"'{path}' has been trained for {before} epochs: with --resume give as many or more")
 
@@ -304,8 +310,8 @@ def _same_file(a: Path, b: Path) -> bool:
     return a.exists() and b.exists() and a.samefile(b)
 
 
-def _check_recipe(before: Any, now: Recipe, whose: str, apart: Collection[str] = ()) -> None:
-    """Raises InputError at the first key in which a run's recipe differs from that of now, and that counts.
+def _check_recipe(before: Any, now: Recipe, whose: str, apart: Collection[str] = ()) -> Recipe:
+    """Returns a run's recipe; InputError at the first key in which it differs from that of now, and that counts.
 
     Args:
         before: the recipe, as JSON.
@@ -322,6 +328,7 @@ def _check_recipe(before: Any, now: Recipe, whose: str, apart: Collection[str] =
         path, old, new = found
         old, new = (json.dumps(value, default=lambda keys: keys.model_dump(mode="json")) for value in (old, new))
         raise InputError(f"{whose} had {path}={old}, not {new}: resume it as it was, or start again")
+    return known
 
 
 def _difference(before: Any, now: Any, apart: Collection[str] = (), path: str = "") -> tuple[str, Any, Any] | None:
