@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def train_command(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of one that comes with dvn: digits.")
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe's file, - for stdin, or the name of one that comes with dvn: digits."
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to override.")

@@ -327,7 +327,7 @@ def _check_recipe(before: Any, now: Recipe, whose: str, apart: Collection[str] =
     if found is not None:
         path, old, new = found
         old, new = (json.dumps(value, default=lambda keys: keys.model_dump(mode="json")) for value in (old, new))
-        raise InputError(f"{whose} had {path}={old}, not {new}: resume it as it was, or start again")
+        raise InputError(f"{whose} had {path}={old}, not {new}: resume it as it was, or start again with --force")
     return known
 
 

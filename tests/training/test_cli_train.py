@@ -309,7 +309,7 @@ def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 
     assert ends(monkeypatch, "small.yaml", "seed=3", "--resume") == 2
     told = capfd.readouterr().err
-    assert told == "dvn: the interrupted run had seed=0, not 3: resume it as it was, or start again\n"
+    assert told == "dvn: the interrupted run had seed=0, not 3: resume it as it was, or start again with --force\n"
 
     with monkeypatch.context() as patch:
         patch.setattr("dvn_cli.evaluation.evaluate_all", ctrl_c)

@@ -283,7 +283,7 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("epochs=3", "the interrupted run had epochs=2, not 3: resume it as it was, or start again"),
+        ("epochs=3", "the interrupted run had epochs=2, not 3: resume it as it was, or start again with --force"),
         ("optimizer.lr=0.1", "optimizer.lr=0.05, not 0.1"),
         ("tasks.1.data.train_images=50", "tasks.1.data.train_images=40, not 50"),
         ("tasks.0.name=x", 'tasks.0.name="low", not "x"'),
