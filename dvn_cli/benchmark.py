@@ -31,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from dvn_cli import checkpoint
-from dvn_cli.errors import DvnError
+from dvn_cli.errors import DvnError, is_out_of_memory
 from dvn_cli.network import VirtualNetwork, read_tensors
 from dvn_cli.partition import Networks, Partition
 from dvn_cli.tasks import Task
@@ -296,7 +296,9 @@ def _work(parent: Connection, what: str) -> None:
     except (EOFError, KeyboardInterrupt, BrokenPipeError):  # the parent has enough
         return
     except Exception as error:
-        parent.send(next(iter(str(error).splitlines()), type(error).__name__))
+        size = job.settings.batch_size
+        remedy = f"too little memory: give a smaller --batch-size than {size}" if size > 1 else "too little memory"
+        parent.send(remedy if is_out_of_memory(error) else next(iter(str(error).splitlines()), type(error).__name__))
 
 
 def seconds(network: nn.Module, images: Tensor, count: int) -> list[float]:

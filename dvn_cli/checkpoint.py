@@ -8,11 +8,13 @@ and bit for bit.
 """
 
 import contextlib
+import datetime
 import errno
 import json
 import math
 import mmap
 import os
+import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -250,12 +252,15 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 # Writing
 
 
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+
+
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Opens a file to write in place of `path`, which changes when all is written and safe on disk, or not at all.
 
     Written as `.NAME.PID-XXXXXXXX.tmp` beside it and renamed. A failure removes the temporary file; that of a killed
-    process is removed by the next write of the same path.
+    process is removed by the next write to the same folder.
 
     Raises:
         InputError: the folder is missing or not writable, or `path` is something else than a file.
@@ -266,7 +271,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
             what = "a folder" if path.is_dir() else "not a regular file"
             raise InputError(f"cannot write '{shown}': it is {what}")
-        _remove_leftovers(path)
+        _remove_leftovers(path.parent)
         file, temporary = _open_temporary(path)
     except OSError as error:
         if not path.parent.is_dir():
@@ -306,15 +311,72 @@ def _open_temporary(path: Path) -> tuple[BinaryIO, Path]:
         file.close()
 
 
-def _remove_leftovers(path: Path) -> None:
-    """Removes temporary files for `path` that no living process holds; the lock, unlike a PID, knows of other hosts."""
+def _remove_leftovers(folder: Path) -> None:
+    """Removes temporary files that no living process holds; the lock, unlike a PID, knows of other hosts."""
     if not fcntl:
         return
-    for leftover in os.listdir(path.parent):
-        if leftover.startswith(f".{path.name}.") and leftover.endswith(".tmp"):
-            with contextlib.suppress(OSError), open(path.with_name(leftover), "r+b") as file:
+    for leftover in os.listdir(folder):
+        if _TEMPORARY.fullmatch(leftover):
+            with contextlib.suppress(OSError), open(folder / leftover, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(file.name)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises what `atomic` would raise before anything is written, such as at the start of long work.
+
+    A folder that is missing is not made.
+    """
+
+    class Writable(Exception):
+        pass
+
+    with contextlib.suppress(Writable), atomic(path):
+        raise Writable  # which leaves the context before it replaces anything
+
+
+def check_folder_writable(folder: Path) -> None:
+    """Raises InputError unless files can be written to a folder, or to one that is made where it is not yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise InputError(f"cannot write to the folder '{folder}': '{there}' is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to the folder '{folder}': '{there}' is not writable")
+
+
+def is_trained(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a file is there and is a trained checkpoint."""
+    with contextlib.suppress(InputError):
+        return os.path.exists(path) and read_header(path).metadata.get("training") is not None
+    return False
+
+
+def lost_with(path: Path) -> str | None:
+    """Returns in words what would be lost if a file were replaced.
+
+    None where there is none, or a fresh partition: the command that made that one makes it again.
+    """
+    if not path.exists():
+        return None
+    try:
+        metadata = read_header(path).metadata
+    except InputError as error:
+        return str(error)
+    if metadata["kind"] == "slice":
+        return f"'{path}' is a slice"
+    record = metadata.get("training")
+    if record is None:
+        return None
+    names = [entry["name"] for entry in metadata["tasks"]]
+    tasks = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    count = record.get("epochs") if isinstance(record, dict) else None
+    epochs = "" if count is None else f"{count} epoch{'s' * (count != 1)}, "
+    return f"'{path}' is a trained checkpoint (tasks: {tasks}; {epochs}written {written_at(path)})"
+
+
+def written_at(path: Path) -> str:
+    """Returns when a file was last written, by the local clock: `2026-11-25 14:10`."""
+    return datetime.datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -361,16 +423,46 @@ def _reason(error: Exception) -> str:
 
 
 def find_task(metadata: Mapping[str, Any], task: str | int) -> int:
-    """Returns the number, from 1, of a checkpoint's task given by number or name; a number goes before a name."""
+    """Returns the number, from 1, of a checkpoint's task: see `matching_tasks`.
+
+    Raises:
+        InputError: there is no such task, or the text means one by its number and another by its name.
+    """
     names = [entry["name"] for entry in metadata["tasks"]]
-    text = str(task)
-    if text.isdecimal() and 1 <= int(text) <= len(names):
-        return int(text)
-    if text in names:
-        return names.index(text) + 1
-    listed = ", ".join(f"{number} '{name}'" for number, name in enumerate(names, 1))
+    numbered = list(enumerate(names, 1))
+    found = matching_tasks(numbered, task)
+    if found:
+        return found[0][0]
     near = did_you_mean(task, names)
-    raise InputError(f"there is no task '{task}'{near + ' The' if near else '; the'} tasks are {listed}")
+    raise InputError(f"there is no task '{task}'{near + ' The' if near else '; the'} tasks are {_listed(numbered)}")
+
+
+def matching_tasks(tasks: Collection[tuple[int, str]], task: str | int) -> list[tuple[int, str]]:
+    """Returns those of some tasks, each a number and a name, that are meant by a number, or by a text.
+
+    A text is a name, a number, or either of them said to be one: `name:2`, `number:2`.
+
+    Raises:
+        InputError: a text that is the number of one task and the name of another.
+    """
+    text = str(task)
+    kind, colon, rest = text.partition(":")
+    of_name = [each for each in tasks if each[1] == text and not isinstance(task, int)]
+    of_number = [each for each in tasks if text.isdecimal() and each[0] == int(text)]
+    if not of_name and not of_number and colon:
+        of_name = [each for each in tasks if kind == "name" and each[1] == rest]
+        of_number = [each for each in tasks if kind == "number" and rest.isdecimal() and each[0] == int(rest)]
+    if of_name and of_number and set(of_name) != set(of_number):
+        both = _listed(dict.fromkeys([*of_number, *of_name]))
+        raise InputError(
+            f"task '{text}' is the number of one task and the name of another ({both}): write number:{text} or "
+            f"name:{text}"
+        )
+    return of_name or of_number
+
+
+def _listed(tasks: Iterable[tuple[int, str]]) -> str:
+    return ", ".join(f"{number} '{name}'" for number, name in tasks)
 
 
 def check_level(metadata: Mapping[str, Any], task: int, level: int) -> int:
@@ -502,7 +594,9 @@ def slice_file(checkpoint: Header, task: int, level: int, output: str | os.PathL
     tensors = cut(checkpoint, task, level)
     if os.path.exists(output) and os.path.samefile(output, checkpoint.path):
         raise InputError(f"cannot write the slice to '{output}': that is the checkpoint itself")
-    entry = checkpoint.metadata["tasks"][task - 1]
+    if is_trained(output):
+        raise InputError(f"{lost_with(Path(output))}; give the slice another output with -o")
+    entry = {**checkpoint.metadata["tasks"][task - 1], "data": None}  # a slice is shipped: nothing of where it was cut
     tensors |= _aliased(checkpoint.metadata, tensors)
     same = ("format", "backbone", "units", "rule", "axes", "tensors", "aliases", "class_axis")
     metadata = {key: checkpoint.metadata[key] for key in same if key in checkpoint.metadata}

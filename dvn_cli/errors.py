@@ -1,7 +1,8 @@
 """What can go wrong, with the exit code that each command ends with."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 
 class DvnError(Exception):
@@ -20,3 +21,32 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
     """Returns `; did you mean 'x'?` for the choice nearest to `word`, or nothing where none is near."""
     near = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
+"""What torch's allocators say, of which only the one on CUDA has an exception of its own."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Returns whether an error means that memory was too small: Python's own, numpy's, or one of torch's devices."""
+    own = isinstance(error, RuntimeError) and any(text in str(error) for text in _OUT_OF_MEMORY)
+    return own or isinstance(error, MemoryError)
+
+
+@contextlib.contextmanager
+def enough_memory(where: object, remedy: str) -> Iterator[None]:
+    """Turns running out of memory into one line.
+
+    Args:
+        where: what has too little of it, such as a device.
+        remedy: what would be right, in the imperative.
+
+    Raises:
+        DvnError: memory was too small.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise DvnError(f"{where} has too little memory: {remedy}") from error

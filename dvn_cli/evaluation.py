@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 import yaml
 from pydantic import ValidationError
-from rich.table import Table
 from torch import Tensor
 
 from dvn_cli import checkpoint, report
@@ -22,7 +21,7 @@ from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
 from dvn_cli.data.classes import corresponding, few, is_range
 from dvn_cli.data.sources import TEST_SPLITS
 from dvn_cli.data.text import read_yaml
-from dvn_cli.errors import DvnError, InputError
+from dvn_cli.errors import InputError, enough_memory
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
 from dvn_cli.tasks import Task
 from dvn_cli.training.recipe import first_problem, override_key, parse_override
@@ -196,7 +195,7 @@ class Loaded:
         Raises:
             DvnError: the device's memory is too small.
         """
-        try:
+        with enough_memory(device, f"give a smaller --batch-size than {batch_size}"):
             module = self.module.to(device)
             if isinstance(module, DeepVirtualNetwork):
                 return evaluate_all(
@@ -211,8 +210,6 @@ class Loaded:
             (number, level), task = self.networks[0], module.task
             split = self.splits[number].to(device)
             result = evaluate(module, split, task, batch_size=batch_size, device=device, progress=progress)
-        except torch.OutOfMemoryError as error:
-            raise DvnError(f"{device} has too little memory: give a smaller --batch-size than {batch_size}") from error
         params, density = params_and_density(self.header)
         units = tuple(self.header.metadata["kept"])
         return [Row(number, task.name, level, units, params, density, result, self.file)]
@@ -241,6 +238,9 @@ def open_files(
             the tasks' classes.
     """
     headers = [checkpoint.read_header(path) for path in paths]
+    if task is not None:  # of all slices together, a text must not be the number of one and the name of another
+        slices = [header.metadata for header in headers if header.kind == "slice"]
+        checkpoint.matching_tasks({(one["task_number"], one["task"]["name"]) for one in slices}, task)
     chosen = [_networks(header, task, level) for header in headers]
     if not any(chosen):
         asked = " and ".join([f"task '{task}'"] * (task is not None) + [f"level {level}"] * (level is not None))
@@ -279,8 +279,9 @@ def _networks(header: checkpoint.Header, task: str | None, level: int | None) ->
     """The networks of a file that are asked for, by number of task and level; none of a slice that is another one."""
     metadata = header.metadata
     if header.kind == "slice":
-        own, name, depth = metadata["task_number"], metadata["task"]["name"], metadata["level"]
-        return [(own, depth)] if task in (None, str(own), name) and level in (None, depth) else []
+        own, depth = metadata["task_number"], metadata["level"]
+        asked = task is None or checkpoint.matching_tasks([(own, metadata["task"]["name"])], task)
+        return [(own, depth)] if asked and level in (None, depth) else []
     numbers = [checkpoint.find_task(metadata, task)] if task else list(range(1, len(metadata["tasks"]) + 1))
     depths = {number: len(metadata["tasks"][number - 1]["levels"]) for number in numbers}
     if level is not None:
@@ -312,9 +313,13 @@ def choose_images(
     try:
         if data is None:
             if task.data is None:
-                raise InputError("it says nothing of its images; give them with --data FOLDER")
+                raise InputError(
+                    "the file does not say where its images are; give them with --data, a folder or keys such as "
+                    "--data source=digits"
+                )
             try:
-                spec, base = DataSpec.model_validate(task.data["spec"]), Path(task.data["base"])
+                spec = DataSpec.model_validate(task.data["spec"])
+                base = None if task.data["base"] is None else Path(task.data["base"])
             except (ValidationError, KeyError, TypeError):
                 raise InputError("what it says of its images cannot be read; give them with --data FOLDER") from None
         else:
@@ -531,7 +536,7 @@ def gate_as_json(judged: Gate | None) -> dict[str, Any] | None:
     return {"min_accuracy": judged.min_accuracy, "passed": judged.passed, "worst": worst}
 
 
-def result_tables(rows: Sequence[Row]) -> list[Table]:
+def result_tables(rows: Sequence[Row]) -> list[report.FittedTable]:
     """A row for each network, in one table, or in one for each file where several have the same task and level."""
     files = list(dict.fromkeys(row.file for row in rows))
     if len({(row.task, row.name, row.level) for row in rows}) < len(rows) and len(files) > 1:
@@ -539,9 +544,10 @@ def result_tables(rows: Sequence[Row]) -> list[Table]:
     return [_result_table(rows, None)]
 
 
-def _result_table(rows: Sequence[Row], title: str | None) -> Table:
+def _result_table(rows: Sequence[Row], title: str | None) -> report.FittedTable:
     columns = ("task", "level", "units", "params", "density", "top-1", "top-5", "loss", "images")
-    made = report.table(*columns, title=title, text=1)
+    optional = ("units", "params", "density", "images", "loss", "top-5")
+    made = report.table(*columns, title=title, text=1, optional=optional)
     for row in rows:
         result = row.result
         made.add_row(
@@ -558,10 +564,11 @@ def _result_table(rows: Sequence[Row], title: str | None) -> Table:
     return made
 
 
-def accuracy_table(tasks: Sequence[Task], rows: Sequence[Row]) -> Table:
+def accuracy_table(tasks: Sequence[Task], rows: Sequence[Row]) -> report.FittedTable:
     """Top-1 accuracy in per cent, a row for each task and a column for each level."""
     levels = max(row.level for row in rows)
-    made = report.table("top-1 in %", *(f"level {level}" for level in range(1, levels + 1)), "images", text=1)
+    columns = (f"level {level}" for level in range(1, levels + 1))
+    made = report.table("top-1 in %", *columns, "images", text=1, optional=("images",))
     for number, task in enumerate(tasks, 1):
         own = {row.level: row.result for row in rows if row.task == number}
         if own:

@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from rich import table as rich_table
 from rich.text import Text
 
 from dvn_cli import report
@@ -553,10 +552,10 @@ def costs(table: Table, measured: Mapping[int, tuple[float, float | None]]) -> l
 # Showing
 
 
-def accuracy_table(table: Table) -> rich_table.Table:
+def accuracy_table(table: Table) -> report.FittedTable:
     """A line for each row, and beneath it one with the paper's figures."""
     average = table.scenario.average
-    made = report.table("method", "units", text=2)
+    made = report.table("method", "units", text=2, optional=("runs", "stored"))
     for name in (*table.tasks, *["average"] * average):
         made.add_column(Text(name), justify="right", overflow="fold")
     for name in ("stored", "runs"):
@@ -644,7 +643,7 @@ def _precise(cell: Cell) -> str:
     return f"{cell.mean:.2f}" if cell.std is None else f"{cell.mean:.2f}±{cell.std:.2f}"
 
 
-def cost_table(costs: Sequence[Cost]) -> rich_table.Table:
+def cost_table(costs: Sequence[Cost]) -> report.FittedTable:
     """What the networks cost, each figure with the paper's beside it."""
     made = report.table("units", "params", "paper", "density", "paper", "ms", "paper", "speed-up", "paper")
     for cost in costs:

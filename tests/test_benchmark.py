@@ -94,6 +94,8 @@ def test_slices_in_a_table_of_80_columns(folder: Path, monkeypatch: pytest.Monke
         (["--task", "1", "--all"], "not both"),
         (["task2-level1.safetensors", "--task", "2"], "is a slice"),
         (["--batch-size", "0"], "batch-size"),
+        (["--results-file", "none/r.json"], "cannot write 'none/r.json': there is no folder"),
+        (["--scenario", "j1", "--plots", "dvn.safetensors"], "cannot write to the folder 'dvn.safetensors': '"),
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(
@@ -116,7 +118,7 @@ def test_what_cannot_be_measured_is_told_in_one_line(
 def test_a_network_that_fails_to_run_is_told_in_one_line(folder: Path) -> None:
     done = dvn("bench", "--batch-size", 10**12, "--device", "cpu", "--level", 1, cwd=folder)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("dvn: task 1, level 1 of 'dvn.safetensors' cannot run on cpu: ")
+    assert done.stderr.startswith("dvn: task 1, level 1 of 'dvn.safetensors' cannot run on cpu: too little memory: ")
     assert done.stderr.count("\n") == 1
 
 

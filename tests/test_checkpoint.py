@@ -326,8 +326,40 @@ def test_kill_at_any_moment_leaves_a_whole_file(tmp_path):
         assert len(others) <= 1
         assert all(name.startswith(".") and name.endswith(".tmp") for name in others)
     assert killed_while_writing  # or the test shows nothing
-    write(file, {}, metadata())
-    assert os.listdir(tmp_path) == [file.name]
+    file.unlink()
+    other = tmp_path / "other.json"  # whatever is written there next
+    with atomic(other) as opened:
+        opened.write(b"{}")
+    assert os.listdir(tmp_path) == [other.name]
+
+
+def test_only_what_no_living_writer_holds_is_removed(file):
+    """And only what is named as dvn names it."""
+    left = [".x.safetensors.1-0123abcd.tmp", ".dvn.run.json.99999-ffffffff.tmp"]
+    foreign = [".x.tmp", "x.1-0123abcd.tmp", ".x.1-0123.tmp", ".x.1-0123abcd.tmp.txt"]
+    for name in (*left, *foreign):
+        Path(name).write_bytes(b"x")
+    with atomic("slow.json") as slow:
+        slow.write(b"{}")
+        write("quick.safetensors", {}, metadata())
+        assert not {*left} & {*os.listdir()}
+    assert set(os.listdir()) == {file.name, "slow.json", "quick.safetensors", *foreign}
+
+
+def test_that_it_can_be_written_is_known_before(file):
+    """Without a trace, be it so or not."""
+    before = file.read_bytes()
+    checkpoint.check_writable(file)
+    checkpoint.check_writable("new.json")
+    checkpoint.check_folder_writable(Path("new/folder"))
+    for path, why in (("no/where", "there is no folder"), (".", "it is a folder"), ("/dev/null", "not a regular file")):
+        with pytest.raises(InputError, match=why):
+            checkpoint.check_writable(path)
+    for folder in (file, file / "inside"):
+        with pytest.raises(InputError, match=f"cannot write to the folder '{folder}': '{file}' is not a folder"):
+            checkpoint.check_folder_writable(folder)
+    assert os.listdir() == [file.name]
+    assert file.read_bytes() == before
 
 
 def test_a_write_at_the_same_time_is_left_alone(file):
@@ -439,7 +471,12 @@ def test_no_file(file):
 
 def test_find_task_and_check_level():
     dvn = metadata(tasks=[task(name, [1, 2], [1, 2]) for name in ("low digits", "1", "7")])
-    assert [checkpoint.find_task(dvn, given) for given in ("1", 2, "low digits", "7")] == [1, 2, 1, 3]
+    assert [checkpoint.find_task(dvn, given) for given in ("2", 1, 2, "low digits", "7")] == [2, 1, 2, 1, 3]
+    assert [checkpoint.find_task(dvn, f"name:{given}") for given in ("1", "low digits", "7")] == [2, 1, 3]
+    assert [checkpoint.find_task(dvn, f"number:{given}") for given in (1, 2, 3)] == [1, 2, 3]
+    both = r"the number of one task and the name of another \(1 'low digits', 2 '1'\): write number:1 or name:1"
+    with pytest.raises(InputError, match=both):
+        checkpoint.find_task(dvn, "1")
     listed = "the tasks are 1 'low digits', 2 '1', 3 '7'"
     with pytest.raises(InputError, match=f"there is no task '4'; {listed}"):
         checkpoint.find_task(dvn, "4")
@@ -449,6 +486,11 @@ def test_find_task_and_check_level():
         InputError, match=r"there is no task 'low_digits'; did you mean 'low digits'\? " + listed.capitalize()
     ):
         checkpoint.find_task(dvn, "low_digits")
+    own = metadata(tasks=[task(name, [1, 2], [1, 2]) for name in ("2", "1", "name:1")])
+    assert checkpoint.find_task(own, "name:1") == 3
+    assert checkpoint.find_task(own, "name:name:1") == 3
+    with pytest.raises(InputError, match="there is no task 'number:4'"):
+        checkpoint.find_task(own, "number:4")
     for level in (-1, 0, 3):
         with pytest.raises(InputError, match=f"there is no level {level}; task '7' has levels 1 to 2"):
             checkpoint.check_level(dvn, 3, level)
@@ -507,16 +549,40 @@ def test_command_for_all_with_json(file):
         (["--task", "1", "--level", "3"], "there is no level 3; task 'low digits' has levels 1 to 2"),
         (["no.safetensors", "--all"], "there is no checkpoint 'no.safetensors'"),
         (["--task", "1", "--level", "1", "-o", "dvn.safetensors"], "that is the checkpoint itself"),
-        (["--all", "-o", "dvn.safetensors"], "cannot write to the folder 'dvn.safetensors': File exists"),
+        (["--all", "-o", "dvn.safetensors"], "cannot write to the folder 'dvn.safetensors': '"),
+        (["--task", "1", "--level", "1", "-o", "trained.safetensors"], "is a trained checkpoint (tasks: odd; "),
     ],
 )
 def test_command_with_bad_input(file, arguments, message):
-    before = file.read_bytes()
+    write("trained.safetensors", {}, metadata(tasks=[task("odd", [1, 2], [1, 2])], training={"epochs": 2}))
+    before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
     with pytest.raises(InputError) as caught:
         run(*arguments)
     assert message in str(caught.value)
+    assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
+
+
+def test_a_full_disk_leaves_no_folder(file, monkeypatch):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(DvnError, match=r"cannot write 'a/dvn-task1-level1.safetensors': No space left on device"):
+        run("--all", "-o", "a")
     assert os.listdir(file.parent) == [file.name]
-    assert file.read_bytes() == before
+
+
+def test_a_slice_holds_nothing_of_where_it_was_made(file):
+    """Equal tasks whose images lie elsewhere give equal bytes."""
+    for home in ("ann", "bob"):
+        data = {"spec": {"source": "folder", "path": "secret"}, "base": f"/home/{home}"}
+        tasks = [{**each, "data": data} for each in metadata()["tasks"]]
+        record = {"recipe": {"name": home}, "epochs": 1}
+        write(f"{home}.safetensors", tensors(), metadata(tasks=tasks, training=record))
+        run(f"{home}.safetensors", "--task", "2", "--level", "1", "-o", f"{home}-slice.safetensors")
+    content = Path("ann-slice.safetensors").read_bytes()
+    assert content == Path("bob-slice.safetensors").read_bytes()
+    assert not any(word in content for word in (b"ann", b"secret", b"home"))
 
 
 def test_command_on_a_slice(file):

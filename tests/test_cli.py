@@ -1,5 +1,6 @@
 """The entry of the command line: help without torch, and one line for what is wrong."""
 
+import os
 import subprocess
 import sys
 
@@ -55,6 +56,44 @@ def test_wrong_usage_is_one_line_and_2(
     assert captured.err.startswith("dvn: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("words", [["--version"], ["slice", "--help"]])
+def test_a_stdout_that_is_full_or_closed(words: list[str]) -> None:
+    """One line and 1 where it is full; where nobody wants to hear of it, none."""
+    code = "import sys; from dvn_cli import cli; sys.argv = ['dvn', *sys.argv[1:]]; cli.main()"
+    command = [sys.executable, "-c", code, *words]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (1, "dvn: cannot write to stdout: No space left on device\n")
+    done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")])
+def test_too_little_memory_anywhere(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "app", full)
+    assert run(monkeypatch, "partition") == 1
+    err = capsys.readouterr().err
+    assert err.startswith("dvn: this machine has too little memory: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("shapes do not fit"), OSError(5, "Input/output error", "a file")])
+def test_nothing_else_is_taken_for_it(bug: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise bug
+
+    monkeypatch.setattr(cli, "app", broken)
+    monkeypatch.setattr(sys, "argv", ["dvn"])
+    with pytest.raises(type(bug)):
+        cli.main()
 
 
 def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """`dvn eval` as it is typed, against accuracy counted here with numpy on the logits of what `dvn_cli.load` gives."""
 
 import csv
+import errno
 import json
 import math
+import os
 import shlex
 import shutil
 from dataclasses import replace
@@ -26,7 +28,7 @@ from dvn_cli import cli
 from dvn_cli.backbones import resolve
 from dvn_cli.checkpoint import read_checkpoint, slice_file
 from dvn_cli.data import Split, batches
-from dvn_cli.errors import InputError
+from dvn_cli.errors import DvnError, InputError
 from dvn_cli.evaluation import accuracy_table, evaluate, evaluate_all, open_files
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
@@ -36,6 +38,8 @@ from dvn_cli.training.session import Session
 
 MEAN, STD = (0.3,), (0.25,)
 COLOURS = ("black", "blue", "grey", "olive", "red", "white")
+PICTURES = ("--data", "recipes/pictures")
+DIGITS = ("--data", "source=digits", "--data", "classes=0-2", "--data", "test_images=40")
 KEYS = ["task", "name", "level", "units", "params", "density", "top1", "top5", "loss", "images", "file"]
 
 
@@ -143,7 +147,8 @@ def test_all_networks_of_a_checkpoint_against_counting(dvn, made):
 
 def test_slices_give_what_their_checkpoint_gives(dvn):
     whole = results(dvn("--json"))
-    cut = results(dvn("--json", "s11.safetensors", "s12.safetensors", "s21.safetensors", "s22.safetensors"))
+    cut = results(dvn("--json", "s11.safetensors", "s12.safetensors", *PICTURES))
+    cut += results(dvn("--json", "s21.safetensors", "s22.safetensors", *DIGITS))
     for one, other in zip(whole, cut, strict=True):
         assert other["loss"] == pytest.approx(one["loss"], abs=1e-6)
         assert {k: v for k, v in one.items() if k not in ("file", "loss")} == {
@@ -237,7 +242,8 @@ def test_networks_of_one_name_in_two_files_are_told_apart(dvn, made):
     (["--task", "digits"], [(2, 1), (2, 2)]),
     (["--level", "2"], [(1, 2), (2, 2)]),
     (["--task", "2", "--level", "1"], [(2, 1)]),
-    (["--task", "digits", "s11.safetensors", "s21.safetensors"], [(2, 1)]),
+    (["--task", "digits", "s11.safetensors", "s21.safetensors", *DIGITS], [(2, 1)]),
+    (["--task", "number:2", "s11.safetensors", "s21.safetensors", *DIGITS], [(2, 1)]),
     (["--level", "1", "s12.safetensors", "dvn.safetensors"], [(1, 1), (2, 1)]),
 ])  # fmt: skip
 def test_a_choice_of_networks(dvn, arguments, expected):
@@ -254,6 +260,42 @@ def test_results_in_a_file(dvn, made):
     assert list(rows[0]) == KEYS
     assert rows[1]["units"] == "1 2"
     assert float(rows[1]["top1"]) == json.loads(out)["results"][1]["top1"]
+
+
+def test_results_are_shown_or_filed_where_the_other_fails(dvn, made, monkeypatch):
+    whole = dvn("--json")[1]
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, out, err = dvn("--json", "--results-file", "late.json")
+    assert (code, out) == (1, whole)
+    assert err == "dvn: cannot write 'late.json': No space left on device\n"
+    assert not (made / "late.json").exists()
+
+    def refused(*_: object) -> None:
+        raise DvnError("cannot write to stdout: No space left on device")
+
+    monkeypatch.setattr("dvn_cli.report.show", refused)
+    assert dvn("--results-file", "late.json")[0] == 1
+    assert (made / "late.json").read_text() == whole.rstrip("\n")
+
+
+@pytest.mark.parametrize("columns", [0, 1, 24, 40, 60, 79])
+def test_a_narrow_terminal_hides_no_accuracy(dvn, monkeypatch, columns):
+    """Other columns go first; what is shown is shown in full."""
+    whole = results(dvn("--json"))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = dvn()
+    assert (code, err) == (0, "")
+    assert "…" not in out
+    header, _, *lines = out.splitlines()
+    assert max(map(len, lines)) <= (max(columns, 24) if columns else 80)
+    place = header.split().index("top-1") - len(header.split())
+    shown = [line.split()[place] for line in lines if len(line.split()) >= len(header.split())]
+    assert shown == [f"{row['top1']:.2f}" for row in whole]
 
 
 # The gate
@@ -293,14 +335,14 @@ def test_nan_fails_and_is_null_in_json(dvn, made, gate):
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")
 
-    code, out, err = dvn("--json", "s11.safetensors", "nan.safetensors", *gate)
+    code, out, err = dvn("--json", "s11.safetensors", "nan.safetensors", *gate, *PICTURES)
     document = json.loads(out, parse_constant=refuse)
     assert code == 1
     assert "task 'colours', level 2 of 'nan.safetensors': the loss is not a number (1 of 2 networks)" in err
     assert [row["loss"] is None for row in document["results"]] == [False, True]
     assert document["results"][1]["top1"] == 0
     assert (document["gate"] or {"passed": False})["passed"] is False
-    assert "nan" in dvn("nan.safetensors")[1]
+    assert "nan" in dvn("nan.safetensors", *PICTURES)[1]
 
 
 # Other images
@@ -525,15 +567,20 @@ def test_a_yaml_file_of_data(dvn, made, tmp_path):
     (["--level", "3"], "there is no level 3; task 'colours' has levels 1 to 2"),
     (["--level", "2", "s11.safetensors"], "none of the slices is of level 2: 's11.safetensors' (task 'colo"),
     (["dvm.safetensors"], "there is no checkpoint 'dvm.safetensors'; did you mean 'dvn.safetensors'?"),
-    (["fresh.safetensors"], "task 'task1': it says nothing of its images; give them with --data FOLDER"),
+    (["fresh.safetensors"], "task 'task1': the file does not say where its images are; give them with --data, "),
+    (["s11.safetensors"], "task 'colours': the file does not say where its images are; give them with --data, "),
+    (["--results-file", "no/r.json"], "cannot write 'no/r.json': there is no folder '"),
+    (["--results-file", "taken/d.csv"], "cannot write 'taken/d.csv': it is a folder"),
     (["--data", "nowhere"], "--data nowhere: there is no such folder; give a folder, a YAML file or KEY=VALUE"),
     (["--data", "empty"], "--data empty: there are neither parquet files in it nor folders of classes"),
     (["--data", "source=folder"], "--data: source folder needs path"),
     (["--data", "source=digits", "--data", "clases=0-2"], "--data: unknown key 'clases'; did you mean 'classes'?"),
     (["--data", "mean=[0.5]"], "--data mean=[0.5]: 'mean' is for training; images are normalised as the task's were"),
 ])  # fmt: skip
-def test_bad_input_in_one_line(dvn, made, arguments, message):
+def test_bad_input_in_one_line(dvn, made, monkeypatch, arguments, message):
     (made / "empty").mkdir(exist_ok=True)
+    (made / "taken" / "d.csv").mkdir(parents=True, exist_ok=True)
+    monkeypatch.setattr("dvn_cli.evaluation.evaluate", lambda *_, **__: pytest.fail("computed"))
     code, out, err = dvn(*arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1

@@ -1,9 +1,11 @@
 """The command line: one file per subcommand, which parses, calls and renders. Heavy imports wait for their command."""
 
+import contextlib
+import io
 import os
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +14,7 @@ from dvn_cli.cli.eval import eval_command
 from dvn_cli.cli.partition import partition_command
 from dvn_cli.cli.slice import slice_command
 from dvn_cli.cli.train import train_command
-from dvn_cli.errors import DvnError
+from dvn_cli.errors import DvnError, enough_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 app.command("partition")(partition_command)
@@ -37,10 +39,25 @@ def dvn(
     """Several vision tasks and several memory budgets in one set of weights: Deep Virtual Networks (CVPR 2019)."""
 
 
+class _Stdout(io.FileIO):
+    """File descriptor 1, of which it is said once, and as any other failure, that it cannot be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            raise DvnError(f"cannot write to stdout: {error.strerror}") from None
+
+
 def main() -> None:
     """Runs `dvn`: whatever goes wrong is one line on stderr and the exit code that says whose fault it was."""
+    _prepare_streams()
     try:
-        code = app(standalone_mode=False)
+        with enough_memory("this machine", "see what else runs on it, or set smaller images, batches or a backbone"):
+            code = app(standalone_mode=False)
     except DvnError as error:
         code = _fail(str(error), error.exit_code)
     except BrokenPipeError:  # whoever read stdout has gone; do not let the interpreter complain when it flushes
@@ -53,6 +70,18 @@ def main() -> None:
     sys.exit(code)
 
 
+def _prepare_streams() -> None:
+    """Lets no result be lost to a character that the terminal lacks, and none to a full disk behind stdout unsaid."""
+    out = sys.__stdout__
+    if out is not None and out is sys.stdout:
+        raw = io.BufferedWriter(_Stdout(out.fileno(), "wb", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, out.encoding, out.errors, line_buffering=out.line_buffering)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="replace")
+
+
 def _fail(message: str, code: int) -> int:
-    typer.echo(f"dvn: {' '.join(message.split())}", err=True)
+    with contextlib.suppress(OSError):  # nobody reads stderr: the exit code says it all the same
+        typer.echo(f"dvn: {' '.join(message.split())}", err=True)
     return code

@@ -24,7 +24,9 @@ def bench_command(
             "checkpoints or folders. Default: the working directory.",
         ),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="A task, by name or by number from 1. Default: the first.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="A task, by name or by number from 1 (or name:T, number:T). Default: the first.")
+    ] = None,
     level: Annotated[int | None, typer.Option(help="A level, from 1. Default: all levels.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every task, not the first only.")] = False,
     scenario: Annotated[
@@ -57,6 +59,11 @@ def bench_command(
     if scenario is None and plots is not None:
         raise InputError("--plots is of runs: give --scenario too")
 
+    if results_file is not None:
+        checkpoints.check_writable(results_file)
+    if plots is not None:
+        checkpoints.check_folder_writable(plots)
+
     measure = functools.partial(
         _measure,
         device=device,
@@ -74,13 +81,15 @@ def bench_command(
         targets, document = measure(headers, task, level, every)
         show = functools.partial(_print, document, [_name(target, len(headers)) for target in targets])
     text = json.dumps(document, indent=2)
-    if results_file is not None:
-        with checkpoints.atomic(results_file) as opened:
-            opened.write(text.encode() + b"\n")
-    if as_json:
-        typer.echo(text)
-    else:
-        show()
+    try:
+        if as_json:
+            typer.echo(text)
+        else:
+            show()
+    finally:  # whichever of the two fails, the other one has the results
+        if results_file is not None:
+            with checkpoints.atomic(results_file) as opened:
+                opened.write(text.encode() + b"\n")
 
 
 def _measure(
@@ -97,11 +106,12 @@ def _measure(
     threads: int | None,
 ) -> tuple[list["Target"], dict[str, Any]]:
     """Measures networks of files. Returns them, and the document of what was found."""
-    from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+    from dvn_cli import report
+
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
-    notes = Console(stderr=True)
+    notes = report.console(stderr=True)
     with Progress(*columns, console=notes, transient=True, disable=not notes.is_terminal) as bar:
         shown = bar.add_task("importing torch", total=None)
         import torch
@@ -158,23 +168,24 @@ def _scenario(
         measured.append(document)
 
     def show() -> None:
-        from rich.console import Console
         from rich.text import Text
 
-        console = Console(highlight=False, markup=False)
+        from dvn_cli import report
+
+        console = report.console()
         for number, (table, of, document) in enumerate(zip(tables, costs, measured, strict=True)):
             if number:
                 console.print()
             console.print(
                 Text(f"{name.upper()}, {scenario.title}; scale {table.scale}, setting {table.setting}", "bold")
             )
-            console.print(scenarios.accuracy_table(table))
+            report.show(console, scenarios.accuracy_table(table))
             console.print()
             for line in scenarios.notes(table):
                 console.print(line)
             if of:
                 console.print()
-                console.print(scenarios.cost_table(of))
+                report.show(console, scenarios.cost_table(of))
                 console.print(scenarios.cost_note(table, document))
         for path in written:
             console.print(f"{path} is written", soft_wrap=True)
@@ -220,16 +231,17 @@ def _name(target: "Target", files: int) -> str:
 
 
 def _print(document: dict[str, Any], names: list[str]) -> None:
-    from rich.console import Console
+    from dvn_cli.report import console as new_console
+    from dvn_cli.report import percent, short, show, table
 
-    from dvn_cli.report import percent, short, table
-
-    console = Console(highlight=False)
+    console = new_console()
     on = f"{document['device']}, {document['device_name']}"
     threads = f", threads: {document['threads']}" if document["device"] == "cpu" else ""
     console.print(f"{on}{threads}, torch {document['torch']}, batch size {document['batch_size']}\n")
-    costs = table("task", "level", "params", "density", "compression", "MACs", "peak memory", text=1)
-    speeds = table("task", "level", "p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up", text=1)
+    columns = ("params", "density", "compression", "MACs", "peak memory")
+    costs = table("task", "level", *columns, text=1, optional=("compression", "density", "MACs"))
+    columns = ("p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up")
+    speeds = table("task", "level", *columns, text=1, optional=("p99 ms", "p90 ms", "images/s"))
     for name, row in zip(names, document["results"], strict=True):
         memory, speedup = row["peak_memory_bytes"], row["speedup"]
         costs.add_row(
@@ -248,6 +260,6 @@ def _print(document: dict[str, Any], names: list[str]) -> None:
             f"{row['images_per_s']:,.0f}",
             "-" if speedup is None else f"{speedup:.2f}x",
         )
-    console.print(costs)
+    show(console, costs)
     console.print()
-    console.print(speeds)
+    show(console, speeds)

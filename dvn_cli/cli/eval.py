@@ -15,7 +15,9 @@ def eval_command(
     files: Annotated[
         list[Path] | None, typer.Argument(metavar="[CHECKPOINT-or-SLICE]...", help="Default: dvn.safetensors.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Only this task, by name or by number from 1.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Only this task, by name or by number from 1 (or name:T, number:T).")
+    ] = None,
     level: Annotated[int | None, typer.Option(help="Only this level, from 1.")] = None,
     data: Annotated[
         list[str] | None,
@@ -46,16 +48,20 @@ def eval_command(
 
     import json
 
-    from rich.console import Console
+    from dvn_cli import checkpoint
+
+    if results_file is not None:
+        checkpoint.check_writable(results_file)
+
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dvn_cli import device as devices
-    from dvn_cli import evaluation
+    from dvn_cli import evaluation, report
 
-    err = Console(stderr=True, markup=False)
+    err = report.console(stderr=True)
 
     def note(text: str) -> None:
-        err.print(text, markup=False, highlight=False, soft_wrap=True)
+        err.print(text, soft_wrap=True)
 
     chosen = devices.choose(device)
     spec, base = evaluation.parse_data(data, note) if data else (None, None)
@@ -69,12 +75,14 @@ def eval_command(
             rows += opened.evaluate(batch_size, chosen, lambda images: progress.advance(bar, images))
     judged = None if min_accuracy is None else evaluation.gate(rows, min_accuracy)
     results = {"results": [evaluation.as_json(row) for row in rows], "gate": evaluation.gate_as_json(judged)}
-    if results_file is not None:
-        _write(results_file, results)
-    if as_json:
-        typer.echo(json.dumps(results, indent=2))
-    else:
-        Console(markup=False).print(*evaluation.result_tables(rows))
+    try:
+        if as_json:
+            typer.echo(json.dumps(results, indent=2))
+        else:
+            report.show(report.console(), *evaluation.result_tables(rows))
+    finally:  # whichever of the two fails, the other one has the results
+        if results_file is not None:
+            _write(results_file, results)
     problem = evaluation.failure(rows, judged)
     if problem is not None:
         raise DvnError(problem)

@@ -54,12 +54,13 @@ def partition_command(
     """Divide a backbone into units: every task and level is then a network of its own in one set of weights."""
     if pretrained and weights is not None:
         raise InputError("--pretrained or --weights, not both: each says what the weights are")
-    if output.exists() and not force:
-        _refuse_to_lose(output)
+    if not force and (lost := checkpoints.lost_with(output)):
+        raise InputError(f"{lost}; --force replaces it, -o writes elsewhere")
+    checkpoints.check_writable(output)
 
-    from rich.console import Console
+    from dvn_cli import report
 
-    notes = Console(stderr=True)
+    notes = report.console(stderr=True)
     with notes.status("importing torch and timm") as status:
         import torch
 
@@ -140,7 +141,7 @@ def partition_command(
         typer.echo(json.dumps(document, indent=2))
         return
 
-    console = Console(highlight=False)
+    console = report.console(markup=True)
     arrow = f"{backbone} -> " if spec.name != backbone else ""
     size = "x".join(map(str, spec.input_size))
     console.print(
@@ -157,18 +158,6 @@ def partition_command(
     _print_private(console, partition)
     _print_levels(console, levels, lowest)
     console.print(f"{output} written.", soft_wrap=True)
-
-
-def _refuse_to_lose(path: Path) -> None:
-    """Raises InputError unless a file is a fresh partition, which the command that made it makes again."""
-    try:
-        metadata = checkpoints.read_header(path).metadata
-    except InputError as error:
-        raise InputError(f"{error}; --force replaces it, -o writes elsewhere") from None
-    if metadata["kind"] != "checkpoint":
-        raise InputError(f"'{path}' is a slice; --force replaces it, -o writes elsewhere")
-    if metadata.get("training") is not None:
-        raise InputError(f"'{path}' is a trained checkpoint; --force replaces it, -o writes elsewhere")
 
 
 def _size(text: str | None) -> tuple[int, int] | None:
@@ -194,7 +183,7 @@ def _sum(sizes: Sequence[int]) -> str:
 
 
 def _print_buckets(console: "Console", partition: "Partition") -> None:
-    from dvn_cli.report import table
+    from dvn_cli.report import show, table
 
     alike: dict[Any, list[Bucket]] = {}
     divided = [bucket for bucket in partition.buckets if bucket.sizes]
@@ -208,7 +197,7 @@ def _print_buckets(console: "Console", partition: "Partition") -> None:
     how = ", equally strong" if partition.rule.assign == "importance" else ""
     how += f", in multiples of {partition.rule.round_to}" if partition.rule.round_to > 1 else ""
     console.print(f"\n[bold]Coupled, and divided among the units{how}:[/] {len(divided)} groups of channels")
-    console.print(rows)
+    show(console, rows)
     if len(alike) > ROWS:
         console.print(f"and {len(alike) - ROWS} kinds of groups more (--json has all)")
 
@@ -276,9 +265,9 @@ def _print_private(console: "Console", partition: "Partition") -> None:
 
 
 def _print_levels(console: "Console", levels: Sequence[dict[str, Any]], lowest: Sequence[int]) -> None:
-    from dvn_cli.report import percent, short, table
+    from dvn_cli.report import percent, short, show, table
 
-    rows = table("level", "units", "parameters", "exactly", "density", "MACs", "file")
+    rows = table("level", "units", "parameters", "exactly", "density", "MACs", "file", optional=("exactly", "file"))
     for row in levels:
         rows.add_row(
             str(row["level"]),
@@ -290,7 +279,7 @@ def _print_levels(console: "Console", levels: Sequence[dict[str, Any]], lowest: 
             f"{row['bytes'] / 1e6:,.1f} MB",
         )
     console.print("\n[bold]Levels of task 1[/]")
-    console.print(rows)
+    show(console, rows)
     if min(lowest) != max(lowest):
         console.print(
             f"Units are not all alike: level 1 of the tasks has {min(lowest):,} to {max(lowest):,} parameters."

@@ -1,13 +1,15 @@
 """`dvn slice`: standalone files of single networks, cut without torch."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dvn_cli import checkpoint as checkpoints
-from dvn_cli.errors import InputError
+from dvn_cli.errors import DvnError, InputError
 
 FORMATS = ("safetensors",)
 
@@ -16,7 +18,7 @@ def slice_command(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint of `dvn partition` or `dvn train`.")] = Path(
         "dvn.safetensors"
     ),
-    task: Annotated[str | None, typer.Option(help="A task, by name or by number from 1.")] = None,
+    task: Annotated[str | None, typer.Option(help="A task, by name or by number from 1 (or name:T, number:T).")] = None,
     level: Annotated[int | None, typer.Option(help="A level of the task, from 1.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every task and level, each in a file of its own.")] = False,
     output: Annotated[
@@ -42,10 +44,7 @@ def slice_command(
         for number, entry in enumerate(tasks, 1):
             for depth in range(1, len(entry["levels"]) + 1):
                 files[number, depth] = folder / _name(checkpoint, number, depth)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot write to the folder '{folder}': {error.strerror}") from None
+        checkpoints.check_folder_writable(folder)
     elif not every and task is not None and level is not None:
         number = checkpoints.find_task(header.metadata, task)
         depth = checkpoints.check_level(header.metadata, number, level)
@@ -56,7 +55,8 @@ def slice_command(
 
     results = []
     for (number, depth), file in files.items():
-        counts = checkpoints.slice_file(header, number, depth, file)
+        with _folder_of(file, every):
+            counts = checkpoints.slice_file(header, number, depth, file)
         entry = tasks[number - 1]
         result = {
             "file": str(file),
@@ -76,6 +76,20 @@ def slice_command(
             )
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(checkpoint), "slices": results}, indent=2))
+
+
+@contextlib.contextmanager
+def _folder_of(file: Path, made: bool) -> Iterator[None]:
+    """Makes the folder that a file is written to, where it is to be made; one that stays empty is removed again."""
+    if made:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except DvnError:
+        if made:
+            with contextlib.suppress(OSError):  # it is not empty
+                file.parent.rmdir()
+        raise
 
 
 def _name(checkpoint: Path, task: int, level: int) -> str:

@@ -5,27 +5,45 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dvn_cli.errors import InputError
+
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.table import Table
 
+    from dvn_cli.report import FittedTable
     from dvn_cli.training.loop import Run
     from dvn_cli.training.session import Session
 
 
 def train_command(
     recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe's file, or the name of one that comes with dvn: digits.")
+        str,
+        typer.Argument(
+            metavar="RECIPE", help="A recipe's file, - for stdin, or the name of one that comes with dvn: digits."
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to override.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.")] = Path("dvn.safetensors"),
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that was interrupted.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the run whose files are there: interrupted, or finished with fewer epochs. Where there is "
+            "none, start; where nothing is left to do, end.",
+        ),
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a trained checkpoint or the state of an interrupted run.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Train the networks of all tasks and levels, as a recipe says."""
+    if resume and force:
+        raise InputError("--resume or --force, not both: the one goes on with what the other replaces")
+
     import json
 
     from dvn_cli import device as devices
@@ -35,18 +53,21 @@ def train_command(
     keys = recipes.read(file, overrides or [])
     chosen = devices.choose(device)
 
-    from rich.console import Console
+    from dvn_cli import evaluation, report
+    from dvn_cli.training import session as sessions
 
-    from dvn_cli import evaluation
-    from dvn_cli.training.session import Session
-
-    err = Console(stderr=True, markup=False)
+    err = report.console(stderr=True)
 
     def note(text: str) -> None:
-        err.print(text, markup=False, highlight=False, soft_wrap=True)
+        err.print(text, soft_wrap=True)
 
+    if resume and (finished := sessions.complete_run(keys, output)) is not None:
+        note(f"{output} has all of its {finished.epochs} epochs: there is nothing left to do")
+        if as_json:
+            typer.echo(json.dumps({"checkpoint": str(output), "results": finished.results}, indent=2))
+        return
     with err.status("reading data and dividing the backbone ..."):
-        session = Session(keys, file.parent, output, chosen, resume, note)
+        session = sessions.Session(keys, recipes.folder(file), output, chosen, resume, force=force, note=note)
     run, partition = session.run, session.run.network.partition
     count = len(list(run.network))
     networks = "1 network" if count == 1 else f"{count} networks"
@@ -54,13 +75,9 @@ def train_command(
         f"{partition.spec.name}, {partition.units} units, {networks}, on {run.device}: "
         f"{run.total_epochs} epochs of {run.steps} steps"
     )
-    err.print(task_table(run))
+    report.show(err, task_table(run))
     for line in class_lines(run, err.width):
         note(line)
-    if session.left_over:
-        note("an interrupted run of this name was here; --resume would have gone on with it")
-    elif run.epochs_done:
-        note(f"going on after epoch {run.epochs_done}")
     try:
         with Progress(run, err) as progress:
             session.train(progress.epoch, progress.step)
@@ -68,18 +85,20 @@ def train_command(
         with err.status("evaluating on the test images ..."):
             rows = evaluation.evaluate_all(run.network, splits, device=chosen)
         results = [evaluation.as_json(row) for row in rows]
-        session.finish(results)
     except KeyboardInterrupt:
         note(how_to_go_on(session))
         raise
-    if as_json:
-        typer.echo(json.dumps({"checkpoint": str(output), "results": results}, indent=2))
-    else:
-        Console(markup=False).print(evaluation.accuracy_table(run.network.tasks, rows))
+    try:
+        if as_json:
+            typer.echo(json.dumps({"checkpoint": str(output), "results": results}, indent=2))
+        else:
+            report.show(report.console(), evaluation.accuracy_table(run.network.tasks, rows))
+    finally:  # whichever of the two fails, the other one has the results
+        session.finish(results)
     note(f"{output} is written; {session.files.record} says how it went")
 
 
-def task_table(run: "Run") -> "Table":
+def task_table(run: "Run") -> "FittedTable":
     """What is about to be trained: a row for each task."""
     from dvn_cli import report
 

@@ -5,6 +5,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PositiveFloat, PositiveInt, model_validator
 
+MAY_DIFFER = "may differ when a run is resumed"
+"""Marks a key that says where or how something is computed, not what: a run goes on with another value of it."""
+
 Kind = Literal["digits", "torchvision", "folder", "hf"]
 Augmentation = Literal["none", "crop", "crop-flip"]
 
@@ -42,7 +45,7 @@ class DataSpec(BaseModel):
         default=None,
         description="torchvision: the data set, such as CIFAR10; hf: the one on the hub, such as user/name",
     )
-    path: str | None = Field(
+    path: Annotated[str | None, MAY_DIFFER] = Field(
         default=None,
         description="a local folder, relative to the recipe's or to the working directory: folder, the images; hf, the "
         "parquet files (in place of name); torchvision, where the data set lies or is downloaded to",
@@ -117,6 +120,11 @@ class DataSpec(BaseModel):
     def height_width(self) -> tuple[int, int] | None:
         """The size to resize to, or None."""
         return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def has_relative_path(self) -> bool:
+        """Whether the path is relative, so that the folder it starts from must be known to read the data again."""
+        return self.path is not None and not Path(self.path).expanduser().is_absolute()
 
 
 def locate(path: str, base: Path | None) -> Path:

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from dvn_cli.data import TaskData, to_device
 from dvn_cli.data.batches import batch_count
-from dvn_cli.errors import DvnError
+from dvn_cli.errors import DvnError, InputError
 from dvn_cli.evaluation import evaluate_all
+from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.methods import METHODS, Network, plan
 from dvn_cli.training.moves import Moves
@@ -84,6 +85,22 @@ class Run:
         size = self.recipe.batch_size
         return max(batch_count(self.train[task], size, training=True) for task in self.stage.tasks)
 
+    def check_batches(self) -> None:
+        """Raises InputError where a norm would take the variance of a single value: of one image at 1x1 pixels."""
+        for number, split in self.train.items():
+            networks = [network for stage in self.stages for network in stage.learn if network[0] == number]
+            if min(len(split), self.recipe.batch_size) > 1 or not networks:
+                continue
+            tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
+            graph = self.network.networks(*networks[0]).train
+            norm = norm_of_a_single_value(graph, tensors, tuple(split.images.shape[1:]))
+            if norm is not None:
+                remedy = "batch_size 2 or more" if len(split) > 1 else "the task 2 training images or more"
+                raise InputError(
+                    f"task '{self.network.tasks[number - 1].name}' is trained on one image at a time, of which "
+                    f"'{norm}' has one value for each channel, and so no variance: give {remedy}"
+                )
+
     # The state between two epochs
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -121,6 +138,32 @@ class Run:
         torch.set_rng_state(tensors["random"])
         if self.device.type == "cuda" and "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
+
+    def extend(self, tensors: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]], epochs_done: int) -> None:
+        """Goes on from the networks that a shorter run of the recipe left, at its place in this one's schedule.
+
+        The optimizer starts anew, and so do the random numbers, from the seed and the number of epochs.
+
+        Args:
+            tensors: of the checkpoint, by their names in it.
+            history: of that run; empty where it is lost.
+            epochs_done: of that run.
+
+        Raises:
+            InputError: the run has stages, of which the first ones would need more epochs.
+        """
+        if epochs_done < self.total_epochs and (len(self.stages) > 1 or self.stage.hold):
+            raise InputError(
+                "tasks that are learnt one after the other get no more epochs afterwards: start again with --force"
+            )
+        self._put(self.network, tensors)
+        self.epochs_done, self.history = epochs_done, [dict(entry) for entry in history]
+        self._begin()
+        for number, generator in self.generators.items():
+            generator.manual_seed((self.recipe.seed * 1000 + number - 1) + (epochs_done << 44))
+        if self.recipe.select == "best" and self.history:
+            self.best = max(_mean(numbers(entry["validation"] or [])) for entry in self.history)
+            self.best_tensors = {name: t.detach().clone() for name, t in self.network.file_tensors().items()}
 
     @staticmethod
     @torch.no_grad()
@@ -250,8 +293,7 @@ class Run:
         return self._by_level({(row.task, row.level): row.result.top1 for row in rows})
 
     def _keep_best(self, validation: list[list[float | None]] | None) -> None:
-        values = numbers(validation or [])
-        score = sum(values) / len(values)
+        score = _mean(numbers(validation or []))
         if score > self.best:
             self.best = score
             self.best_tensors = {name: t.detach().clone() for name, t in self.network.file_tensors().items()}
@@ -272,6 +314,10 @@ def make_optimizer(keys: OptimizerKeys, network: DeepVirtualNetwork) -> torch.op
 def json_number(value: float) -> float | None:
     """A number that JSON has, or None."""
     return value if math.isfinite(value) else None
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def numbers(by_level: Sequence[Sequence[float | None]]) -> list[float]:

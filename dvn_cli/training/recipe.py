@@ -1,20 +1,28 @@
 """A recipe: one typed definition that is the file's schema, its validation and its documentation."""
 
+import codecs
 import copy
-from collections.abc import Mapping, Sequence
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dvn_cli.data import DataSpec
+from dvn_cli.data.spec import MAY_DIFFER
 from dvn_cli.data.text import read_yaml
 from dvn_cli.errors import InputError, did_you_mean
 from dvn_cli.training.methods import METHODS, together
 
 FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
 """Where the recipes that come with dvn are: in an installed package, or in a checkout."""
+
+STDIN = Path("-")
+"""In place of a recipe's file."""
 
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "paper": {},
@@ -160,7 +168,7 @@ class Recipe(Keys):
         default="last", description="keep the last epoch, or the best on the validation images (mean of all networks)"
     )
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast where it is safe")
-    threads: Annotated[Count, Field(le=1024)] | None = Field(
+    threads: Annotated[Annotated[Count, Field(le=1024)] | None, MAY_DIFFER] = Field(
         default=None, description="of the CPU; torch's own choice. Networks of a few thousand weights want 1"
     )
     seed: int = Field(default=0, ge=0, lt=2**32, strict=True, description="of initialisation, order and augmentation")
@@ -193,10 +201,16 @@ def shipped() -> dict[str, Path]:
     return {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}
 
 
+def folder(file: Path) -> Path:
+    """The folder that a recipe's relative paths start from: that of its file, of a pipe the working directory."""
+    return file.parent if file.is_file() else Path()
+
+
 def find(recipe: str) -> Path:
-    """The file of a recipe, given by path or by the name of one that comes with dvn."""
-    if Path(recipe).is_file():
-        return Path(recipe)
+    """The file of a recipe, given by path or by the name of one that comes with dvn; `-` is stdin."""
+    path = Path(recipe)
+    if path == STDIN or (path.exists() and not path.is_dir()):
+        return path
     known = shipped()
     if recipe in known:
         return known[recipe]
@@ -214,13 +228,42 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: not YAML, an unknown key, a value of the wrong type or out of range: the first of them.
     """
+    name = "stdin" if path == STDIN else f"'{path}'"
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, or a date that there is not
-        raise InputError(f"cannot read the recipe '{path}': {error}") from None
+        raw = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
+        text = _decoded(raw)
+        twice = _named_twice(yaml.compose(text, yaml.SafeLoader))
+        content = read_yaml(text)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no text, or no such date
+        raise InputError(f"cannot read the recipe {name}: {error}") from None
+    if twice is not None:
+        raise InputError(f"{path}: {twice}: leave one of them out")
     if not isinstance(content, dict):
         raise InputError(f"'{path}' is no recipe: a recipe is a mapping of keys")
     return parse(resolved(content, overrides, str(path)), str(path))
+
+
+def _decoded(raw: bytes) -> str:
+    """The text of a file: UTF-16 where its byte order mark says so, else UTF-8, with a mark or without."""
+    utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return raw.decode("utf-16" if utf16 else "utf-8-sig")
+
+
+def _named_twice(node: yaml.Node | None, path: str = "") -> str | None:
+    """What is wrong with the first key that a mapping has twice, of which YAML silently takes the last."""
+    inner: Iterable[tuple[str, yaml.Node]] = ()
+    if isinstance(node, yaml.MappingNode):
+        pairs = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
+        lines: dict[str, int] = {}
+        for key, _ in pairs:
+            line = key.start_mark.line + 1
+            if key.value in lines:
+                return f"key '{path}{key.value}' is there twice, in lines {lines[key.value]} and {line}"
+            lines[key.value] = line
+        inner = ((key.value, value) for key, value in pairs)
+    elif isinstance(node, yaml.SequenceNode):
+        inner = ((str(index), value) for index, value in enumerate(node.value))
+    return next(filter(None, (_named_twice(value, f"{path}{key}.") for key, value in inner)), None)
 
 
 def resolved(content: dict[str, Any], overrides: Sequence[str], origin: str) -> dict[str, Any]:
@@ -267,6 +310,10 @@ def parse_override(override: str) -> tuple[str, Any]:
 
 def override_key(content: dict[str, Any], key: str, value: Any) -> None:
     """Sets what a dotted key names; `*` in it is every one of a list."""
+    if "[" in key or "]" in key:
+        dotted = re.sub(r"\[([^\[\].]*)\]", r".\1", key)
+        hint = "" if "[" in dotted or "]" in dotted else f"; did you mean '{dotted}'?"
+        raise InputError(f"unknown key '{key}': parts of a key are separated by dots alone{hint}")
     *parents, last = key.split(".")
     places: list[tuple[str, Any]] = [("", content)]
     for part in parents:
@@ -298,11 +345,10 @@ def _places(place: Any, part: str, path: str) -> list[tuple[str, Any]]:
 def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     """The first of pydantic's errors in one line, with the nearest key where one is unknown."""
     problem = error.errors(include_url=False)[0]
-    path = [part for part in problem["loc"] if not _is_choice(part)]
-    where = ".".join(map(str, path))
+    path, known = _keys_along(model, problem["loc"])
+    where = ".".join(path)
     if problem["type"] == "extra_forbidden":
-        keys = _keys_at(model, path[:-1])
-        return f"unknown key '{where}'{did_you_mean(path[-1], keys) or '; known here: ' + ', '.join(keys)}"
+        return f"unknown key '{where}'{did_you_mean(path[-1], known) or '; known here: ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"'{where}' is missing"
     message = problem["msg"].removeprefix("Value error, ")
@@ -312,16 +358,37 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     return f"{where}: {message}{shown}" if where else message
 
 
-def _is_choice(part: int | str) -> bool:
-    """Whether a part of an error's place is not a key, but which of several types did not fit."""
-    return isinstance(part, str) and (part.endswith("]") or part in ("int", "str", "constrained-int"))
+def _keys_along(annotation: Any, location: Sequence[int | str]) -> tuple[list[str], list[str]]:
+    """The keys of an error's place, without what pydantic names there that is none: which of several types did not fit.
+
+    Args:
+        annotation: the type of what the place starts from.
+        location: the place.
+
+    Returns:
+        the keys, and those that are known where the last one is.
+    """
+    path: list[str] = []
+    known: list[str] = []
+    for part in location:
+        while get_origin(annotation) is Annotated:
+            annotation = get_args(annotation)[0]
+        choices = [choice for choice in get_args(annotation) if choice is not type(None)]
+        if get_origin(annotation) in (Union, UnionType):
+            annotation = next((choice for choice in choices if _has_parts(choice)), choices[0])
+            if len(choices) > 1:
+                continue  # the part names one of them
+            choices = list(get_args(annotation))
+        path.append(str(part))
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            known = list(annotation.model_fields)
+            annotation = annotation.model_fields[str(part)].annotation if part in known else None
+        else:  # the items of a list, or the values of a mapping
+            annotation = choices[-1] if choices else None
+    return path, known
 
 
-def _keys_at(model: type[BaseModel], path: Sequence[int | str]) -> list[str]:
-    for part in path:
-        if isinstance(part, int):
-            continue
-        annotation = model.model_fields[part].annotation
-        candidates = [annotation, *get_args(annotation), *(a for t in get_args(annotation) for a in get_args(t))]
-        model = next(c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel))
-    return list(model.model_fields)
+def _has_parts(annotation: Any) -> bool:
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return get_origin(annotation) is not None or (isinstance(annotation, type) and issubclass(annotation, BaseModel))

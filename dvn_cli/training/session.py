@@ -3,21 +3,26 @@
 import contextlib
 import json
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
+from torch import Tensor
 
 from dvn_cli import checkpoint
-from dvn_cli.data.spec import locate
+from dvn_cli.data import DataSpec
+from dvn_cli.data.spec import MAY_DIFFER, locate
 from dvn_cli.device import title
-from dvn_cli.errors import DvnError, InputError
+from dvn_cli.errors import DvnError, InputError, enough_memory
+from dvn_cli.network import read_tensors
+from dvn_cli.tasks import Task
 from dvn_cli.training import setup, state
 from dvn_cli.training.loop import Run
-from dvn_cli.training.recipe import Recipe
+from dvn_cli.training.recipe import Keys, Recipe
 
 LIBRARIES = ("dvn", "torch", "timm", "torchvision", "safetensors")
 
@@ -42,11 +47,15 @@ class Files:
         return cls(output, output.with_name(f"{stem}.run.json"), output.with_name(f"{stem}.state.safetensors"))
 
 
+def _silent(_: str) -> None:
+    pass
+
+
 class Session:
     """One `dvn train`: reads the data, trains, and keeps the files.
 
-    Raises:
-        InputError: data, backbone or output are not as the recipe says, or there is no such run to resume.
+    Attributes:
+        restarts: after which numbers of epochs the run was trained on from its finished networks alone.
     """
 
     def __init__(
@@ -56,9 +65,26 @@ class Session:
         output: Path,
         device: torch.device,
         resume: bool = False,
-        note: Callable[[str], None] | None = None,
+        *,
+        force: bool = False,
+        note: Callable[[str], None] = _silent,
     ) -> None:
-        """`base`: the folder of the recipe, which its relative paths start from; `note`: told what is used for what."""
+        """Makes ready for the first step, or for the one that an earlier run would have taken next.
+
+        Args:
+            recipe: what is trained.
+            base: the folder of the recipe, which its relative paths start from.
+            output: the checkpoint; its other files lie beside it.
+            device: to compute on.
+            resume: go on with the run whose files are there, interrupted, or finished with fewer epochs.
+            force: replace what another run has left there.
+            note: is told, in a line each, what is used for what and where the run goes on.
+
+        Raises:
+            InputError: data, backbone or output are not as the recipe says, there is another run's work where this one
+                would write, or what is there is of another recipe.
+            DvnError: the device's memory is too small.
+        """
         self.recipe, self.files = recipe, Files.of(output)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
@@ -72,38 +98,69 @@ class Session:
         if start is not None and _same_file(locate(start, base), output):
             raise InputError(f"'{output}' is what the recipe starts from: give another output with -o")
         for file in vars(self.files).values():
-            _check_writable(file)  # now, not after the last epoch
-        saved = state.load(self.files.state) if resume else None
-        if saved is not None:
-            _same_recipe(saved[1]["recipe"], self.record["recipe"])
+            checkpoint.check_writable(file)  # now, not after the last epoch
+        if not resume and not force:
+            refuse_to_lose(self.files)
+        interrupted = state.load(self.files.state) if resume and self.files.state.exists() else None
+        finished = Finished.read(self.files) if resume and interrupted is None else None
+        if interrupted is not None:
+            _check_recipe(interrupted[1]["recipe"], recipe, "the interrupted run")
+        elif finished is not None:
+            finished.check(recipe)
         data = setup.load_data(recipe, base, note)
         network, before = setup.build(recipe, data, base)
         known = len(network.tasks) - len(data)
+        self._images = [[len(d.train), len(d.validation or ())] for d in data]
         with self._enough_memory(device):
             self.run = Run(recipe, network, dict(enumerate(data, known + 1)), device, before)
-        if saved is not None:
-            try:
-                self.run.restore(*saved)
-            except (KeyError, RuntimeError, TypeError, ValueError):
-                raise InputError(
-                    f"'{self.files.state}' does not fit the networks that the recipe gives now: start again without "
-                    "--resume"
-                ) from None
+        self.run.check_batches()
+        self.restarts: list[int] = []
+        if interrupted is not None:
+            self._restore(*interrupted)
+            note(f"going on after epoch {self.run.epochs_done}")
+        elif finished is not None:
+            self._extend(finished)
+            done, total = self.run.epochs_done, self.run.total_epochs
+            what = f"its place in the schedule of {total} epochs, with a new optimizer"
+            note(
+                f"'{self.files.checkpoint}' has {done} epochs: "
+                + (f"going on at {what}" if done < total else "measuring it")
+            )
+        elif resume:
+            note("there is nothing to resume: the run starts from its beginning")
 
-    @contextlib.contextmanager
-    def _enough_memory(self, device: torch.device) -> Iterator[None]:
+    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+        if "tasks" in metadata:  # which the first files do not have
+            _check_data(metadata["tasks"], self.run.network.tasks)
+            learnt = self.run.network.tasks[-len(self._images) :]
+            for task, before, now in zip(learnt, metadata["images"], self._images, strict=False):
+                if before != now:
+                    raise _other_data(task)
+        self.restarts = metadata.get("restarts", [])
         try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise DvnError(
-                f"{device} has too little memory: give a smaller batch_size than {self.recipe.batch_size}, or see what "
-                "else runs there"
-            ) from error
+            self.run.restore(tensors, metadata)
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise InputError(
+                f"'{self.files.state}' does not fit the networks that the recipe gives now: start again with --force"
+            ) from None
 
-    @property
-    def left_over(self) -> bool:
-        """Whether an interrupted run of this output lies there, and this one is not its continuation."""
-        return self.run.epochs_done == 0 and self.files.state.exists()
+    def _extend(self, finished: "Finished") -> None:
+        _check_data(finished.header.metadata["tasks"], self.run.network.tasks)
+        try:
+            self.run.extend(read_tensors(finished.header), finished.history, finished.epochs)
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise InputError(
+                f"'{self.files.checkpoint}' does not fit the networks that the recipe gives now: give another output "
+                "with -o"
+            ) from None
+        self.restarts = list(finished.training.get("restarts", []))
+        if finished.epochs < self.run.total_epochs:
+            self.restarts.append(finished.epochs)
+
+    def _enough_memory(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
+        return enough_memory(
+            device, f"give a smaller batch_size than {self.recipe.batch_size}, or see what else runs there"
+        )
 
     def train(self, after_epoch: Callable[[Run], None], after_step: Callable[[Run, int], None]) -> None:
         """Trains to the end and writes the checkpoint.
@@ -112,19 +169,36 @@ class Session:
             DvnError: a loss is not a number, the device's memory is too small, or a file cannot be written; an older
                 checkpoint stays what it was, and so does its record.
         """
+        tasks = [task.to_dict() | {"data": None} for task in self.run.network.tasks]
 
         def keep(run: Run) -> None:
             tensors, metadata = run.state()
-            state.save(self.files.state, tensors, {**metadata, "recipe": self.record["recipe"]})
+            metadata |= {"recipe": self.record["recipe"], "total_epochs": run.total_epochs, "restarts": self.restarts}
+            with self._resumable():
+                state.save(self.files.state, tensors, {**metadata, "tasks": tasks, "images": self._images})
             after_epoch(run)
 
         with self._enough_memory(self.run.device):
             self.run.run(keep, after_step)
-        self.run.network.training_record = {**self.record, "epochs": self.run.epochs_done}
+        done = {"epochs": self.run.epochs_done} | ({"restarts": self.restarts} if self.restarts else {})
+        self.run.network.training_record = {**self.record, **done}
         self.record["stored"] = sum(p.numel() for p in self.run.network.parameters())
-        self.run.network.save(self.files.checkpoint)
-        self._write_record()
+        with self._resumable():
+            self.run.network.save(self.files.checkpoint)
+            self._write_record()
         self.files.state.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _resumable(self) -> Iterator[None]:
+        """Says of a file that cannot be written what is not lost."""
+        try:
+            yield
+        except DvnError as error:
+            if not self.files.state.exists():
+                raise
+            done = state.read_metadata(self.files.state)["epochs_done"]
+            kept = f"'{self.files.state}' has all up to epoch {done}"
+            raise type(error)(f"{error}; {kept}: the same command with --resume goes on from there") from error
 
     def finish(self, results: list[dict[str, Any]]) -> None:
         """Adds the accuracies on the test images to the record."""
@@ -137,31 +211,151 @@ class Session:
             | ({} if data.spec.groups is None else {"groups": data.spec.groups})
             for number, data in self.run.data.items()
         ]
-        text = json.dumps({**self.record, "tasks": tasks, "epochs": self.run.history}, indent=1, allow_nan=False)
+        more = {"restarts": self.restarts} if self.restarts else {}
+        record = {**self.record, **more, "tasks": tasks, "epochs": self.run.history}
+        text = json.dumps(record, indent=1, allow_nan=False)
         with checkpoint.atomic(self.files.record) as file:
             file.write(text.encode() + b"\n")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run, as its files tell of it.
+
+    Attributes:
+        header: of its checkpoint.
+        record: what is beside it; empty where that is lost.
+    """
+
+    header: checkpoint.Header
+    record: dict[str, Any]
+
+    @classmethod
+    def read(cls, files: Files) -> "Finished | None":
+        """Reads the run that has these files; None where there are none, or a fresh partition.
+
+        Raises:
+            InputError: there is something else.
+        """
+        if not checkpoint.is_trained(files.checkpoint):
+            if lost := checkpoint.lost_with(files.checkpoint):
+                raise InputError(f"{lost}, which is no run to resume: --force replaces it, -o writes elsewhere")
+            return None
+        record: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError):
+            record = json.loads(files.record.read_text(encoding="utf-8"))
+        return cls(checkpoint.read_header(files.checkpoint), record if isinstance(record, dict) else {})
+
+    @property
+    def training(self) -> dict[str, Any]:
+        return self.header.metadata["training"]
+
+    @property
+    def epochs(self) -> int:
+        """Of all stages."""
+        return self.training["epochs"]
+
+    @property
+    def history(self) -> list[dict[str, Any]]:
+        """What each epoch gave; empty where the record is lost, or of another run."""
+        history = self.record.get("epochs", [])
+        return history if len(history) == self.epochs else []
+
+    @property
+    def results(self) -> list[dict[str, Any]] | None:
+        """On the test images; None where the run was interrupted before it had them."""
+        return self.record.get("test")
+
+    def check(self, recipe: Recipe) -> None:
+        """Raises InputError unless it is of the recipe, but for fewer epochs."""
+        path = self.header.path
+        if not isinstance(self.training.get("epochs"), int):
+            raise InputError(f"'{path}' does not say how many epochs it was trained for: start again with --force")
+        before = _check_recipe(self.training.get("recipe"), recipe, f"'{path}'", {"epochs"}).epochs
+        if before > recipe.epochs:
+            raise InputError(f"'{path}' has been trained for {before} epochs: with --resume give as many or more")
+
+    def is_complete(self, recipe: Recipe) -> bool:
+        """Whether nothing is left to do for a recipe, which it is of (see `check`)."""
+        return self.results is not None and self.training["recipe"]["epochs"] == recipe.epochs
+
+
+def complete_run(recipe: Recipe, output: Path) -> Finished | None:
+    """Returns the finished run of a recipe whose files are there, or None where anything is left to do.
+
+    Raises:
+        InputError: what is there is of another recipe.
+    """
+    files = Files.of(output)
+    finished = None if files.state.exists() else Finished.read(files)
+    if finished is None:
+        return None
+    finished.check(recipe)
+    return finished if finished.is_complete(recipe) else None
+
+
+def refuse_to_lose(files: Files) -> None:
+    """Raises InputError where another run's work would be lost: a state, a trained checkpoint, or its record."""
+    elsewhere = "-o writes elsewhere, --force replaces it"
+    if lost := state.lost_with(files.state):
+        raise InputError(f"{lost}: --resume goes on with it, {elsewhere}")
+    if lost := checkpoint.lost_with(files.checkpoint):
+        more = ", --resume trains it on to more epochs" if checkpoint.is_trained(files.checkpoint) else ""
+        raise InputError(f"{lost}: {elsewhere}{more}")
+    if files.record.exists():
+        raise InputError(f"'{files.record}' is the record of a run: {elsewhere}")
 
 
 def _same_file(a: Path, b: Path) -> bool:
     return a.exists() and b.exists() and a.samefile(b)
 
 
-class _Writable(Exception):
-    """Leaves `checkpoint.atomic` before it replaces anything."""
+def _check_recipe(before: Any, now: Recipe, whose: str, apart: Collection[str] = ()) -> Recipe:
+    """Returns a run's recipe; InputError at the first key in which it differs from that of now, and that counts.
+
+    Args:
+        before: the recipe, as JSON.
+        now: the other one.
+        whose: the first one is, for the message.
+        apart: keys at the top that may differ as well.
+    """
+    try:
+        known = Recipe.model_validate(before)
+    except ValidationError:
+        raise InputError(f"{whose} is of a recipe that this dvn does not know: start again with --force") from None
+    found = _difference(known, now, apart)
+    if found is not None:
+        path, old, new = found
+        old, new = (json.dumps(value, default=lambda keys: keys.model_dump(mode="json")) for value in (old, new))
+        raise InputError(f"{whose} had {path}={old}, not {new}: resume it as it was, or start again with --force")
+    return known
 
 
-def _check_writable(path: Path) -> None:
-    with contextlib.suppress(_Writable), checkpoint.atomic(path):
-        raise _Writable
+def _difference(before: Any, now: Any, apart: Collection[str] = (), path: str = "") -> tuple[str, Any, Any] | None:
+    """The first key in which two recipes differ, and its values; those apart that may differ."""
+    pairs: Iterable[tuple[str, Any, Any]]
+    if isinstance(now, Keys | DataSpec) and type(before) is type(now):
+        fields = type(now).model_fields
+        names = [name for name in fields if MAY_DIFFER not in fields[name].metadata and name not in apart]
+        pairs = ((name, getattr(before, name), getattr(now, name)) for name in names)
+    elif isinstance(now, list) and isinstance(before, list) and len(before) == len(now):
+        pairs = ((str(place), *both) for place, both in enumerate(zip(before, now, strict=True)))
+    else:
+        return None if before == now else (path, before, now)
+    inner = (_difference(old, new, path=f"{path}.{name}" if path else name) for name, old, new in pairs)
+    return next(filter(None, inner), None)
 
 
-def _same_recipe(before: Any, now: Any, path: str = "") -> None:
-    """Raises InputError at the first key that differs."""
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        for key in sorted(before.keys() | now.keys()):
-            _same_recipe(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-    elif before != now:
-        old, new = (json.dumps(value) for value in (before, now))
-        raise InputError(f"the interrupted run had {path}={old}, not {new}: resume it as it was, or start again")
+def _check_data(before: Sequence[dict[str, Any]], now: Sequence[Task]) -> None:
+    """Raises InputError where tasks are not told apart, or their images not prepared, as they were."""
+    for entry, task in zip(before, now, strict=False):
+        old = Task.from_dict(entry)
+        if any(getattr(old, key) != getattr(task, key) for key in ("classes", "input_size", "mean", "std")):
+            raise _other_data(task)
+
+
+def _other_data(task: Task) -> InputError:
+    return InputError(
+        f"the images of task '{task.name}' are not those that the run was trained on so far: put them back, or start "
+        "again with --force"
+    )

@@ -215,7 +215,10 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, kno
                 tuple(images.std),
                 tuple(order),
                 levels_of(method, number, count, levels, keys.name),
-                {"spec": images.spec.model_dump(mode="json"), "base": str(base.resolve())},
+                {
+                    "spec": images.spec.model_dump(mode="json"),
+                    "base": str(base.resolve()) if images.spec.has_relative_path else None,
+                },
             )
         )
     return tasks

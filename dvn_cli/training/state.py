@@ -16,6 +16,8 @@ from dvn_cli.network import DTYPES
 
 KIND = "training state"
 
+_DAMAGED = "'{path}' is damaged, or not the state of a run: start again with --force, or elsewhere with -o"
+
 
 def save(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Writes tensors and JSON-able metadata, atomically."""
@@ -33,13 +35,35 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any
     Raises:
         InputError: there is none, or it is something else.
     """
-    if not os.path.exists(path):
-        raise InputError(f"there is nothing to resume: no file '{path}'")
+    metadata = read_metadata(path)
+    try:
+        return safetensors.torch.load_file(path), metadata
+    except (safetensors.SafetensorError, ValueError, OSError):
+        raise InputError(_DAMAGED.format(path=path)) from None
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads the metadata that `save` wrote. Errors as `load`."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = json.loads((file.metadata() or {})["dvn"])
         if metadata["kind"] != KIND or not {"recipe", "epochs_done", "history", "best"} <= metadata.keys():
             raise KeyError(KIND)
-        return safetensors.torch.load_file(path), metadata
+        return metadata
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, OSError):
-        raise InputError(f"'{path}' is damaged, or not the state of a run: start again without --resume") from None
+        raise InputError(_DAMAGED.format(path=path)) from None
+
+
+def lost_with(path: Path) -> str | None:
+    """Returns in words what would be lost if a state were replaced; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        metadata = read_metadata(path)
+        done, total = metadata["epochs_done"], metadata.get("total_epochs", metadata["recipe"]["epochs"])
+        names = ", ".join(task["name"] for task in metadata["recipe"]["tasks"])
+    except (InputError, KeyError, TypeError):
+        return f"'{path}' is there, and is not the state of a run that this dvn reads"
+    written = checkpoint.written_at(path)
+    how_far = f"after epoch {done} of {total}, written {written}"
+    return f"'{path}' is the state of an interrupted run (tasks: {names}; {how_far})"

@@ -41,14 +41,14 @@ def content(**keys: Any) -> dict[str, Any]:
     }
 
 
-def session(folder: Path, *overrides: str, resume: bool = False, **keys: Any) -> Session:
+def session(folder: Path, *overrides: str, resume: bool = False, force: bool = False, **keys: Any) -> Session:
     """A session of the small recipe whose checkpoint is `dvn.safetensors` in a folder."""
     read = recipes.resolved(content(**keys), overrides, "small.yaml")
-    return Session(recipes.parse(read, "small.yaml"), folder, folder / "dvn.safetensors", CPU, resume)
+    return Session(recipes.parse(read, "small.yaml"), folder, folder / "dvn.safetensors", CPU, resume, force=force)
 
 
 def trained(folder: Path, *overrides: str, resume: bool = False, **keys: Any) -> Session:
-    made = session(folder, *overrides, resume=resume, **keys)
+    made = session(folder, *overrides, resume=resume, force=not resume, **keys)
     made.train(nothing, nothing)
     return made
 

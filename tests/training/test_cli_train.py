@@ -1,5 +1,6 @@
 """`dvn train` as it is typed, and what can be typed after it."""
 
+import io
 import itertools
 import json
 import os
@@ -19,6 +20,7 @@ from PIL import Image
 import dvn_cli
 from dvn_cli import cli
 from dvn_cli.data import DataSpec, batches, load_test
+from dvn_cli.errors import DvnError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 from dvn_cli.training import recipe as recipes
 from dvn_cli.training.loop import Run
@@ -130,8 +132,9 @@ def test_then_slice_and_eval(typed: tuple[Path, list[str]]) -> None:
     dvn(folder, "slice", "--all")
     files = sorted(path.relative_to(folder) for path in (folder / "dvn-slices").iterdir())
     assert len(files) == len(whole)
-    of_slices = json.loads(dvn(folder, "eval", *map(str, files), "--json"))["results"]
-    for row, of_slice, file in zip(whole, of_slices, files, strict=True):
+    data = ("--data", "source=digits", "--data", "test_images=200")
+    of_slices = json.loads(dvn(folder, "eval", *map(str, files[4:6]), *data, "--json"))["results"]
+    for row, of_slice, file in zip(whole[4:6], of_slices, files[4:6], strict=True):
         assert of_slice["loss"] == pytest.approx(row["loss"], abs=1e-5)
         assert of_slice | {"loss": 0, "file": ""} == row | {"loss": 0, "file": ""}, file
 
@@ -140,8 +143,11 @@ def test_then_slice_and_eval(typed: tuple[Path, list[str]]) -> None:
     for row, file in zip(whole, files, strict=True):
         alone = dvn_cli.load(folder / file)
         assert isinstance(alone, VirtualNetwork)
-        assert alone.task.data is not None
-        split, _ = load_test(DataSpec.model_validate(alone.task.data["spec"]), channels=1)
+        assert alone.task.data is None
+        data_of_task = network.tasks[row["task"] - 1].data
+        assert data_of_task is not None
+        assert data_of_task["base"] is None, "digits need no folder"
+        split, _ = load_test(DataSpec.model_validate(data_of_task["spec"]), channels=1)
         with torch.no_grad():
             for images, _ in batches(split, 250, mean=alone.task.mean, std=alone.task.std):
                 expected = network(images, row["task"], row["level"])
@@ -305,7 +311,7 @@ def test_not_a_number(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest
     assert ends(monkeypatch, "small.yaml") == 0
     before = {path.name: path.read_bytes() for path in here.iterdir()}
     capfd.readouterr()
-    assert ends(monkeypatch, "small.yaml", "optimizer.lr=1e30") == 1
+    assert ends(monkeypatch, "small.yaml", "optimizer.lr=1e30", "--force") == 1
     out, err = capfd.readouterr()
     assert out == ""
     told = [line for line in err.splitlines() if line.startswith("dvn: ")]
@@ -319,13 +325,12 @@ def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     def ctrl_c(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    assert ends(monkeypatch, "small.yaml", "--resume") == 2
-    told = capfd.readouterr().err
-    assert told == "dvn: there is nothing to resume: no file 'dvn.state.safetensors'\n"
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_epoch", ctrl_c)
-        assert ends(monkeypatch, "small.yaml") == 130
-    assert "stopped within the first epoch: nothing has been written\n" in capfd.readouterr().err
+        assert ends(monkeypatch, "small.yaml", "--resume") == 130
+    told = capfd.readouterr().err
+    assert told.startswith("there is nothing to resume: the run starts from its beginning\n")
+    assert "stopped within the first epoch: nothing has been written\n" in told
     assert [path.name for path in here.iterdir()] == ["small.yaml"]
 
     epoch = Run._epoch
@@ -336,7 +341,7 @@ def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
 
     assert ends(monkeypatch, "small.yaml", "seed=3", "--resume") == 2
     told = capfd.readouterr().err
-    assert told == "dvn: the interrupted run had seed=0, not 3: resume it as it was, or start again\n"
+    assert told == "dvn: the interrupted run had seed=0, not 3: resume it as it was, or start again with --force\n"
 
     with monkeypatch.context() as patch:
         patch.setattr("dvn_cli.evaluation.evaluate_all", ctrl_c)
@@ -347,13 +352,67 @@ def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     record = json.loads(Path("dvn.run.json").read_text())
     assert len(record["epochs"]) == 2
     assert "test" not in record
+    assert ends(monkeypatch, "small.yaml", "--resume") == 0
+    out, told = capfd.readouterr()
+    assert told.startswith("'dvn.safetensors' has 2 epochs: measuring it\n")
+    assert out.startswith("top-1 in %")
+    assert ends(monkeypatch, "small.yaml", "--resume", "--json") == 0
+    out, told = capfd.readouterr()
+    assert told == "dvn.safetensors has all of its 2 epochs: there is nothing left to do\n"
+    assert json.loads(out)["results"] == json.loads(Path("dvn.run.json").read_text())["test"]
 
 
-def test_a_new_run_says_that_it_is_one(
+def test_typed_twice(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """The second time it is said what is there and what to do; nothing is replaced but with --force."""
+    assert ends(monkeypatch, "small.yaml", "epochs=1") == 0
+    before = {path.name: path.read_bytes() for path in here.iterdir()}
+    capfd.readouterr()
+    assert ends(monkeypatch, "small.yaml", "epochs=1") == 2
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert re.fullmatch(
+        r"dvn: 'dvn.safetensors' is a trained checkpoint \(tasks: low, all; 1 epoch, written [0-9-]{10} [0-9:]{5}\): "
+        r"-o writes elsewhere, --force replaces it, --resume trains it on to more epochs\n",
+        err,
+    )
+    assert {path.name: path.read_bytes() for path in here.iterdir()} == before
+    assert ends(monkeypatch, "small.yaml", "epochs=1", "--resume", "--force") == 2
+    assert "not both" in capfd.readouterr().err
+    assert ends(monkeypatch, "small.yaml", "epochs=1", "--force") == 0
+
+
+def test_a_full_disk_loses_no_result(
     here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(small.Stopped):
-        small.session(here).train(*small.stop_after(1))
-    assert ends(monkeypatch, "small.yaml") == 0
-    assert "an interrupted run of this name was here; --resume would have gone on with it" in capfd.readouterr().err
-    assert not Path("dvn.state.safetensors").exists()
+    """They are shown before they are filed."""
+
+    def full(*_: object) -> None:
+        raise DvnError("cannot write 'dvn.run.json': No space left on device")
+
+    monkeypatch.setattr(Session, "finish", full)
+    assert ends(monkeypatch, "small.yaml", "epochs=1", "--json") == 1
+    out, err = capfd.readouterr()
+    assert len(json.loads(out)["results"]) == 4
+    assert err.endswith("dvn: cannot write 'dvn.run.json': No space left on device\n")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_a_terminal_that_lacks_the_characters(here: Path, monkeypatch: pytest.MonkeyPatch, encoding: str) -> None:
+    """Shows others in their place."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding) for _ in range(2))
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr("sys.stderr", err)
+    assert ends(monkeypatch, "small.yaml", "epochs=1", "tasks.0.name=猫 ça") == 0
+    for stream in (out, err):
+        stream.flush()
+        text = stream.buffer.getvalue().decode(encoding)  # type: ignore[attr-defined]
+        assert f"1 ? {'?' if encoding == 'ascii' else 'ç'}a" in text
+
+
+def test_no_control_codes_in_a_log(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever is asked of colours, as on GitHub Actions."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert ends(monkeypatch, "small.yaml", "epochs=1") == 0
+    assert "\x1b" not in capfd.readouterr().err

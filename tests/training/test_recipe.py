@@ -4,7 +4,9 @@ import functools
 import io
 import itertools
 import json
+import os
 import shlex
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -186,6 +188,15 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("optimizer.moment=1", "did you mean 'momentum'?"),
         ("tasks.0.data.class=0-4", "unknown key 'tasks.0.data.class'; did you mean 'classes'?"),
         ("tasks.0.levles=[1]", "did you mean 'levels'?"),
+        ("tasks[0].data.size=16", "unknown key 'tasks[0].data.size': parts of a key are separated by dots alone; did "),
+        ("tasks[0].data.size=16", "did you mean 'tasks.0.data.size'?"),
+        ("tasks[*].name[1]=16", "did you mean 'tasks.*.name.1'?"),
+        ("tasks.0.data.size]=16", "unknown key 'tasks.0.data.size]': parts of a key are separated by dots alone\n"),
+        ("int=1", "unknown key 'int'; did you mean 'units'?"),
+        ("str=1", "unknown key 'str'; known here: scenario, scale"),
+        ("backbone.str=1", "unknown key 'backbone.str'; known here: name, input_size"),
+        ("tasks.0.data.constrained-int=1", "unknown key 'tasks.0.data.constrained-int'"),
+        ("tasks.0.data.groups={int: [[]], b: [1]}", "tasks.0.data.groups.int"),
         ("xyzzy.a.b=1", "unknown key 'xyzzy'; known here: scenario, scale, setting, method, "),
         ("epochs=many", "epochs: input should be a valid integer, not 'many'"),
         ("epochs=true", "epochs: input should be a valid integer, not True"),
@@ -228,6 +239,10 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("sequential.temp=2", "unknown key 'sequential.temp'; did you mean 'temperature'?"),
         ("sequential.warmup_epochs=-1", "sequential.warmup_epochs: input should be greater than or equal to 0"),
         ("tasks.*.data.train_images=2", "task 'low': 2 images are too few"),
+        (
+            "tasks.1.data={source: digits, train_images: 1, validation: 0, size: 4}",
+            "task 'all' is trained on one image at a time, of which 'layer",
+        ),
         ("tasks.*.levles=[1]", "unknown key 'tasks.0.levles'; did you mean 'levels'?"),
         ("tasks.*.data.x.y=1", "unknown key 'tasks.0.data.x'"),
         ("epochs.*=1", "epochs has no keys: there is no epochs.*"),
@@ -292,11 +307,42 @@ def test_no_such_file(dvn: Callable[..., str]) -> None:
         (b"a: 2024-13-45", "cannot read the recipe 'odd.yaml'"),
         (b"units: 2\nbackbone: {name: wrn_10_1}", "odd.yaml: 'tasks' is missing"),
         (b"1: 2", "odd.yaml: "),
+        (
+            b"units: 2\nepochs: 1\nunits: 3",
+            "odd.yaml: key 'units' is there twice, in lines 1 and 3: leave one of them out",
+        ),
+        (b"tasks:\n- {name: a, data: {}, name: b}", "odd.yaml: key 'tasks.0.name' is there twice, in lines 2 and 2"),
     ],
 )
 def test_no_recipe(dvn: Callable[..., str], written: bytes, told: str) -> None:
     Path("odd.yaml").write_bytes(written)
     assert told in dvn("odd.yaml")
+
+
+@pytest.mark.parametrize("way", ["utf-8-sig", "utf-16", "crlf", "pipe", "stdin"])
+def test_any_way_to_write_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Relative paths start from the working directory where the recipe is no file in a folder."""
+    text = yaml.safe_dump(small.content(scenario="ça"), allow_unicode=True)
+    path = tmp_path / "recipe.yaml"
+    if way == "pipe":
+        monkeypatch.chdir(tmp_path)
+        os.mkfifo(path)
+        writer = threading.Thread(target=path.write_text, args=(text, "utf-8"))
+        writer.start()
+        found = recipes.find(str(path))
+        read = recipes.read(found)
+        writer.join()
+        assert recipes.folder(found) == Path()
+    elif way == "stdin":
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode()), "ascii"))
+        read = recipes.read(recipes.find("-"))
+        assert recipes.folder(recipes.find("-")) == Path()
+    else:
+        raw = text.replace("\n", "\r\n").encode() if way == "crlf" else text.encode(way)
+        path.write_bytes(raw)
+        read = recipes.read(recipes.find(str(path)))
+        assert recipes.folder(path) == tmp_path
+    assert read == recipes.parse(small.content(scenario="ça"), "small.yaml")
 
 
 def test_folder(dvn: Callable[..., str]) -> None:

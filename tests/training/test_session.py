@@ -1,21 +1,27 @@
 """A run from its recipe to its files: the same again, and the same after it was interrupted."""
 
+import errno
+import itertools
 import json
+import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
 
+import numpy as np
 import pytest
 import small
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dvn_cli.checkpoint import read_header
+from dvn_cli.checkpoint import read_header, slice_file
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.network import DeepVirtualNetwork, load
+from dvn_cli.training import recipe as recipes
 from dvn_cli.training import state
-from dvn_cli.training.session import Session
+from dvn_cli.training.session import Session, complete_run
 
 STATE = "dvn.state.safetensors"
 
@@ -85,7 +91,6 @@ def test_resume(tmp_path: Path, words: list[str], step: int) -> None:
     torch.manual_seed(99)
     session = small.session(tmp_path, *words, resume=True)
     assert session.run.epochs_done == 1
-    assert not session.left_over
     session.train(small.nothing, small.nothing)
     assert small.history(session.run) == small.history(uninterrupted.run)
     assert (tmp_path / "dvn.safetensors").read_bytes() == expected
@@ -142,16 +147,143 @@ def test_state_goes_round(tmp_path: Path, more: list[str], epoch: int) -> None:
         assert torch.equal(tensor, again[name]), name
 
 
-def test_an_interrupted_run_is_noticed(tmp_path: Path) -> None:
-    interrupted(tmp_path)
-    assert small.session(tmp_path).left_over
-    assert names(tmp_path) == {STATE}
+@pytest.mark.parametrize("what", ["state", "checkpoint", "record", "slice", "foreign", "damaged state"])
+def test_what_another_run_has_left_is_not_replaced(whole: tuple[Path, Session], tmp_path: Path, what: str) -> None:
+    """Nor is any image read before that is said."""
+    if what == "state":
+        interrupted(tmp_path)
+        told = r"dvn.state.safetensors' is the state of an interrupted run \(tasks: low, all; after epoch 1 of 2, "
+    elif what == "checkpoint":
+        shutil.copy(whole[0] / "dvn.safetensors", tmp_path)
+        told = r"dvn.safetensors' is a trained checkpoint \(tasks: low, all; 2 epochs, written 2"
+    elif what == "record":
+        shutil.copy(whole[0] / "dvn.run.json", tmp_path)
+        told = "dvn.run.json' is the record of a run"
+    elif what == "slice":
+        slice_file(read_header(whole[0] / "dvn.safetensors"), 1, 1, tmp_path / "dvn.safetensors")
+        told = "dvn.safetensors' is a slice"
+    elif what == "foreign":
+        save_file({"x": torch.zeros(3)}, tmp_path / "dvn.safetensors")
+        told = "dvn.safetensors' holds plain weights"
+    else:
+        (tmp_path / STATE).write_text("hello")
+        told = "is not the state of a run that this dvn reads"
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dvn_cli.training.setup.load_data", lambda *_: pytest.fail("read images"))
+        with pytest.raises(InputError, match=f"{told}.*-o writes elsewhere, --force replaces it"):
+            small.session(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    small.trained(tmp_path)  # with force
+    assert names(tmp_path) == {"dvn.safetensors", "dvn.run.json"}
+
+
+def test_more_epochs(tmp_path: Path) -> None:
+    """With the rates that a run of as many epochs has there, in new batches, repeatably; interrupted or not."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        small.trained(tmp_path / name)
+        noted: list[str] = []
+        recipe = small.session(tmp_path / name, "epochs=4", resume=True).recipe
+        if name == "b":
+            with pytest.raises(small.Stopped):
+                small.session(tmp_path / name, "epochs=4", resume=True).train(*small.stop_after(3))
+            assert names(tmp_path / name) == {"dvn.safetensors", "dvn.run.json", STATE}
+        session = Session(
+            recipe, tmp_path / name, tmp_path / name / "dvn.safetensors", small.CPU, resume=True, note=noted.append
+        )
+        first = session.run.epochs_done
+        session.train(small.nothing, small.nothing)
+        session.finish([])
+        assert first == (2 if name == "a" else 3)
+        assert ("going on at its place in the schedule of 4 epochs" in noted[0]) == (name == "a")
+    a, b = (tmp_path / name / "dvn.safetensors" for name in ("a", "b"))
+    assert a.read_bytes() == b.read_bytes()
+    assert read_header(a).metadata["training"]["restarts"] == [2]
+    record = json.loads((tmp_path / "a" / "dvn.run.json").read_text())
+    assert record["restarts"] == [2]
+    assert [entry["epoch"] for entry in record["epochs"]] == [1, 2, 3, 4]
+    whole = small.trained(tmp_path, "epochs=4").run.history
+    assert [entry["lr"] for entry in record["epochs"][2:]] == [entry["lr"] for entry in whole[2:]]
+    assert record["epochs"][2]["loss"] != record["epochs"][0]["loss"]
+
+
+def test_nothing_is_left_to_do(whole: tuple[Path, Session]) -> None:
+    folder, first = whole
+    output = folder / "dvn.safetensors"
+    assert complete_run(first.recipe, output) is None, "it lacks the accuracies on test images"
+    before = output.read_bytes()
+    session = Session(first.recipe, folder, output, small.CPU, resume=True)
+    session.train(small.nothing, lambda *_: pytest.fail("trained"))
+    assert output.read_bytes() == before
+    session.finish([])
+    done = complete_run(first.recipe, output)
+    assert done is not None
+    assert (done.epochs, done.results) == (2, [])
+    for words, told in ((["epochs=1"], "has been trained for 2 epochs"), (["seed=1"], "had seed=0, not 1")):
+        recipe = recipes.parse(recipes.resolved(small.content(), words, "small.yaml"), "small.yaml")
+        with pytest.raises(InputError, match=told):
+            complete_run(recipe, output)
+
+
+def test_stages_get_no_more_epochs(one_by_one: tuple[Path, Session]) -> None:
+    words = [*SEQUENTIAL, "epochs=3"]
+    with pytest.raises(InputError, match="one after the other get no more epochs afterwards"):
+        small.session(one_by_one[0], *words, resume=True)
+
+
+def test_resume_on_another_machine(tmp_path: Path) -> None:
+    """Where images lie and how many threads there are does not count; what the images are does."""
+    pictures(tmp_path / "here")
+    data = {"source": "folder", "path": "here", "validation": 0}
+    tasks = [{"name": "t", "data": data}]
+    with pytest.raises(small.Stopped):
+        small.session(tmp_path, tasks=tasks).train(*small.stop_after(1))
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = [{"name": "t", "data": {**data, "path": str(tmp_path / "there")}}]
+    assert small.session(tmp_path, tasks=moved, threads=None, resume=True).run.epochs_done == 1
+    with pytest.raises(InputError, match=r"tasks.0.data.validation=0.0, not 0.5"):
+        small.session(tmp_path, tasks=[{"name": "t", "data": {**moved[0]["data"], "validation": 0.5}}], resume=True)
+    pictures(tmp_path / "others", seed=1)
+    moved[0]["data"]["path"] = "others"
+    with pytest.raises(InputError, match="the images of task 't' are not those that the run was trained on so far"):
+        small.session(tmp_path, tasks=moved, resume=True)
+
+
+def pictures(folder: Path, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
+    for split, name, number in itertools.product(("train", "test"), ("ant", "bee"), range(8)):
+        (folder / split / name).mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (8, 8), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / split / name / f"{number}.png")
+
+
+@pytest.mark.parametrize("full", ["dvn.safetensors", "dvn.run.json"])
+def test_a_disk_that_is_full_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full: str) -> None:
+    """Loses no epoch: what was trained is written by a resumed run that takes no step."""
+    replace = os.replace
+
+    def no_space(source: object, target: Path) -> None:
+        if Path(target).name == full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(source, target)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", no_space)
+        told = f"cannot write '.*{full}': No space left on device; '.*{STATE}' has all up to epoch 2: the same command"
+        with pytest.raises(DvnError, match=told):
+            small.trained(tmp_path)
+    assert STATE in names(tmp_path)
+    session = small.session(tmp_path, resume=True)
+    session.train(small.nothing, lambda *_: pytest.fail("trained again"))
+    assert names(tmp_path) == {"dvn.safetensors", "dvn.run.json"}
+    assert len(json.loads((tmp_path / "dvn.run.json").read_text())["epochs"]) == 2
 
 
 @pytest.mark.parametrize(
     ("override", "told"),
     [
-        ("epochs=3", "the interrupted run had epochs=2, not 3: resume it as it was, or start again"),
+        ("epochs=3", "the interrupted run had epochs=2, not 3: resume it as it was, or start again with --force"),
         ("optimizer.lr=0.1", "optimizer.lr=0.05, not 0.1"),
         ("tasks.1.data.train_images=50", "tasks.1.data.train_images=40, not 50"),
         ("tasks.0.name=x", 'tasks.0.name="low", not "x"'),
@@ -167,10 +299,15 @@ def test_resume_of_another_recipe(tmp_path: Path, override: str, told: str) -> N
 
 
 def test_nothing_to_resume(whole: tuple[Path, Session], tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"there is nothing to resume: no file '.*dvn.state.safetensors'"):
+    """Then it starts; a partition is nothing to resume either, and a slice is no run."""
+    noted: list[str] = []
+    recipe = whole[1].recipe
+    session = Session(recipe, tmp_path, tmp_path / "dvn.safetensors", small.CPU, resume=True, note=noted.append)
+    assert session.run.epochs_done == 0
+    assert noted == ["there is nothing to resume: the run starts from its beginning"]
+    slice_file(read_header(whole[0] / "dvn.safetensors"), 1, 1, tmp_path / "dvn.safetensors")
+    with pytest.raises(InputError, match="is a slice, which is no run to resume"):
         small.session(tmp_path, resume=True)
-    with pytest.raises(InputError, match="there is nothing to resume"):
-        small.session(whole[0], resume=True)
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "checkpoint", "foreign", "lacking", "narrower"])
@@ -196,7 +333,7 @@ def test_damaged_state(whole: tuple[Path, Session], tmp_path: Path, damage: str)
             tensors[name] = tensors[name][:-1].clone()
         state.save(path, tensors, metadata)
     told = "does not fit the networks" if damage in ("lacking", "narrower") else "is damaged, or not the state of a run"
-    with pytest.raises(InputError, match=f"{STATE}' {told}.*start again without --resume"):
+    with pytest.raises(InputError, match=f"{STATE}' {told}.*start again with --force"):
         small.session(tmp_path, resume=True)
 
 
@@ -224,6 +361,31 @@ def test_out_of_memory(tmp_path: Path) -> None:
 
     with pytest.raises(DvnError, match="cpu has too little memory: give a smaller batch_size than 16"):
         session.train(small.nothing, full)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried ..."),
+        RuntimeError("[enforce fail] data. DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_out_of_memory_on_the_cpu(tmp_path: Path, error: Exception) -> None:
+    def full(*_: object) -> None:
+        raise error
+
+    session = small.session(tmp_path)
+    with pytest.raises(DvnError, match="cpu has too little memory: give a smaller batch_size than 16"):
+        session.train(small.nothing, full)
+
+
+def test_another_error_is_not_taken_for_memory(tmp_path: Path) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("shapes do not fit")
+
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        small.session(tmp_path).train(small.nothing, broken)
 
 
 def test_folder_that_is_not_there(tmp_path: Path) -> None:

@@ -1,0 +1,53 @@
+"""Whether a norm of a network would take the variance of a single value."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from dvn_cli.graph.narrow import Narrowed, on_device
+
+Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class _Found(Exception):
+    """A batch norm that has one value for each channel."""
+
+    def __init__(self, norm: fx.Node) -> None:
+        self.norm = norm
+
+
+class _Search(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        if isinstance(n.target, torch._ops.OpOverload) and "batch_norm" in n.target.name():
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            names = (argument.name for argument in n.target._schema.arguments)
+            given = dict(zip(names, args, strict=False)) | kwargs
+            by_batch = given.get("training", given.get("train", False))
+            if by_batch and given["input"].numel() == given["input"].shape[1]:
+                raise _Found(n)
+        return super().run_node(n)
+
+
+def norm_of_a_single_value(network: Narrowed, tensors: Described, image: tuple[int, ...]) -> str | None:
+    """Returns the name of the first batch norm that has one value for each channel in a batch of one image, if any.
+
+    Args:
+        network: in train mode.
+        tensors: shape and dtype of each tensor that the network takes, by name.
+        image: channels, height and width of an image.
+    """
+    module = on_device(network.module, "meta")
+    arguments = [
+        torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in map(tensors.__getitem__, network.names)
+    ]
+    try:
+        with torch.no_grad():
+            _Search(module).run(torch.empty(1, *image, device="meta"), *arguments)
+    except _Found as found:
+        placeholders = (node for node in module.graph.nodes if node.op == "placeholder")
+        names = dict(zip(placeholders, ("", *network.names), strict=False))
+        own = next((names[node] for node in found.norm.all_input_nodes if names.get(node)), found.norm.name)
+        return own.rpartition(".")[0] or own
+    return None
