@@ -251,9 +251,10 @@ def open_files(
         channels = header.metadata["backbone"]["in_chans"]
         for number in dict.fromkeys(number for number, _ in networks):
             entry = header.metadata["task"] if header.kind == "slice" else header.metadata["tasks"][number - 1]
-            key = json.dumps([entry["classes"], entry["input_size"], channels, data is None and entry["data"]])
+            of_entry = Task.from_dict(entry)
+            key = json.dumps([entry["classes"], _prepared(of_entry), channels, data is None and entry["data"]])
             if key not in splits:
-                splits[key] = read_images(Task.from_dict(entry), channels, data, base, note)
+                splits[key] = read_images(of_entry, channels, data, base, note)
             of_file[number] = splits[key]
         if networks:
             loaded.append(Loaded(str(path), header, load(path), networks, of_file))
@@ -304,7 +305,7 @@ def read_images(
             spec = data
         if spec.height_width not in (None, task.input_size):
             raise InputError(f"its images are {_size(task.input_size)}: leave out size, or give that")
-        spec = spec.model_copy(update={"size": task.input_size})
+        spec = spec.model_copy(update=_prepared(task))
         if data is None and spec.classes is not None and len(set(task.classes)) == len(task.classes):
             spec = spec.model_copy(update={"classes": list(task.classes)})  # whatever has which index by now
         try:
@@ -319,6 +320,13 @@ def read_images(
         return Split(split.images, labels[split.labels])
     except InputError as error:
         raise InputError(f"task '{task.name}': {error}") from None
+
+
+def _prepared(task: Task) -> dict[str, Any]:
+    """How a task's images are prepared, as the keys of a `DataSpec`."""
+    keys: dict[str, Any] = {"size": task.input_size}
+    keys |= {key: getattr(task, key) for key in ("interpolation", "crop_pct", "crop_mode")}
+    return keys | ({"mean": list(task.mean)} if task.crop_mode == "border" else {})
 
 
 def _absent(task: Task, trained: DataSpec | None) -> set[str]:
@@ -393,7 +401,17 @@ def _size(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-_NOT_EVALUATED = ("train_images", "validation", "augment", "pad", "mean", "std")
+_NOT_EVALUATED = (
+    "train_images",
+    "validation",
+    "augment",
+    "pad",
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+)
 
 
 def parse_data(words: Sequence[str], note: Callable[[str], None] | None = None) -> tuple[DataSpec, Path | None]:
@@ -418,7 +436,7 @@ def parse_data(words: Sequence[str], note: Callable[[str], None] | None = None) 
         elif "=" not in word:
             raise InputError(f"--data {word}: there is no such folder; give a folder, a YAML file or KEY=VALUE")
         elif key in _NOT_EVALUATED:
-            raise InputError(f"--data {word}: '{key}' is for training; images are normalised as the task's were")
+            raise InputError(f"--data {word}: '{key}' is for training; images are prepared as the task's were")
         else:
             override_key(content, *parse_override(word))
     try:

@@ -158,7 +158,7 @@ class _Fitted:
         return [name for name in absent if not name.endswith("num_batches_tracked")]
 
     def mismatched(self) -> list[str]:
-        return [n for n, tensor in self.tensors.items() if n in self.own and tensor.shape != self.own[n].shape]
+        return [n for n, own in self.own.items() if n in self.tensors and self.tensors[n].shape != own.shape]
 
     def problems(self) -> list[str]:
         """What keeps the tensors from being loaded, in words."""

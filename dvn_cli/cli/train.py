@@ -46,7 +46,7 @@ def train_command(
         err.print(text, markup=False, highlight=False, soft_wrap=True)
 
     with err.status("reading data and dividing the backbone ..."):
-        session = Session(keys, file.parent, output, chosen, resume)
+        session = Session(keys, file.parent, output, chosen, resume, note)
     run, partition = session.run, session.run.network.partition
     count = len(list(run.network))
     networks = "1 network" if count == 1 else f"{count} networks"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvn_cli.data.resize import Resize
 from dvn_cli.data.spec import DataSpec, locate
 from dvn_cli.errors import DvnError, InputError, did_you_mean
 
@@ -34,13 +35,14 @@ class Request(NamedTuple):
     test_split: str | None
     size: tuple[int, int] | None
     channels: int
+    resize: Resize = Resize()
 
     @classmethod
     def of(cls, spec: DataSpec, channels: int, base: Path | None) -> "Request":
         """The request of a task's data, as images of `channels` channels, paths relative to `base`."""
         path = None if spec.path is None else locate(spec.path, base).resolve()
         columns = spec.image, spec.label, spec.subset, spec.test_split
-        return cls(spec.source, spec.name, path, *columns, spec.height_width, channels)
+        return cls(spec.source, spec.name, path, *columns, spec.height_width, channels, Resize.of(spec))
 
     def splits(self, train: bool) -> tuple[str, ...]:
         """The names that the split may have, the first found counts."""
@@ -115,8 +117,6 @@ def stack(decoded: Iterable["Image"], count: int, request: Request) -> Tensor:
     Raises:
         InputError: They are of different sizes and none is requested, or of more than 8 bits a channel.
     """
-    from PIL import Image
-
     modes = {1: "L", 3: "RGB"}
     if request.channels not in modes:
         raise InputError(f"images have 1 or 3 channels, not {request.channels}")
@@ -127,8 +127,8 @@ def stack(decoded: Iterable["Image"], count: int, request: Request) -> Tensor:
             if image.mode.startswith(("I", "F")):
                 raise InputError(f"image {number} of {request} has more than 8 bits a channel ({image.mode})")
             image = image.convert(modes[request.channels])
-            if request.size is not None and image.size != request.size[::-1]:
-                image = image.resize(request.size[::-1], Image.Resampling.BILINEAR)
+            if request.size is not None:
+                image = request.resize(image, request.size)
             if number == 0:
                 out = np.empty((count, request.channels, image.height, image.width), dtype=np.uint8)
             elif out.shape[2:] != (image.height, image.width):

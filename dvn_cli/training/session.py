@@ -49,8 +49,16 @@ class Session:
         InputError: data, backbone or output are not as the recipe says, or there is no such run to resume.
     """
 
-    def __init__(self, recipe: Recipe, base: Path, output: Path, device: torch.device, resume: bool = False) -> None:
-        """`base`: the folder of the recipe, which its relative paths start from."""
+    def __init__(
+        self,
+        recipe: Recipe,
+        base: Path,
+        output: Path,
+        device: torch.device,
+        resume: bool = False,
+        note: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        """`base`: the folder of the recipe, which its relative paths start from; `note`: told, in lines, of choices."""
         self.recipe, self.files = recipe, Files.of(output)
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
@@ -68,8 +76,8 @@ class Session:
         saved = state.load(self.files.state) if resume else None
         if saved is not None:
             _same_recipe(saved[1]["recipe"], self.record["recipe"])
-        data = setup.load_data(recipe, base)
-        network, before = setup.build(recipe, data, base)
+        data = setup.load_data(recipe, base, note)
+        network, before = setup.build(recipe, data, base, note)
         known = len(network.tasks) - len(data)
         with self._enough_memory(device):
             self.run = Run(recipe, network, dict(enumerate(data, known + 1)), device, before)

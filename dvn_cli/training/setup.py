@@ -1,6 +1,6 @@
 """From a recipe to what the loop needs: the tasks' images and the untrained networks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from dvn_cli import checkpoint
-from dvn_cli.backbones import BackboneSpec, load_pretrained, load_weights, resolve
-from dvn_cli.data import TaskData, load_task
+from dvn_cli.backbones import BackboneSpec, Preprocessing, load_pretrained, load_weights, preprocessing, resolve
+from dvn_cli.data import DataSpec, TaskData, load_task
+from dvn_cli.data.resize import Resize
 from dvn_cli.data.spec import locate
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork, load
@@ -21,24 +22,59 @@ from dvn_cli.training.recipe import Recipe
 from dvn_cli.units.assign import Rule
 from dvn_cli.units.order import paper_order
 
+Note = Callable[[str], None]
+"""Told, in a line each, of what is done that the recipe does not say."""
 
-def load_data(recipe: Recipe, base: Path) -> list[TaskData]:
+
+def _silent(text: str) -> None:
+    pass
+
+
+def load_data(recipe: Recipe, base: Path, note: Note = _silent) -> list[TaskData]:
     """Reads the images of all tasks; paths are relative to `base`, else to the working directory.
+
+    What a task does not say of how its images are prepared is as for the weights that the recipe starts from.
 
     Raises:
         InputError: see `data.load_task`; the message begins with the task's name.
     """
     channels = _channels(recipe, base)
+    weights = _preprocessing(recipe, base, channels)
+    if weights is not None:
+        note(f"images are prepared as for the weights, unless the recipe says otherwise: {weights}")
     loaded = []
     for task in recipe.tasks:
         try:
-            loaded.append(load_task(task.data, channels=channels, base=base))
+            loaded.append(load_task(_prepared(task.data, weights), channels=channels, base=base))
         except InputError as error:
             raise InputError(f"task '{task.name}': {error}") from None
     return loaded
 
 
-def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[Network]]:
+def _preprocessing(recipe: Recipe, base: Path, channels: int) -> Preprocessing | None:
+    """How images were prepared for the weights that a recipe starts from; None where those are random."""
+    start = recipe.partition or recipe.continues
+    if start is not None:
+        found = checkpoint.read_checkpoint(locate(start, base)).metadata.get("preprocessing")
+        return None if found is None else Preprocessing.from_dict(found)
+    assert recipe.backbone is not None
+    if recipe.backbone.weights is None and not recipe.backbone.pretrained:
+        return None
+    return preprocessing(resolve(recipe.backbone.name, num_classes=2, in_chans=channels))
+
+
+def _prepared(spec: DataSpec, weights: Preprocessing | None) -> DataSpec:
+    """A task's data, prepared as for the weights in what it does not say; without a size, images stay as they are."""
+    if weights is None:
+        return spec
+    keys = {"mean": weights.mean, "std": weights.std, **(weights.resize if spec.size is not None else {})}
+    unsaid = {key: value for key, value in keys.items() if getattr(spec, key) is None and value is not None}
+    return DataSpec.model_validate(spec.model_dump() | unsaid)
+
+
+def build(
+    recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note = _silent
+) -> tuple[DeepVirtualNetwork, list[Network]]:
     """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
 
     Returns:
@@ -47,8 +83,13 @@ def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVir
     if recipe.continues is not None:
         return _continued(recipe, data, base)
     method = METHODS[recipe.method]
-    partition, tensors = (_opened if recipe.partition is not None else _divided)(recipe, data, base)
-    network = DeepVirtualNetwork(partition, _tasks(recipe, data, partition.units, base), tensors)
+    if recipe.partition is not None:
+        partition, tensors = _opened(recipe, data, base)
+    else:
+        partition, tensors = _divided(recipe, data, base, note)
+    weights = _preprocessing(recipe, base, partition.spec.in_chans)
+    tasks = _tasks(recipe, data, partition.units, base)
+    network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
     network.make_private(owners(method, partition))
     return network, []
 
@@ -71,7 +112,7 @@ def _channels(recipe: Recipe, base: Path) -> int:
     return recipe.backbone.in_chans or resolve(recipe.backbone.name, num_classes=2).in_chans
 
 
-def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Partition, dict[str, Tensor]]:
+def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note) -> tuple[Partition, dict[str, Tensor]]:
     assert recipe.backbone is not None
     assert recipe.units is not None
     smallest = min((d.input_size for d in data), key=lambda size: size[0] * size[1])
@@ -88,9 +129,9 @@ def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Part
     if recipe.backbone.zero_init_last:
         _zero_last_norms(module, spec)
     if recipe.backbone.weights is not None:
-        load_weights(module, spec, locate(recipe.backbone.weights, base))
+        load_weights(module, spec, locate(recipe.backbone.weights, base), note)
     elif recipe.backbone.pretrained:
-        load_pretrained(module, spec)
+        load_pretrained(module, spec, note)
     partition = Partition.create(spec, recipe.units, module, rule=Rule(recipe.assign, recipe.round_to))
     return partition, _templates(partition, module)
 
@@ -163,7 +204,7 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
         partition = Partition.create(spec, units, assignment=partition.assignment, rule=partition.rule)
     torch.manual_seed(recipe.seed)
     tensors = {**_templates(partition, partition.spec.build()), **opened.file_tensors()}
-    network = DeepVirtualNetwork(partition, tasks, tensors)
+    network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=opened.preprocessing)
     network.make_private(owners(method, partition))
     return network, before
 
@@ -188,6 +229,7 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, kno
                 f"the levels of task '{keys.name}' are cumulative numbers of units, ascending, up to {units}, not "
                 f"{levels}"
             )
+        resize = Resize.of(images.spec)
         tasks.append(
             Task(
                 keys.name,
@@ -198,6 +240,9 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, kno
                 tuple(order),
                 levels_of(method, number, count, levels, keys.name),
                 {"spec": images.spec.model_dump(mode="json"), "base": str(base.resolve())},
+                resize.interpolation,
+                resize.crop_pct,
+                resize.crop_mode,
             )
         )
     return tasks
