@@ -35,6 +35,7 @@ def keep_out_of_autocast(graph: fx.Graph) -> None:
             if tensors:
                 node.args = (tensors[0], device, node.target, *node.args)
                 node.target = without_autocast
+                node.meta["is_wrapped"] = True  # as torch.fx.wrap has it: a call, also where a pickle is traced again
 
 
 def recast(module: fx.GraphModule, before: torch.dtype, after: torch.dtype) -> None:
