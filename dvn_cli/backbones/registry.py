@@ -108,14 +108,13 @@ class Preprocessing:
         """The fields that say how an image is brought to its size."""
         return {"interpolation": self.interpolation, "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
 
-    def __str__(self) -> str:
-        crop = f"{self.interpolation}, crop_pct {self.crop_pct:.4g} ({self.crop_mode})"
-        values = (
-            f"{key} {' '.join(f'{number:.4g}' for number in numbers)}"
-            for key, numbers in (("mean", self.mean), ("std", self.std))
-            if numbers is not None
-        )
-        return f"{', '.join([crop, *values])}: {self.origin}"
+    def describe(self, resized: bool = True) -> str:
+        """Says it in a line, with or without how images are resized."""
+        words = [f"{self.interpolation}, crop_pct {self.crop_pct:.4g} ({self.crop_mode})"] if resized else []
+        for key, numbers in (("mean", self.mean), ("std", self.std)):
+            if numbers is not None:
+                words.append(f"{key} {' '.join(f'{number:.4g}' for number in numbers)}")
+        return f"{', '.join(words)}: {self.origin}"
 
 
 @dataclass(frozen=True)

@@ -175,7 +175,8 @@ def partition_command(
     for line in said:
         console.print(line, markup=False, soft_wrap=True)
     if with_weights is not None:
-        console.print(f"Images are prepared as for the weights: {with_weights}.", markup=False, soft_wrap=True)
+        line = f"Images are prepared as for the weights: {with_weights.describe()}."
+        console.print(line, markup=False, soft_wrap=True)
     if own_mean is None:
         console.print(
             f"{spec.name} has no mean and standard deviation of its own: {MEAN} and {STD} of pixels in 0..1 are noted."

@@ -40,8 +40,10 @@ def load_data(recipe: Recipe, base: Path, note: Note = _silent) -> list[TaskData
     """
     channels = _channels(recipe, base)
     weights = _preprocessing(recipe, base, channels)
-    if weights is not None:
-        note(f"images are prepared as for the weights, unless the recipe says otherwise: {weights}")
+    resized = any(task.data.size is not None for task in recipe.tasks)
+    if weights is not None and (resized or weights.mean is not None):
+        how = weights.describe(resized)
+        note(f"images are prepared as for the weights where the recipe does not say otherwise: {how}")
     loaded = []
     for task in recipe.tasks:
         try:
