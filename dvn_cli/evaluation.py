@@ -255,10 +255,11 @@ def open_files(
         channels = header.metadata["backbone"]["in_chans"]
         for number in dict.fromkeys(number for number, _ in networks):
             entry = header.metadata["task"] if header.kind == "slice" else header.metadata["tasks"][number - 1]
-            key = json.dumps([entry["classes"], entry["input_size"], channels, data is None and entry["data"]])
+            of_entry = Task.from_dict(entry)
+            key = json.dumps([entry["classes"], _prepared(of_entry), channels, data is None and entry["data"]])
             if key not in images:
-                tasks[key] = Task.from_dict(entry)
-                images[key] = choose_images(reader, tasks[key], channels, data, base, note)
+                tasks[key] = of_entry
+                images[key] = choose_images(reader, of_entry, channels, data, base, note)
             of_files[-1][number] = key
     reader.check_memory()
     splits = {}
@@ -326,7 +327,7 @@ def choose_images(
             spec = data
         if spec.height_width not in (None, task.input_size):
             raise InputError(f"its images are {_size(task.input_size)}: leave out size, or give that")
-        spec = spec.model_copy(update={"size": task.input_size})
+        spec = spec.model_copy(update=_prepared(task))
         if data is None and spec.classes is not None and len(set(task.classes)) == len(task.classes):
             spec = spec.model_copy(update={"classes": list(task.classes)})  # whatever has which index by now
         absent = _absent(task, None if data else spec)
@@ -351,6 +352,13 @@ def _named(task: Task, own: bool) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"task '{task.name}': {error}{'; --data gives other images' if own else ''}") from None
+
+
+def _prepared(task: Task) -> dict[str, Any]:
+    """How a task's images are prepared, as the keys of a `DataSpec`."""
+    keys: dict[str, Any] = {"size": task.input_size}
+    keys |= {key: getattr(task, key) for key in ("interpolation", "crop_pct", "crop_mode")}
+    return keys | ({"mean": list(task.mean)} if task.crop_mode == "border" else {})
 
 
 def _absent(task: Task, trained: DataSpec | None) -> set[str]:
@@ -425,7 +433,17 @@ def _size(size: Sequence[int]) -> str:
     return "x".join(map(str, size))
 
 
-_NOT_EVALUATED = ("train_images", "validation", "augment", "pad", "mean", "std")
+_NOT_EVALUATED = (
+    "train_images",
+    "validation",
+    "augment",
+    "pad",
+    "mean",
+    "std",
+    "interpolation",
+    "crop_pct",
+    "crop_mode",
+)
 
 
 def parse_data(words: Sequence[str], note: Callable[[str], None] | None = None) -> tuple[DataSpec, Path | None]:
@@ -450,7 +468,7 @@ def parse_data(words: Sequence[str], note: Callable[[str], None] | None = None) 
         elif "=" not in word:
             raise InputError(f"--data {word}: there is no such folder; give a folder, a YAML file or KEY=VALUE")
         elif key in _NOT_EVALUATED:
-            raise InputError(f"--data {word}: '{key}' is for training; images are normalised as the task's were")
+            raise InputError(f"--data {word}: '{key}' is for training; images are prepared as the task's were")
         else:
             override_key(content, *parse_override(word))
     try:

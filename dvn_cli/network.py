@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dvn_cli import checkpoint
+from dvn_cli.backbones import Preprocessing
 from dvn_cli.errors import InputError
 from dvn_cli.graph.cast import recast
 from dvn_cli.graph.narrow import Kept, Narrowed, on_device
@@ -109,6 +110,7 @@ class DeepVirtualNetwork(nn.Module):
         partition: the backbone and its units.
         tasks: the tasks, number 1 first.
         training_record: how it was trained; None for a fresh partition.
+        preprocessing: how images were prepared for the weights that it started from; None where those were random.
     """
 
     def __init__(
@@ -117,9 +119,11 @@ class DeepVirtualNetwork(nn.Module):
         tasks: Sequence[Task],
         tensors: Mapping[str, Tensor],
         training_record: Mapping[str, Any] | None = None,
+        preprocessing: Preprocessing | None = None,
     ) -> None:
         """`tensors` are by their names in the file, such as `shared/conv1.weight`."""
         super().__init__()
+        self.preprocessing = preprocessing
         self.partition, self.tasks, self.training_record = partition, list(tasks), training_record
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._plans: dict[tuple[int, int, bool], tuple[fx.GraphModule, list[tuple[nn.Module, str, Cut]]]] = {}
@@ -128,16 +132,24 @@ class DeepVirtualNetwork(nn.Module):
 
     @classmethod
     def from_backbone(
-        cls, partition: Partition, module: nn.Module, tasks: Sequence[Task], copy: bool = True
+        cls,
+        partition: Partition,
+        module: nn.Module,
+        tasks: Sequence[Task],
+        copy: bool = True,
+        preprocessing: Preprocessing | None = None,
     ) -> "DeepVirtualNetwork":
         """A fresh partition: every network is a slice of the backbone, norms and classifier included.
 
         Args:
             copy: otherwise its tensors are the backbone's own, so that memory holds them once.
+            preprocessing: that of the backbone's weights, where it has any.
         """
         state = module.state_dict()
         tensors = {f"shared/{name}": state[name].detach() for name in partition.shapes}
-        return cls(partition, tasks, {name: t.clone() for name, t in tensors.items()} if copy else tensors)
+        if copy:
+            tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        return cls(partition, tasks, tensors, preprocessing=preprocessing)
 
     def _register(self, name: str, tensor: Tensor) -> None:
         own = name.rpartition("/")[2]
@@ -273,6 +285,7 @@ class DeepVirtualNetwork(nn.Module):
             **self.partition.metadata(),
             "tasks": [task.to_dict() for task in self.tasks],
             "training": self.training_record,
+            "preprocessing": self.preprocessing and self.preprocessing.to_dict(),
         }
         checkpoint.write(path, tensors, metadata)
 
@@ -316,7 +329,9 @@ def load(path: str | os.PathLike[str]) -> DeepVirtualNetwork | VirtualNetwork:
     tensors = read_tensors(header)
     if header.kind == "checkpoint":
         tasks = [Task.from_dict(entry) for entry in metadata["tasks"]]
-        return DeepVirtualNetwork(partition, tasks, tensors, metadata["training"]).eval()
+        found = metadata.get("preprocessing")
+        preprocessing = None if found is None else Preprocessing.from_dict(found)
+        return DeepVirtualNetwork(partition, tasks, tensors, metadata["training"], preprocessing).eval()
     task = Task.from_dict(metadata["task"])
     networks = partition.networks(metadata["kept"], len(task.classes), task.input_size)
     level, aliases = metadata["level"], partition.aliases

@@ -20,6 +20,7 @@ class Task:
         order: all units, by number from 1, in the order in which the task takes them.
         levels: for each level how many units it has, ascending.
         data: where its images come from (`data.DataSpec` as JSON); None where nobody said.
+        interpolation, crop_pct, crop_mode: how they are brought to their size, see `data.resize.Resize`.
     """
 
     name: str
@@ -30,6 +31,9 @@ class Task:
     order: tuple[int, ...]
     levels: tuple[int, ...]
     data: Mapping[str, Any] | None = None
+    interpolation: str = "bilinear"
+    crop_pct: float | None = None
+    crop_mode: str = "center"
 
     def kept(self, level: int) -> tuple[int, ...]:
         """The units of a level, from 1, by number from 1, ascending."""
@@ -45,12 +49,21 @@ class Task:
 
 
 def default_tasks(
-    units: int, classes: int, input_size: tuple[int, int], mean: tuple[float, ...], std: tuple[float, ...]
+    units: int,
+    classes: int,
+    input_size: tuple[int, int],
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    **resize: Any,
 ) -> list[Task]:
-    """The tasks of a partition that knows no data yet: one for each unit, by the paper's order, at every level."""
+    """The tasks of a partition that knows no data yet: one for each unit, by the paper's order, at every level.
+
+    Args:
+        resize: how images are brought to their size, as the fields of `Task` say; by default as those do.
+    """
     names = tuple(str(number) for number in range(classes))
     levels = tuple(range(1, units + 1))
     return [
-        Task(f"task{number}", names, input_size, mean, std, tuple(paper_order(number, units)), levels)
+        Task(f"task{number}", names, input_size, mean, std, tuple(paper_order(number, units)), levels, **resize)
         for number in range(1, units + 1)
     ]

@@ -575,7 +575,7 @@ def test_a_yaml_file_of_data(dvn, made, tmp_path):
     (["--data", "empty"], "--data empty: there are neither parquet files in it nor folders of classes"),
     (["--data", "source=folder"], "--data: source folder needs path"),
     (["--data", "source=digits", "--data", "clases=0-2"], "--data: unknown key 'clases'; did you mean 'classes'?"),
-    (["--data", "mean=[0.5]"], "--data mean=[0.5]: 'mean' is for training; images are normalised as the task's were"),
+    (["--data", "mean=[0.5]"], "--data mean=[0.5]: 'mean' is for training; images are prepared as the task's were"),
 ])  # fmt: skip
 def test_bad_input_in_one_line(dvn, made, monkeypatch, arguments, message):
     (made / "empty").mkdir(exist_ok=True)

@@ -2,9 +2,11 @@
 
 import copy
 import json
+import pickle
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors
@@ -13,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import dvn_cli
 from dvn_cli import checkpoint
@@ -251,6 +254,147 @@ def test_casts_follow_the_weights(dtypes: list[torch.dtype]) -> None:
         limit = 0.02 if dtype.itemsize == 2 else 1e-5
         assert float((result - expected).abs().max() / expected.abs().max()) < limit
         assert gradients(network, network, x).keys() == gradients(module, module, x).keys()
+
+
+# What a backbone keeps out of autocast
+
+
+class Apart(nn.Module):
+    """Computes some of it outside of autocast, in regions with operators of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.conv = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.qkv, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x + self.conv(x.float())
+        q, k, v = self.qkv(x.flatten(2).mT).chunk(3, -1)
+        with torch.autocast(x.device.type, enabled=False):
+            scale = (q.float() @ k.float().mT).abs().mean((1, 2), keepdim=True)
+        with torch.autocast(x.device.type, enabled=False):
+            y = F.scaled_dot_product_attention(q.float(), k.float(), v.float()) / (1 + scale)
+            y = torch.einsum("bnc,bmc->bnm", y, v.float()) @ y
+        with torch.autocast("cuda", enabled=False):  # which says nothing of the CPU's
+            y = self.out(y) @ y.mT @ y
+        return self.fc(y.mean(1))
+
+
+class Contractions(TorchDispatchMode):
+    """Notes every matmul and convolution that is run, and the types of what goes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, tuple[torch.dtype, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if any(part in name for part in ("mm", "convolution", "attention")):
+            self.seen.append((name, tuple(a.dtype for a in args if isinstance(a, Tensor))))
+        return func(*args, **(kwargs or {}))
+
+
+def under_autocast(network: Callable[..., Tensor], x: Tensor) -> tuple[list[Any], Tensor]:
+    network(x)  # whatever is made at the first call
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), Contractions() as mode:
+        result = network(x)
+    return mode.seen, result.float()
+
+
+def networks_apart(module: nn.Module, spec: BackboneSpec) -> DeepVirtualNetwork:
+    partition = Partition.create(spec, 2, module)
+    tasks = default_tasks(2, CLASSES, spec.input_size, (0.5,) * 3, (0.25,) * 3)
+    return DeepVirtualNetwork.from_backbone(partition, module, tasks).eval()
+
+
+@pytest.fixture(scope="module")
+def apart() -> tuple[nn.Module, DeepVirtualNetwork]:
+    torch.manual_seed(0)
+    module = Apart().eval()
+    return module, networks_apart(module, BackboneSpec("timm", "apart", CLASSES, 3, (8, 8)))
+
+
+def test_what_is_kept_out_of_autocast_stays_out(apart: tuple[nn.Module, DeepVirtualNetwork]) -> None:
+    module, network = apart
+    x = random_images(3, 8)
+    wanted, expected = under_autocast(module, x)
+    assert {torch.float32, torch.bfloat16} == {dtype for _, dtypes in wanted for dtype in dtypes}
+    for whole in (lambda x: network(x, 1, 2), network.virtual_network(1, 2)):
+        seen, result = under_autocast(whole, x)
+        assert seen == wanted
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
+    assert under_autocast(network.virtual_network(1, 1), x)[0] == wanted
+
+
+def test_it_stays_out_after_whatever_is_done_to_a_slice(apart: tuple[nn.Module, DeepVirtualNetwork]) -> None:
+    module, network = apart
+    x = random_images(3, 8)
+    wanted, expected = under_autocast(module, x)
+    whole = network.virtual_network(1, 2)
+    for again in (copy.deepcopy(whole), pickle.loads(pickle.dumps(whole)), whole.double().float()):
+        seen, result = under_autocast(again, x)
+        assert seen == wanted
+        assert torch.equal(result, expected)
+    program = torch.export.export(whole, (x,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    torch.testing.assert_close(program.module()(x), module(x))
+    regions = [node for node in program.graph.nodes if "wrap_with_autocast" in str(node.target)]
+    assert {node.args[:1] + node.args[2:3] for node in regions} == {("cpu", False)}
+    compiled = torch.compile(whole, backend="aot_eager", fullgraph=True)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x).float(), expected, rtol=0, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(whole, lambda x: whole(x).float(), x)
+        theirs = gradients(module, lambda x: module(x).float(), x)
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=0.02 * float(gradient.abs().max()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["efficientvit_b0", "efficientvit_b1", "efficientvit_l1"])
+def test_a_backbone_that_keeps_its_attention_out(name: str) -> None:
+    torch.manual_seed(0)
+    spec = resolve(name, CLASSES, input_size=(64, 64))
+    module = spec.build()
+    network = networks_apart(module, spec)
+    x = random_images(2, 64)
+    wanted, expected = under_autocast(module, x)
+    seen, result = under_autocast(lambda x: network(x, 1, 2), x)
+    assert seen == wanted
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-6)
+    for dtype in (torch.bfloat16, torch.float16):
+        plain, ours = copy.deepcopy(module).to(dtype), network.virtual_network(1, 2).to(dtype)
+        torch.testing.assert_close(logits(ours, x.to(dtype)), logits(plain, x.to(dtype)), rtol=0, atol=1e-3)
+
+
+class Meeting(nn.Module):
+    """Steps in float32 of several casts that meet only on their way, as in linear attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Conv2d(3, 12, 3), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.stem(x).flatten(2).mT.chunk(3, -1)
+        y = q.float() @ (k.float().mT @ v.float())
+        return self.fc((y / (1 + y.abs().mean(-1, keepdim=True))).to(v.dtype).mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_casts_that_meet_on_their_way(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    module = Meeting().eval()
+    network = networks_apart(module, BackboneSpec("timm", "meeting", CLASSES, 3, (8, 8))).virtual_network(1, 2)
+    module.to(dtype), network.to(dtype)
+    x = random_images(4, 8).to(dtype)
+    with Contractions() as theirs:
+        expected = logits(module, x)
+    with Contractions() as ours:
+        result = logits(network, x)
+    assert ours.seen == theirs.seen
+    torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 # The file of the whole is the backbone's

@@ -2,9 +2,11 @@
 
 import contextlib
 import inspect
+import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 from dvn_cli.errors import InputError, did_you_mean
 
@@ -48,6 +50,71 @@ FAMILIES = {
     "wrn": "wrn_32_4",
 }
 """The usual member of each family whose bare name people type."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How images are prepared for the weights of a backbone; names and values are timm's.
+
+    Attributes:
+        origin: Whose word that is.
+        mean: Per channel, of pixels in 0..1, subtracted; None where there is none for these channels.
+        std: Per channel, of pixels in 0..1, divided by; None with `mean`.
+        interpolation, crop_pct, crop_mode: See `data.resize.Resize`.
+    """
+
+    origin: str
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    interpolation: str
+    crop_pct: float
+    crop_mode: str
+
+    def __post_init__(self) -> None:
+        from dvn_cli.data.spec import CropMode, Interpolation
+
+        for what, value, known in (
+            ("interpolation", self.interpolation, get_args(Interpolation)),
+            ("crop mode", self.crop_mode, get_args(CropMode)),
+        ):
+            if value not in known:
+                raise InputError(f"no {what} '{value}'{did_you_mean(str(value), known)}; there are {', '.join(known)}")
+        if not 0.1 <= self.crop_pct <= 2:
+            raise InputError(f"crop_pct is a share of the resized image, such as 0.875, not {self.crop_pct:g}")
+        if not all(math.isfinite(number) for number in self.mean or ()):
+            raise InputError(f"mean is of pixels in 0..1, not {self.mean}")
+        if not all(math.isfinite(number) and number > 0 for number in self.std or ()):
+            raise InputError(f"std is of pixels in 0..1 and above 0, not {self.std}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON has them."""
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
+        """The inverse of `to_dict`.
+
+        Raises:
+            InputError: A field is missing or unknown, or has no value that it can have.
+        """
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise InputError(f"not the description of a preprocessing: {dict(fields)}") from error
+
+    @property
+    def resize(self) -> dict[str, Any]:
+        """The fields that say how an image is brought to its size."""
+        return {"interpolation": self.interpolation, "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
+
+    def describe(self, resized: bool = True) -> str:
+        """Says it in a line, with or without how images are resized."""
+        words = [f"{self.interpolation}, crop_pct {self.crop_pct:.4g} ({self.crop_mode})"] if resized else []
+        for key, numbers in (("mean", self.mean), ("std", self.std)):
+            if numbers is not None:
+                words.append(f"{key} {' '.join(f'{number:.4g}' for number in numbers)}")
+        return f"{', '.join(words)}: {self.origin}"
 
 
 @dataclass(frozen=True)
@@ -220,13 +287,16 @@ def _deepen(module: "nn.Module", spec: BackboneSpec) -> None:
         module.set_submodule(path, nn.Sequential(*layers, classifier))
 
 
-def preprocessing(spec: BackboneSpec) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Returns mean and standard deviation per channel, of pixels in 0..1, that a backbone's weights were trained with.
+def preprocessing(spec: BackboneSpec) -> Preprocessing | None:
+    """Returns how images were prepared for a backbone's published weights, by its library's configuration.
 
-    None where it has none of its own (the paper's backbones, other channels than its weights): then the data's count.
+    None where it has no such weights (the paper's backbones). Mean and standard deviation are left out for other
+    channels than those of the weights: then the data's count.
     """
-    mean_std = LIBRARIES[spec.source].mean_std(spec.name)
-    return mean_std if mean_std is not None and len(mean_std[0]) == spec.in_chans else None
+    found = LIBRARIES[spec.source].preprocessing(spec.name)
+    if found is not None and found.mean is not None and len(found.mean) != spec.in_chans:
+        return replace(found, mean=None, std=None)
+    return found
 
 
 def timm_cfg(name: str) -> Any:
@@ -278,9 +348,16 @@ class Timm:
 
         return timm.create_model(spec.name, **timm_options(spec))
 
-    def mean_std(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    def preprocessing(self, name: str) -> Preprocessing | None:
+        from timm.data import resolve_data_config
+
         cfg = timm_cfg(name)
-        return (cfg.mean, cfg.std) if cfg.mean and cfg.std else None
+        if not (cfg.mean and cfg.std):
+            return None
+        found = resolve_data_config(pretrained_cfg=cfg.to_dict())
+        keys = ("interpolation", "crop_pct", "crop_mode")
+        full = ".".join(filter(None, (cfg.architecture or name, cfg.tag)))
+        return Preprocessing(f"timm's configuration of {full}", cfg.mean, cfg.std, *(found[key] for key in keys))
 
 
 class Torchvision:
@@ -320,14 +397,18 @@ class Torchvision:
         taken = {key: value for key, value in options.items() if key in parameters}
         return models.get_model_builder(spec.name)(weights=None, num_classes=spec.num_classes, **taken)
 
-    def mean_std(self, name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    def preprocessing(self, name: str) -> Preprocessing:
         from torchvision import models
 
+        weights = models.get_model_weights(name).DEFAULT
+        transforms = weights.transforms()
+        mean, std = tuple(transforms.mean), tuple(transforms.std)
         if "transform_input" in self.parameters(name):
             # Its weights want pixels in -1..1, to which torchvision converts ImageNet's inside the model, if so built.
-            return (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-        transforms = models.get_model_weights(name).DEFAULT.transforms()
-        return tuple(transforms.mean), tuple(transforms.std)
+            mean = std = (0.5, 0.5, 0.5)
+        share = transforms.crop_size[0] / transforms.resize_size[0]  # to the pixel: floor(crop / share) is resize
+        origin = f"torchvision's configuration of {weights}"
+        return Preprocessing(origin, mean, std, transforms.interpolation.value, share, "center")
 
 
 LIBRARIES: dict[str, Timm | Torchvision] = {"timm": Timm(), "torchvision": Torchvision()}

@@ -3,7 +3,8 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +16,7 @@ from dvn_cli.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dvn_cli.backbones import BackboneSpec, Preprocessing
     from dvn_cli.partition import Partition
     from dvn_cli.units.assign import Bucket
     from dvn_cli.units.count import Whole
@@ -46,6 +48,20 @@ def partition_command(
     in_chans: Annotated[int | None, typer.Option(help="Channels of the images. Default: the model's own.")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from the published weights.")] = False,
     weights: Annotated[Path | None, typer.Option(help="Start from this state dict: safetensors, or torch's.")] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(metavar="M|R,G,B", help="Of pixels in 0..1, that the weights want. Default: the model's own."),
+    ] = None,
+    std: Annotated[str | None, typer.Option(metavar="S|R,G,B", help="Likewise.")] = None,
+    interpolation: Annotated[
+        str | None, typer.Option(help="Of the resizing that the weights want: bilinear, bicubic ... Default: likewise.")
+    ] = None,
+    crop_pct: Annotated[
+        float | None, typer.Option(help="The share of each side that is cut out after resizing. Default: likewise.")
+    ] = None,
+    crop_mode: Annotated[
+        str | None, typer.Option(metavar="center|squash|border", help="How that is cut out. Default: likewise.")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.")] = Path("dvn.safetensors"),
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is no fresh partition.")] = False,
@@ -57,6 +73,11 @@ def partition_command(
     if not force and (lost := checkpoints.lost_with(output)):
         raise InputError(f"{lost}; --force replaces it, -o writes elsewhere")
     checkpoints.check_writable(output)
+    asked = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
+    given = {key: value for key, value in asked.items() if value is not None}
+    if given and not pretrained and weights is None:
+        flag = f"--{next(iter(given))}".replace("_", "-")
+        raise InputError(f"{flag} says how images are prepared for weights: give --weights or --pretrained with it")
 
     from dvn_cli import report
 
@@ -77,17 +98,20 @@ def partition_command(
         torch.manual_seed(seed)
         module = spec.build()
         left_out: list[str] = []
+        said: list[str] = []
+        preparation = _preprocessing(spec, given)
         if pretrained:
-            left_out = backbones.load_pretrained(module, spec)
+            left_out = backbones.load_pretrained(module, spec, said.append)
         elif weights is not None:
-            left_out = backbones.load_weights(module, spec, weights)
+            left_out = backbones.load_weights(module, spec, weights, said.append)
         status.update(f"dividing {spec.name}")
         partition = Partition.create(spec, units, module, rule=rule)
-        own = backbones.preprocessing(spec)
-        mean, std = own or ((MEAN,) * spec.in_chans, (STD,) * spec.in_chans)
-        network = DeepVirtualNetwork.from_backbone(
-            partition, module, default_tasks(units, spec.num_classes, spec.input_size, mean, std), copy=False
-        )
+        with_weights = preparation if pretrained or weights is not None else None
+        resize = {} if with_weights is None else with_weights.resize
+        own_mean, own_std = (None, None) if preparation is None else (preparation.mean, preparation.std)
+        mean_std = (own_mean or (MEAN,) * spec.in_chans, own_std or (STD,) * spec.in_chans)
+        tasks = default_tasks(units, spec.num_classes, spec.input_size, *mean_std, **resize)
+        network = DeepVirtualNetwork.from_backbone(partition, module, tasks, copy=False, preprocessing=with_weights)
         for number in range(1, units + 1):  # what cannot be narrowed is refused before a file is replaced
             status.update(f"narrowing to {number} of {units} units")
             network.networks(1, number)
@@ -126,8 +150,10 @@ def partition_command(
             "units": units,
             "assign": rule.assign,
             "round_to": rule.round_to,
-            "mean": mean,
-            "std": std,
+            "mean": mean_std[0],
+            "std": mean_std[1],
+            "preprocessing": with_weights and with_weights.to_dict(),
+            "notes": said,
             "levels": levels,
             "coupled": [
                 {"channels": b.channels, "units": list(b.sizes), "places": [list(place) for place in b.places]}
@@ -147,9 +173,12 @@ def partition_command(
     console.print(
         f"{arrow}{spec.name} ({spec.source}): images {spec.in_chans}x{size}, {spec.num_classes} classes, {units} units"
     )
-    if left_out:
-        console.print(f"The weights have other classes: {', '.join(left_out)} start at random.")
-    if own is None:
+    for line in said:
+        console.print(line, markup=False, soft_wrap=True)
+    if with_weights is not None:
+        line = f"Images are prepared as for the weights: {with_weights.describe()}."
+        console.print(line, markup=False, soft_wrap=True)
+    if own_mean is None:
         console.print(
             f"{spec.name} has no mean and standard deviation of its own: {MEAN} and {STD} of pixels in 0..1 are noted."
         )
@@ -158,6 +187,32 @@ def partition_command(
     _print_private(console, partition)
     _print_levels(console, levels, lowest)
     console.print(f"{output} written.", soft_wrap=True)
+
+
+def _preprocessing(spec: "BackboneSpec", given: Mapping[str, Any]) -> "Preprocessing | None":
+    """How images are prepared for a backbone's weights: its own way, but for what is given."""
+    from dvn_cli import backbones
+
+    own = backbones.preprocessing(spec)
+    if not given:
+        return own
+    numbers = {key: _per_channel(key, given[key], spec.in_chans) for key in ("mean", "std") if key in given}
+    origin = f"{', '.join(given)} as given" + (f", the rest {own.origin}" if own else "")
+    base = own or backbones.Preprocessing(origin, None, None, "bilinear", 1.0, "squash")
+    made = replace(base, **{**given, **numbers, "origin": origin})
+    if (made.mean is None) != (made.std is None):
+        raise InputError(f"give both --mean and --std: {spec.name} has none for images of {spec.in_chans} channels")
+    return made
+
+
+def _per_channel(what: str, text: str, channels: int) -> tuple[float, ...]:
+    try:
+        numbers = [float(number) for number in re.split(r"[,\s]+", text.strip())]
+    except ValueError:
+        raise InputError(f"--{what} takes numbers such as 0.5 or 0.485,0.456,0.406, not '{text}'") from None
+    if len(numbers) not in (1, channels):
+        raise InputError(f"--{what} has {len(numbers)} values for images of {channels} channels")
+    return tuple(numbers * (channels // len(numbers)))
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

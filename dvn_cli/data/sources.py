@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dvn_cli.data import decode
 from dvn_cli.data.decode import Item
+from dvn_cli.data.resize import Resize
 from dvn_cli.data.spec import DataSpec, locate
 from dvn_cli.errors import DvnError, InputError, did_you_mean
 
@@ -56,13 +57,14 @@ class Request(NamedTuple):
     test_split: str | None
     size: tuple[int, int] | None
     channels: int
+    resize: Resize = Resize()
 
     @classmethod
     def of(cls, spec: DataSpec, channels: int, base: Path | None) -> "Request":
         """The request of a task's data, as images of `channels` channels, paths relative to `base`."""
         path = None if spec.path is None else locate(spec.path, base).resolve()
         columns = spec.image, spec.label, spec.subset, spec.test_split
-        return cls(spec.source, spec.name, path, *columns, spec.height_width, channels)
+        return cls(spec.source, spec.name, path, *columns, spec.height_width, channels, Resize.of(spec))
 
     def splits(self, part: Part) -> tuple[str, ...]:
         """The names that the split may have, the first found counts; what is tested on is no validation split."""
@@ -164,7 +166,9 @@ def stack(items: Callable[[], Iterable[Item]], count: int, request: Request) -> 
     white = functools.cache(lambda of_mode: decode.white_of(items(), of_mode))
     out = np.empty((0, request.channels, 1, 1), dtype=np.uint8)
     for number, item in enumerate(items()):
-        image = _resized(decode.eight_bit(decode.upright(item), mode, white), request)
+        image = decode.eight_bit(decode.upright(item), mode, white)
+        if request.size is not None:
+            image = request.resize(image, request.size)
         if number == 0:
             out = np.empty((count, request.channels, image.height, image.width), dtype=np.uint8)
         elif out.shape[2:] != (image.height, image.width):
@@ -172,15 +176,6 @@ def stack(items: Callable[[], Iterable[Item]], count: int, request: Request) -> 
             raise InputError(f"images of {request} have different sizes ({sizes}): set size")
         out[number] = np.asarray(image).reshape(*out.shape[2:], request.channels).transpose(2, 0, 1)
     return torch.from_numpy(out)
-
-
-def _resized(image: "Image", request: Request) -> "Image":
-    """The image at the size requested, or as it is where none is."""
-    from PIL import Image
-
-    if request.size is None or image.size == request.size[::-1]:
-        return image
-    return image.resize(request.size[::-1], Image.Resampling.BILINEAR)
 
 
 def _line(error: Exception) -> str:

@@ -10,6 +10,8 @@ MAY_DIFFER = "may differ when a run is resumed"
 
 Kind = Literal["digits", "torchvision", "folder", "hf"]
 Augmentation = Literal["none", "crop", "crop-flip"]
+Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+CropMode = Literal["center", "squash", "border"]
 
 _TAKES: dict[str, set[str]] = {
     "digits": set(),
@@ -88,16 +90,35 @@ class DataSpec(BaseModel):
     size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
         default=None, description="resize to so many pixels, or to [height, width]; as they are by default"
     )
+    interpolation: Interpolation | None = Field(
+        default=None, description="of the resizing, by timm's names; that of the weights to start from, else bilinear"
+    )
+    crop_pct: float | None = Field(
+        default=None,
+        ge=0.1,
+        le=2,
+        description="resize to size / crop_pct and cut size out of the middle; that of the weights to start from, else "
+        "height and width are set and nothing is cut off",
+    )
+    crop_mode: CropMode | None = Field(
+        default=None,
+        description="with crop_pct, what is resized: center, the shorter side; squash, both; border, the longer one, "
+        "the rest filled with the mean",
+    )
     augment: Augmentation = Field(
         default="none",
         description="crop: shift at random by up to `pad` pixels; crop-flip: mirror half of them as well",
     )
     pad: PositiveInt = Field(default=4, description="pixels of black around an image before it is cropped at random")
     mean: list[float] | None = Field(
-        default=None, description="per channel, of pixels in 0..1, subtracted; that of the training images by default"
+        default=None,
+        description="per channel, of pixels in 0..1, subtracted; that of the weights to start from, else of the "
+        "training images",
     )
     std: list[PositiveFloat] | None = Field(
-        default=None, description="per channel, of pixels in 0..1, divided by; that of the training images by default"
+        default=None,
+        description="per channel, of pixels in 0..1, divided by; that of the weights to start from, else of the "
+        "training images",
     )
 
     @model_validator(mode="after")
@@ -114,6 +135,9 @@ class DataSpec(BaseModel):
                 raise ValueError(f"source {source} needs {needed}")
         if self.classes is not None and self.groups is not None:
             raise ValueError("give classes or groups, not both")
+        resizing = [key for key in ("interpolation", "crop_pct", "crop_mode") if getattr(self, key) is not None]
+        if resizing and self.size is None:
+            raise ValueError(f"{resizing[0]} says how images are brought to a size: give size too")
         return self
 
     @property

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
+from dvn_cli.graph.cast import keep_out_of_autocast
 from dvn_cli.graph.labels import Call, Labeller, Labels, base_name, bind
 from dvn_cli.graph.rules import kind_of
 from dvn_cli.graph.trace import Traced, is_inplace, is_view
@@ -132,6 +133,7 @@ class _Narrower:
         root = torch.nn.Module()
         for name, tensor in self.constants.items():
             root.register_buffer(name, tensor, persistent=False)
+        keep_out_of_autocast(self.graph)
         self.graph.lint()
         return Narrowed(fx.GraphModule(root, self.graph, "NarrowGraph"), tuple(names))
 

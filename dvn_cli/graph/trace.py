@@ -14,6 +14,9 @@ from dvn_cli.errors import InputError
 # Higher-order operators that run a graph with something switched off, and where their arguments say so.
 REGIONS = {"wrap_with_autocast": 2, "wrap_with_set_grad_enabled": 0}
 EXAMPLE_BATCH = 2  # any number that torch.export does not specialise (0 and 1 it does)
+AUTOCAST_OFF = "autocast_off"
+"""In a node's `meta`: it computes in the types of its operands even where autocast is on. The value is the type of
+device whose autocast that is, or None for that of the device that it runs on."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,8 @@ def _without_stack_traces() -> Any:
 def _normalise(program: torch.export.ExportedProgram, module: nn.Module) -> Traced:
     signature = program.graph_signature
     graph = fx.Graph()
-    result = _inlined(graph, program.graph_module, {})
+    device = next(module.parameters()).device.type
+    result = _inlined(graph, program.graph_module, {}, device)
     while isinstance(result, tuple | list):  # a dict-like or several outputs: the first is the classifier's
         result = result[0]
     if not isinstance(result, fx.Node):
@@ -123,11 +127,19 @@ def _normalise(program: torch.export.ExportedProgram, module: nn.Module) -> Trac
     return Traced(graph, input_name, sources, names)
 
 
-def _inlined(graph: fx.Graph, module: fx.GraphModule, copies: dict[fx.Node, Any]) -> Any:
+def _inlined(
+    graph: fx.Graph,
+    module: fx.GraphModule,
+    copies: dict[fx.Node, Any],
+    device: str,
+    meta: Mapping[str, Any] | None = None,
+) -> Any:
     """Copies a module's graph to the end of `graph`, with its regions without autocast or gradients laid open.
 
     Args:
         copies: what stands for the module's nodes; filled in.
+        device: the type of device that it was traced on.
+        meta: what to note of every node.
 
     Returns:
         What the graph returns, in terms of the copies.
@@ -142,13 +154,17 @@ def _inlined(graph: fx.Graph, module: fx.GraphModule, copies: dict[fx.Node, Any]
             at = next(i for i, a in enumerate(node.args) if isinstance(a, fx.Node))
             inner, inputs = copies[node.args[at]], [copies[a] for a in node.args[at + 1 :]]
             places = inner.graph.find_nodes(op="placeholder")
-            copies[node] = _inlined(graph, inner, dict(zip(places, inputs, strict=True)))
+            noted = dict(meta or {})
+            if region == "wrap_with_autocast":
+                noted[AUTOCAST_OFF] = None if node.args[0] == device else node.args[0]
+            copies[node] = _inlined(graph, inner, dict(zip(places, inputs, strict=True)), device, noted)
             if region == "wrap_with_set_grad_enabled":
                 copies[node] = fx.node.map_arg(copies[node], lambda n: _detached(graph, n))
         elif region == "getitem" and not isinstance(copies[node.args[0]], fx.Node):
             copies[node] = copies[node.args[0]][node.args[1]]
         elif node not in copies:
             copies[node] = graph.node_copy(node, lambda n: copies[n])
+            copies[node].meta.update(meta or {})
     raise AssertionError("a graph has an output")
 
 

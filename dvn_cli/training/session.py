@@ -108,7 +108,7 @@ class Session:
         elif finished is not None:
             finished.check(recipe)
         data = setup.load_data(recipe, base, note)
-        network, before = setup.build(recipe, data, base)
+        network, before = setup.build(recipe, data, base, note)
         known = len(network.tasks) - len(data)
         self._images = [[len(d.train), len(d.validation or ())] for d in data]
         with self._enough_memory(device):

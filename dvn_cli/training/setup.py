@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dvn_cli import checkpoint
-from dvn_cli.backbones import BackboneSpec, load_pretrained, load_weights, resolve
-from dvn_cli.data import Reader, TaskData
+from dvn_cli.backbones import BackboneSpec, Preprocessing, load_pretrained, load_weights, preprocessing, resolve
+from dvn_cli.data import DataSpec, Reader, TaskData
+from dvn_cli.data.resize import Resize
 from dvn_cli.data.spec import locate
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork, load
@@ -22,28 +23,38 @@ from dvn_cli.training.recipe import Recipe
 from dvn_cli.units.assign import Rule
 from dvn_cli.units.order import paper_order
 
+Note = Callable[[str], None]
+"""Told, in a line each, of what is done that the recipe does not say."""
 
-def load_data(recipe: Recipe, base: Path, note: Callable[[str], None] | None = None) -> list[TaskData]:
+
+def _silent(text: str) -> None:
+    pass
+
+
+def load_data(recipe: Recipe, base: Path, note: Note = _silent) -> list[TaskData]:
     """Reads the images of all tasks; paths are relative to `base`, else to the working directory.
 
-    Args:
-        note: told, in a line, what of a data set is used for what.
+    What a task does not say of how its images are prepared is as for the weights that the recipe starts from.
 
     Raises:
         InputError: see `data.Reader`; the message begins with the task's name.
     """
     channels, reader = _channels(recipe, base), Reader()
+    weights = _preprocessing(recipe, base, channels)
+    resized = any(task.data.size is not None for task in recipe.tasks)
+    if weights is not None and (resized or weights.mean is not None):
+        how = weights.describe(resized)
+        note(f"images are prepared as for the weights where the recipe does not say otherwise: {how}")
     plans, loaded = [], []
     for task in recipe.tasks:
         with _named(task.name):
-            plans.append(reader.task(task.data, channels=channels, base=base))
+            plans.append(reader.task(_prepared(task.data, weights), channels=channels, base=base))
     reader.check_memory()
     for task, plan in zip(recipe.tasks, plans, strict=True):
         with _named(task.name):
             loaded.append(plan.load())
-    if note is not None:
-        for line in reader.notes:
-            note(line)
+    for line in reader.notes:
+        note(line)
     return loaded
 
 
@@ -56,7 +67,30 @@ def _named(task: str) -> Iterator[None]:
         raise InputError(f"task '{task}': {error}") from None
 
 
-def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[Network]]:
+def _preprocessing(recipe: Recipe, base: Path, channels: int) -> Preprocessing | None:
+    """How images were prepared for the weights that a recipe starts from; None where those are random."""
+    start = recipe.partition or recipe.continues
+    if start is not None:
+        found = checkpoint.read_checkpoint(locate(start, base)).metadata.get("preprocessing")
+        return None if found is None else Preprocessing.from_dict(found)
+    assert recipe.backbone is not None
+    if recipe.backbone.weights is None and not recipe.backbone.pretrained:
+        return None
+    return preprocessing(resolve(recipe.backbone.name, num_classes=2, in_chans=channels))
+
+
+def _prepared(spec: DataSpec, weights: Preprocessing | None) -> DataSpec:
+    """A task's data, prepared as for the weights in what it does not say; without a size, images stay as they are."""
+    if weights is None:
+        return spec
+    keys = {"mean": weights.mean, "std": weights.std, **(weights.resize if spec.size is not None else {})}
+    unsaid = {key: value for key, value in keys.items() if getattr(spec, key) is None and value is not None}
+    return DataSpec.model_validate(spec.model_dump() | unsaid)
+
+
+def build(
+    recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note = _silent
+) -> tuple[DeepVirtualNetwork, list[Network]]:
     """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
 
     Returns:
@@ -65,8 +99,13 @@ def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVir
     if recipe.continues is not None:
         return _continued(recipe, data, base)
     method = METHODS[recipe.method]
-    partition, tensors = (_opened if recipe.partition is not None else _divided)(recipe, data, base)
-    network = DeepVirtualNetwork(partition, _tasks(recipe, data, partition.units, base), tensors)
+    if recipe.partition is not None:
+        partition, tensors = _opened(recipe, data, base)
+    else:
+        partition, tensors = _divided(recipe, data, base, note)
+    weights = _preprocessing(recipe, base, partition.spec.in_chans)
+    tasks = _tasks(recipe, data, partition.units, base)
+    network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
     network.make_private(owners(method, partition))
     return network, []
 
@@ -89,7 +128,7 @@ def _channels(recipe: Recipe, base: Path) -> int:
     return recipe.backbone.in_chans or resolve(recipe.backbone.name, num_classes=2).in_chans
 
 
-def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Partition, dict[str, Tensor]]:
+def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note) -> tuple[Partition, dict[str, Tensor]]:
     assert recipe.backbone is not None
     assert recipe.units is not None
     smallest = min((d.input_size for d in data), key=lambda size: size[0] * size[1])
@@ -106,9 +145,9 @@ def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Part
     if recipe.backbone.zero_init_last:
         _zero_last_norms(module, spec)
     if recipe.backbone.weights is not None:
-        load_weights(module, spec, locate(recipe.backbone.weights, base))
+        load_weights(module, spec, locate(recipe.backbone.weights, base), note)
     elif recipe.backbone.pretrained:
-        load_pretrained(module, spec)
+        load_pretrained(module, spec, note)
     partition = Partition.create(spec, recipe.units, module, rule=Rule(recipe.assign, recipe.round_to))
     return partition, _templates(partition, module)
 
@@ -181,7 +220,7 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
         partition = Partition.create(spec, units, assignment=partition.assignment, rule=partition.rule)
     torch.manual_seed(recipe.seed)
     tensors = {**_templates(partition, partition.spec.build()), **opened.file_tensors()}
-    network = DeepVirtualNetwork(partition, tasks, tensors)
+    network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=opened.preprocessing)
     network.make_private(owners(method, partition))
     return network, before
 
@@ -206,6 +245,7 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, kno
                 f"the levels of task '{keys.name}' are cumulative numbers of units, ascending, up to {units}, not "
                 f"{levels}"
             )
+        resize = Resize.of(images.spec)
         tasks.append(
             Task(
                 keys.name,
@@ -219,6 +259,9 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, kno
                     "spec": images.spec.model_dump(mode="json"),
                     "base": str(base.resolve()) if images.spec.has_relative_path else None,
                 },
+                resize.interpolation,
+                resize.crop_pct,
+                resize.crop_mode,
             )
         )
     return tasks

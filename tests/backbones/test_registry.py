@@ -4,10 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
-from dvn_cli.backbones import BackboneSpec, classifier_tensors, preprocessing, registry, resolve
+from dvn_cli.backbones import BackboneSpec, Preprocessing, classifier_tensors, preprocessing, registry, resolve
+from dvn_cli.data.resize import Resize
 from dvn_cli.errors import InputError
 
 IMAGENET_MEAN_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -105,10 +107,56 @@ def test_classifier_tensors():
 
 
 def test_preprocessing():
-    assert preprocessing(resolve("resnet50")) == IMAGENET_MEAN_STD
-    assert preprocessing(resolve("torchvision/resnet50")) == IMAGENET_MEAN_STD
+    timms = Preprocessing("timm's configuration of resnet50.a1_in1k", *IMAGENET_MEAN_STD, "bicubic", 0.95, "center")
+    assert preprocessing(resolve("resnet50")) == timms
+    assert preprocessing(resolve("resnet50.tv_in1k")).resize == {
+        "interpolation": "bilinear",
+        "crop_pct": 0.875,
+        "crop_mode": "center",
+    }
     assert preprocessing(resolve("wrn_32_4")) is None
-    assert preprocessing(resolve("resnet18", in_chans=1)) is None
+    grey = preprocessing(resolve("resnet50", in_chans=1))
+    assert (grey.mean, grey.std, grey.resize) == (None, None, timms.resize)
+    assert Preprocessing.from_dict(json.loads(json.dumps(timms.to_dict()))) == timms
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"interpolation": "bicubik"}, "no interpolation 'bicubik'; did you mean 'bicubic'"),
+        ({"crop_mode": "middle"}, "no crop mode 'middle'; there are center, squash, border"),
+        ({"crop_pct": 87.5}, "such as 0.875, not 87.5"),
+        ({"std": [0.2, 0.0, 0.2]}, "above 0"),
+        ({"mean": [float("nan")]}, "pixels in 0..1"),
+        ({"colour": 1}, "not the description"),
+    ],
+)
+def test_no_preprocessing(change, message):
+    fields = preprocessing(resolve("resnet50")).to_dict()
+    with pytest.raises(InputError, match=message):
+        Preprocessing.from_dict(fields | change)
+
+
+def test_preprocessing_of_torchvision_is_its_own_to_the_pixel():
+    from PIL import Image
+    from torchvision import models
+
+    rng = np.random.default_rng(0)
+    photo = Image.fromarray(rng.integers(0, 256, (61, 83, 3), dtype=np.uint8))
+    seen = set()
+    for name in models.list_models(module=models):
+        transforms = models.get_model_weights(name).DEFAULT.transforms()
+        how = preprocessing(resolve(f"torchvision/{name}"))
+        if how.mean != (0.5, 0.5, 0.5):
+            assert (how.mean, how.std) == (tuple(transforms.mean), tuple(transforms.std))
+        key = (*transforms.resize_size, *transforms.crop_size, transforms.interpolation)
+        if key not in seen:
+            seen.add(key)
+            size = transforms.crop_size * 2
+            pixels = np.asarray(Resize(**how.resize)(photo, tuple(size))).transpose(2, 0, 1) / np.float32(255)
+            mean, std = (np.float32(v)[:, None, None] for v in (transforms.mean, transforms.std))
+            np.testing.assert_allclose((pixels - mean) / std, transforms(photo).numpy(), atol=1e-5)
+    assert len(seen) > 10
 
 
 def test_preprocessing_stands_in_for_the_conversion_inside_a_model():
@@ -118,7 +166,8 @@ def test_preprocessing_stands_in_for_the_conversion_inside_a_model():
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in IMAGENET_MEAN_STD)
     with torch.device("meta"):
         published = models.googlenet(weights=None, transform_input=True, init_weights=False, aux_logits=False)
-    own_mean, own_std = (torch.tensor(v).view(1, 3, 1, 1) for v in preprocessing(resolve("googlenet")))
+    own = preprocessing(resolve("googlenet"))
+    own_mean, own_std = (torch.tensor(v).view(1, 3, 1, 1) for v in (own.mean, own.std))
     torch.testing.assert_close((pixels - own_mean) / own_std, published._transform_input((pixels - mean) / std))
 
 
