@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -261,12 +262,8 @@ class DeepVirtualNetwork(nn.Module):
             for level in range(1, len(task.levels) + 1):
                 yield number, level
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the checkpoint, atomically."""
-        tensors = {
-            name: checkpoint.Tensor(DTYPES[tensor.dtype], tuple(tensor.shape), _bytes(tensor))
-            for name, tensor in self.file_tensors().items()
-        }
+    def header(self, path: str | os.PathLike[str]) -> checkpoint.Header:
+        """What the header of its file says, before there is one: what counts networks needs no more."""
         metadata = {
             "format": checkpoint.FORMAT,
             "kind": "checkpoint",
@@ -274,7 +271,20 @@ class DeepVirtualNetwork(nn.Module):
             "tasks": [task.to_dict() for task in self.tasks],
             "training": self.training_record,
         }
-        checkpoint.write(path, tensors, metadata)
+        stored = {
+            name: checkpoint.Stored(DTYPES[tensor.dtype], tuple(tensor.shape), 0, 0)
+            for name, tensor in self.file_tensors().items()
+        }
+        return checkpoint.Header(Path(path), metadata, stored)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the checkpoint, atomically."""
+        header, own = self.header(path), self.file_tensors()
+        tensors = {
+            name: checkpoint.Tensor(stored.dtype, stored.shape, _bytes(own[name]))
+            for name, stored in header.tensors.items()
+        }
+        checkpoint.write(path, tensors, header.metadata)
 
 
 def _bytes(tensor: Tensor) -> Any:

@@ -15,6 +15,7 @@ from dvn_cli.errors import InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from dvn_cli.network import DeepVirtualNetwork
     from dvn_cli.partition import Partition
     from dvn_cli.units.assign import Bucket
     from dvn_cli.units.count import Whole
@@ -91,20 +92,18 @@ def partition_command(
             status.update(f"narrowing to {number} of {units} units")
             network.networks(1, number)
             network.networks(number, 1)
-        network.save(output)
-        header = checkpoints.read_checkpoint(output)
+        header = network.header(output)
         levels = []
         for level in range(1, units + 1):
             status.update(f"counting level {level} of {units}")
             params, density = count.params_and_density(header, 1, level)
-            shapes = {name: tuple(tensor.shape) for name, tensor in network.tensors(1, level).items()}
             levels.append(
                 {
                     "level": level,
                     "units": level,
                     "params": params,
                     "density": density,
-                    "macs": count.macs(network.networks(1, level).eval, shapes, (spec.in_chans, *spec.input_size)),
+                    "macs": count.macs(partition, network.networks(1, level), spec.input_size),
                     "bytes": checkpoints.count(header, 1, level).bytes,
                     "divided": count.divided_share(header, 1, level),
                 }
@@ -137,10 +136,11 @@ def partition_command(
             "private": private,
             "random": left_out,
         }
-        typer.echo(json.dumps(document, indent=2))
+        _report_and_save(json.dumps(document, indent=2) + "\n", network, output)
         return
 
     console = Console(highlight=False)
+    console.begin_capture()
     arrow = f"{backbone} -> " if spec.name != backbone else ""
     size = "x".join(map(str, spec.input_size))
     console.print(
@@ -156,7 +156,20 @@ def partition_command(
     _print_whole(console, partition, undivided, levels[-1])
     _print_private(console, partition)
     _print_levels(console, levels, lowest)
+    _report_and_save(console.end_capture(), network, output)
     console.print(f"{output} written.", soft_wrap=True)
+
+
+def _report_and_save(text: str, network: "DeepVirtualNetwork", output: Path) -> None:
+    """Prints what came of it, then writes the file: a command that fails leaves what was there before."""
+    gone = None
+    try:
+        typer.echo(text, nl=False)
+    except BrokenPipeError as error:  # whoever read the report has had enough of it, such as `head`
+        gone = error
+    network.save(output)
+    if gone is not None:
+        raise gone
 
 
 def _refuse_to_lose(path: Path) -> None:

@@ -9,11 +9,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dvn_cli import checkpoint
 from dvn_cli.graph.dry import dry_run
-from dvn_cli.graph.narrow import Narrowed
 from dvn_cli.units.assign import owned, undivided
 
 if TYPE_CHECKING:
-    from dvn_cli.partition import Partition
+    from dvn_cli.partition import Networks, Partition
 
 
 def params_and_density(
@@ -109,15 +108,14 @@ def whole(partition: "Partition") -> list[Whole]:
     return sorted(found, key=lambda one: -one.params)
 
 
-def macs(network: Narrowed, shapes: dict[str, tuple[int, ...]], image: tuple[int, int, int]) -> int:
+def macs(partition: "Partition", networks: "Networks", input_size: tuple[int, int]) -> int:
     """Multiply-accumulates of one image: half of what `torch.utils.flop_counter` counts, run without data.
 
     Args:
-        network: the narrow network, in its eval form.
-        shapes: of its tensors.
-        image: channels, height, width.
+        networks: of a set of the partition's units; the eval form is counted.
+        input_size: height and width of the image.
     """
-    tensors = {name: (shape, torch.float32) for name, shape in shapes.items()}
+    image = torch.empty(1, partition.spec.in_chans, *input_size, device="meta")
     with FlopCounterMode(display=False) as counter:
-        dry_run(network, tensors, torch.empty(1, *image, device="meta"))
+        dry_run(networks.eval, partition.tensors(networks), image)
     return counter.get_total_flops() // 2
