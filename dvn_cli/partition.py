@@ -4,7 +4,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from dvn_cli.backbones import BackboneSpec, head
 from dvn_cli.errors import InputError
+from dvn_cli.graph.compare import same_graph
 from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.hollow import hollow
 from dvn_cli.graph.labels import Labeller, base_name, bind
@@ -38,11 +39,33 @@ Owner = Literal["shared", "task", "network"]
 
 @dataclass(frozen=True)
 class Networks:
-    """The network of a set of units, in both of its forms, and what it takes of each of the backbone's tensors."""
+    """The network of a set of units, in both of its forms, and what it takes of each of the backbone's tensors.
+
+    Attributes:
+        origin: which network of which partition it is.
+    """
 
     train: Narrowed
     eval: Narrowed
     kept: Mapping[str, Kept]
+    origin: "Origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What it takes to make a network's graphs again, as for images of another size; plain data.
+
+    Attributes:
+        partition: JSON of what `Partition.restore` needs.
+        units: numbers of the network's units, from 1.
+        classes: outputs of its classifier.
+        input_size: height and width of its images.
+    """
+
+    partition: str
+    units: tuple[int, ...]
+    classes: int
+    input_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -131,6 +154,8 @@ class Partition:
     _labeller: Labeller = field(repr=False)
     _unit: Tensor = field(repr=False)
     _cache: dict[Any, Networks] = field(default_factory=dict, repr=False)
+    _resized: dict[tuple[int, int], "Partition"] = field(default_factory=dict, repr=False)
+    _right: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
     def create(
@@ -198,8 +223,7 @@ class Partition:
         Raises:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
-        keys = ("backbone", "units", "rule", "axes", "tensors", "class_axis")
-        return _restored(json.dumps({key: metadata[key] for key in keys}, sort_keys=True))
+        return _restored(_description(metadata))
 
     def metadata(self) -> dict[str, Any]:
         """What `restore` needs, JSON-able."""
@@ -240,9 +264,15 @@ class Partition:
                 self._cache[key] = self._networks(*key)
         return self._cache[key]
 
-    def _networks(self, kept: tuple[int, ...], classes: int, input_size: tuple[int, int]) -> Networks:
+    def _networks(
+        self,
+        kept: tuple[int, ...],
+        classes: int,
+        input_size: tuple[int, int],
+        strides: dict[str, list[int]] | None = None,
+    ) -> Networks:
         keep = kept_labels(self._labeller, self._unit, kept, classes)
-        strides = self._strides(input_size)
+        strides = self._strides(input_size) if strides is None else strides
         train, evaluate = (
             narrow(self._graphs[mode], self._labels, self._labeller, keep, strides) for mode in (True, False)
         )
@@ -252,7 +282,7 @@ class Partition:
                 name = traced.names.get(str(node.target))
                 if name is not None and name not in indices:
                     indices[name] = kept_indices(self._labeller, self._labels[node], keep)
-        networks = Networks(train, evaluate, indices)
+        networks = Networks(train, evaluate, indices, Origin(self._described, kept, classes, input_size))
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
         for narrowed in (train, evaluate):
@@ -260,6 +290,44 @@ class Partition:
             if logits.shape != (batch, classes):
                 raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
         return networks
+
+    @functools.cached_property
+    def _described(self) -> str:
+        return _description(self.metadata())
+
+    def is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
+        """Tells whether a network's graph, made for images of one size, is what it would be for those of another.
+
+        The backbone is traced anew with images of the other size, and the two graphs are compared node by node.
+
+        Args:
+            size: height and width of the other images.
+            origin: of the network.
+            train: which of its two graphs.
+        """
+        key = (size, origin.units, origin.classes, origin.input_size, train)
+        if key not in self._right:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._right[key] = self._is_right_at(size, origin, train)
+        return self._right[key]
+
+    def _is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
+        try:
+            if size not in self._resized:
+                module = hollow(self.spec.build)
+                spec = replace(self.spec, input_size=size)
+                self._resized.clear()
+                self._resized[size] = Partition.create(spec, self.units, module, self.assignment, self.rule)
+            here = self.networks(origin.units, origin.classes, origin.input_size)
+            strides = self._strides(origin.input_size)
+            there = self._resized[size]._networks(origin.units, origin.classes, size, strides)
+        except InputError:  # the backbone takes no such images
+            return False
+        return (
+            same_graph(here.train.module, there.train.module)
+            if train
+            else same_graph(here.eval.module, there.eval.module)
+        )
 
     def tensors(self, networks: Networks) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of a network."""
@@ -297,6 +365,35 @@ class Partition:
                 )
             strides[name] = stride
         return strides
+
+
+def _description(metadata: Mapping[str, Any]) -> str:
+    keys = ("backbone", "units", "rule", "axes", "tensors", "class_axis")
+    return json.dumps({key: metadata[key] for key in keys}, sort_keys=True)
+
+
+@torch.compiler.disable
+def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition | None = None) -> None:
+    """Raises InputError where a network is given images of a size that its graph is wrong for.
+
+    Args:
+        images: of another size than `origin.input_size`.
+        origin: of the network.
+        train: which of its graphs is to run.
+        partition: that the network is of; restored from the origin by default.
+    """
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    own = _size(origin.input_size)
+    partition = _restored(origin.partition) if partition is None else partition
+    if torch.compiler.is_compiling() and (size, *astuple(origin)[1:], train) not in partition._right:
+        raise InputError(
+            f"the network is made for images of {own}: export it for these, or call it once with {_size(size)}"
+        )
+    if not partition.is_right_at(size, origin, train):
+        raise InputError(
+            f"the network is made for images of {own}, and its graph is not right for those of {_size(size)}: resize "
+            f"them to {own}, or make a partition with an input size of {_size(size)}"
+        )
 
 
 @functools.lru_cache(maxsize=2)
