@@ -17,7 +17,8 @@ from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.hollow import hollow
 from dvn_cli.graph.labels import Labeller, base_name, bind
 from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
-from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, trace
+from dvn_cli.graph.rules import kind_of
+from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, shape_of, trace
 from dvn_cli.units.assign import (
     EVEN,
     Assignment,
@@ -339,32 +340,132 @@ class Partition:
             for name, kept in networks.kept.items()
         }
 
+    def check_images(self, input_size: tuple[int, int]) -> None:
+        """Raises InputError where the stem cannot take images of a size, or would look at a part of them only.
+
+        The message says which sizes would do.
+        """
+        strides = self._strides(input_size)
+        for conv in self._stem:
+            stride = strides.get(conv.weight, conv.stride)
+            if not conv.sees_all(stride):
+                seen = math.prod(min(extent / now, 1.0) for now, extent in zip(stride, conv.extent, strict=True))
+                raise InputError(
+                    f"{self.spec.name} would see {100 * seen:.0f} % of the pixels of images of {_size(input_size)}: "
+                    f"against {_size(self.spec.input_size)} its first layer {conv.weight.rpartition('.')[0]} has a "
+                    f"stride of {_size(stride)}, its kernel {_size(conv.extent)} pixels; {self._advice(input_size)}"
+                )
+
     def _strides(self, input_size: tuple[int, int]) -> dict[str, list[int]]:
+        """The stem's strides, by the name of the weight, with which images of a size meet those of the backbone's."""
         if input_size == self.spec.input_size:
             return {}
-        strides: dict[str, list[int]] = {}
-        traced = self._graphs[False]
-        for node in _stem_nodes(traced):
-            arguments = bind(node)
-            name = traced.names.get(str(arguments["weight"].target)) if "stride" in arguments else None
-            if name is None:
-                raise InputError(f"{self.spec.name} takes images of {_size(self.spec.input_size)} only")
-            before, kernel = list(arguments["stride"]), self.shapes[name][2:]
-            ratios = [asked / own for asked, own in zip(input_size, self.spec.input_size, strict=True)]
-            stride = [round(s * r) for s, r in zip(before, ratios, strict=True)]
-            pads, gaps = list(arguments["padding"]), list(arguments["dilation"])
+        if not self._stem or any(not conv.weight for conv in self._stem):
+            raise InputError(
+                f"{self.spec.name} takes images of {_size(self.spec.input_size)} only, not of {_size(input_size)}, "
+                f"since the weights or the images of its first layer are computed: {self._advice(input_size)}"
+            )
+        if problem := self._mismatch(input_size):
+            raise InputError(f"{problem}: {self._advice(input_size)}")
+        return {conv.weight: conv.scaled(self.spec.input_size, input_size) for conv in self._stem}
 
-            def resolution(size: Sequence[int], step: Sequence[int]) -> list[int]:
-                dims = zip(size, kernel, pads, gaps, step, strict=True)  # noqa: B023
-                return [(n + 2 * p - d * (k - 1) - 1) // max(s, 1) + 1 for n, k, p, d, s in dims]
-
-            if min(stride) < 1 or resolution(input_size, stride) != resolution(self.spec.input_size, before):
-                raise InputError(
-                    f"images of {_size(input_size)} cannot meet those of {_size(self.spec.input_size)}: give a size "
-                    f"that is a multiple of it (`size` in the task's data), or another size of the backbone"
+    def _mismatch(self, input_size: tuple[int, int]) -> str:
+        """Why images of a size do not have the backbone's resolution after the stem; empty where they do."""
+        own = self.spec.input_size
+        for conv in self._stem:
+            stride = conv.scaled(own, input_size)
+            if min(stride) < 1 or conv.resolution(input_size, stride) != conv.resolution(own, conv.stride):
+                fixed = " and whose padding is a constant of its graph" if any(conv.added) else ""
+                return (
+                    f"images of {_size(input_size)} cannot meet those of {_size(own)} after the first layer of "
+                    f"{self.spec.name}, whose stride is {_size(conv.stride)} at {_size(own)}{fixed}"
                 )
-            strides[name] = stride
-        return strides
+        return ""
+
+    def _advice(self, input_size: tuple[int, int]) -> str:
+        """What to set in place of a size of images that the stem does not take."""
+        own, sizes = self.spec.input_size, {self.spec.input_size}
+        convs = self._stem if all(conv.weight for conv in self._stem) else []
+        for step in range(1, max((n for conv in convs for n in conv.extent), default=0) + 1):
+            size = (own[0] * step // convs[0].stride[0], own[1] * step // convs[0].stride[1])
+            if min(size) and not self._mismatch(size) and all(conv.sees_all(conv.scaled(own, size)) for conv in convs):
+                sizes.add(size)
+        nearest = sorted(sizes, key=lambda size: (abs(size[0] - input_size[0]), size))[:4]
+        shown = [str(h) if h == w else f"[{h}, {w}]" for h, w in sorted(nearest)]
+        others = f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
+        backwards = [
+            [n * old // new for n, old, new in zip(conv.stride, own, input_size, strict=True)] for conv in convs
+        ]
+        both = bool(convs) and all(
+            conv.sees_all(stride) and conv.resolution(own, stride) == conv.resolution(input_size, conv.stride)
+            for conv, stride in zip(convs, backwards, strict=True)
+        )
+        made = f", or make the backbone for {_size(input_size)} (`backbone.input_size`, of a partition `--input-size`)"
+        return f"set `size` in the task's data to {others}{made if both else ''}"
+
+    @functools.cached_property
+    def _stem(self) -> list["_StemLayer"]:
+        traced = self._graphs[False]
+        return [_StemLayer.of(traced, node, self.spec.input_size) for node in _stem_nodes(traced)]
+
+
+@dataclass(frozen=True)
+class _StemLayer:
+    """A first layer, all along height and width.
+
+    Attributes:
+        weight: its name; empty for what is no convolution of the image with a parameter.
+        extent: pixels from one end of the kernel to the other.
+        stride: at the backbone's own image size.
+        padding: on each side, by the convolution.
+        added: pixels by which its input is larger than the image, as by a padding before it.
+    """
+
+    weight: str
+    extent: list[int]
+    stride: list[int]
+    padding: list[int]
+    added: list[int]
+
+    @classmethod
+    def of(cls, traced: Traced, node: fx.Node, input_size: tuple[int, int]) -> "_StemLayer":
+        """Reads a contraction of the backbone's graph."""
+        arguments = bind(node)
+        name = traced.names.get(str(arguments["weight"].target), "")
+        before, ok = arguments["input"], "stride" in arguments
+        while ok and not (before.op == "placeholder" and str(before.target) == traced.input):
+            kind = kind_of(before.target)
+            ok = (
+                base_name(before.target) in ("pad", "constant_pad_nd")
+                or kind == "pointwise"
+                or (shape_of(before.meta["val"])[2:] == shape_of(before.all_input_nodes[0].meta["val"])[2:])
+            )
+            before = before.all_input_nodes[0]
+        if not ok or not name:
+            return cls("", [], [], [], [])
+        kernel = shape_of(traced.sources[str(arguments["weight"].target)])[2:]
+        size = shape_of(arguments["input"].meta["val"])[2:]
+        return cls(
+            name,
+            [d * (k - 1) + 1 for d, k in zip(arguments["dilation"], kernel, strict=True)],
+            list(arguments["stride"]),
+            list(arguments["padding"]),
+            [there - own for there, own in zip(size, input_size, strict=True)],
+        )
+
+    def scaled(self, own: tuple[int, int], size: tuple[int, int]) -> list[int]:
+        """The stride that grows with the images."""
+        return [round(s * new / old) for s, new, old in zip(self.stride, size, own, strict=True)]
+
+    def sees_all(self, stride: Sequence[int]) -> bool:
+        """Tells whether with a stride no pixel is passed over, or none that is not at the backbone's own size."""
+        dims = zip(stride, self.extent, self.stride, strict=True)
+        return all(0 < step <= max(extent, own) for step, extent, own in dims)
+
+    def resolution(self, size: Sequence[int], stride: Sequence[int]) -> list[int]:
+        """Height and width of what it makes of images."""
+        dims = zip(size, self.added, self.padding, self.extent, stride, strict=True)
+        return [(n + more + 2 * pad - extent) // max(step, 1) + 1 for n, more, pad, extent, step in dims]
 
 
 def _description(metadata: Mapping[str, Any]) -> str:

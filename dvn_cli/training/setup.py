@@ -48,7 +48,7 @@ def build(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVir
         return _continued(recipe, data, base)
     method = METHODS[recipe.method]
     partition, tensors = (_opened if recipe.partition is not None else _divided)(recipe, data, base)
-    network = DeepVirtualNetwork(partition, _tasks(recipe, data, partition.units, base), tensors)
+    network = DeepVirtualNetwork(partition, _tasks(recipe, data, partition, base), tensors)
     network.make_private(owners(method, partition))
     return network, []
 
@@ -147,7 +147,7 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     if twice:
         raise InputError(f"'{recipe.continues}' has a task '{min(twice)}' already: give the new one another name")
     before = list(opened)
-    tasks = [*known, *_tasks(recipe, data, units, base, len(known))]
+    tasks = [*known, *_tasks(recipe, data, opened.partition, base, len(known))]
     if method.levels == "all":
         used = max(unit for of in before for unit in known[of[0] - 1].kept(of[1]))
         there = min(used + len(data), units) if recipe.sequential.grow else units
@@ -168,9 +168,9 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     return network, before
 
 
-def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, known: int = 0) -> list[Task]:
+def _tasks(recipe: Recipe, data: Sequence[TaskData], partition: Partition, base: Path, known: int = 0) -> list[Task]:
     """The recipe's tasks, where so many are known already."""
-    method, count = METHODS[recipe.method], known + len(data)
+    method, count, units = METHODS[recipe.method], known + len(data), partition.units
     tasks = []
     for place, (keys, images) in enumerate(zip(recipe.tasks, data, strict=True)):
         number = known + place + 1
@@ -188,6 +188,10 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, kno
                 f"the levels of task '{keys.name}' are cumulative numbers of units, ascending, up to {units}, not "
                 f"{levels}"
             )
+        try:
+            partition.check_images(images.input_size)
+        except InputError as error:
+            raise InputError(f"task '{keys.name}': {error}") from None
         tasks.append(
             Task(
                 keys.name,
