@@ -318,6 +318,19 @@ def _remove_leftovers(path: Path) -> None:
                 os.unlink(file.name)
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises what `atomic` would raise before anything is written, such as at the start of long work.
+
+    A folder that is missing is not made.
+    """
+
+    class Writable(Exception):
+        pass
+
+    with contextlib.suppress(Writable), atomic(path):
+        raise Writable  # which leaves the context before it replaces anything
+
+
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes a checkpoint or a slice, atomically: equal tensors and metadata give equal bytes, in whatever order.
 

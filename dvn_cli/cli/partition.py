@@ -29,7 +29,11 @@ ROWS = 24
 
 def partition_command(
     backbone: Annotated[
-        str, typer.Argument(metavar="BACKBONE", help="A model of timm or torchvision, wrn_N_S, resnet_N, or a family.")
+        str,
+        typer.Argument(
+            metavar="BACKBONE",
+            help="A model of timm or torchvision, wrn_N_S, resnet_N, a family, or package.module:factory.",
+        ),
     ],
     units: Annotated[int, typer.Option(help="How many units.")],
     round_to: Annotated[
@@ -57,6 +61,7 @@ def partition_command(
         raise InputError("--pretrained or --weights, not both: each says what the weights are")
     if output.exists() and not force:
         _refuse_to_lose(output)
+    checkpoints.check_writable(output)
 
     from rich.console import Console
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dvn_cli import checkpoint
-from dvn_cli.backbones import BackboneSpec, load_pretrained, load_weights, resolve
+from dvn_cli.backbones import BackboneSpec, default, load_pretrained, load_weights, resolve
 from dvn_cli.data import TaskData, load_task
 from dvn_cli.data.spec import locate
 from dvn_cli.errors import InputError
@@ -68,7 +68,7 @@ def _channels(recipe: Recipe, base: Path) -> int:
         header = checkpoint.read_checkpoint(locate(start, base))
         return BackboneSpec.from_dict(header.metadata["backbone"]).in_chans
     assert recipe.backbone is not None
-    return recipe.backbone.in_chans or resolve(recipe.backbone.name, num_classes=2).in_chans
+    return recipe.backbone.in_chans or default(recipe.backbone.name).in_chans
 
 
 def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Partition, dict[str, Tensor]]:
