@@ -18,6 +18,7 @@ from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.units.assign import kept_labels
 from dvn_cli.units.count import params_and_density
 
 
@@ -323,6 +324,36 @@ def test_what_cannot_be_narrowed_replaces_nothing(
     assert dvn("partition", "wrn_16_1", "--units", "2") == 2
     assert capsys.readouterr().err == "dvn: aten.odd cannot be narrowed so\n"
     assert Path("dvn.safetensors").read_bytes() == before
+
+
+def test_a_check_says_that_narrow_networks_are_masked_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    rule = ("--assign", "importance", "--round-to", 8)
+    document = partition(capsys, "wrn_10_1", "--units", 3, *rule, "--check", "--input-size", 8)
+    assert document["check"]["networks"] == 4
+    assert document["check"]["differing"] == []
+    assert document["check"]["difference"] < 1e-12
+    assert partition(capsys, "wrn_10_1", "--units", 2)["check"] is None
+
+
+def test_a_check_tells_a_wrong_network_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four units the second is taken for the first."""
+
+    def mistaken(labeller: Any, unit: Tensor, kept: tuple[int, ...], classes: int) -> Tensor:
+        return kept_labels(labeller, unit, (1,) if kept == (2,) else kept, classes)
+
+    monkeypatch.setattr("dvn_cli.check.kept_labels", mistaken)
+    command = ("wrn_10_1", "--units", 4, "--input-size", 8, "--check", "--json")
+    assert dvn("partition", *command) == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["checkpoint"] is None
+    assert [(one["units"], one["mode"]) for one in document["check"]["differing"]] == [([2], "eval"), ([2], "train")]
+    for part in ("networks differ from the backbone", "units 2 in eval mode by ", "nothing is written"):
+        assert part in err
+    assert err.count("\n") == 1
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize(

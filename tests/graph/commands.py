@@ -29,7 +29,6 @@ from unittest import mock
 
 import panel
 import torch
-from reference import first_tensor
 from torch import Tensor
 
 import dvn_cli
@@ -37,6 +36,7 @@ from dvn_cli.backbones import BackboneSpec
 from dvn_cli.cli import main as dvn_main
 from dvn_cli.errors import DvnError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+from dvn_cli.reference import first_tensor
 
 TABLE = Path(__file__).parent / "commands.csv"
 LARGEST = 1.5e9  # parameters: training holds them, their gradients and the file that is written

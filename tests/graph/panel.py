@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference import Comparison, networks
 
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.backbones.registry import classifier_tensors
+from dvn_cli.check import GAINS, TOLERANCE, Comparison, networks
 from dvn_cli.errors import InputError
 from dvn_cli.graph.hollow import hollow
 from dvn_cli.partition import ENOUGH, Partition, share_divided
@@ -44,8 +44,6 @@ TABLE = HERE / "panel.csv"
 LARGE = 30_000_000  # parameters; of a combination whose models are all larger the smallest is taken all the same
 LARGEST = 5e8  # parameters, compared in double precision, four times over
 SMALL_SIZES = (128, 144, 192)  # pixels, of which a model gets the first that it takes, else its own
-GAINS = (1.0, 0.85, 0.7)  # of the random weights: the next one where rounding errors grow too large with the last
-TOLERANCE = 1e-5  # some models compute in fp32 whatever they are given
 
 
 @dataclass

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from reference import Comparison, first_tensor, masked, networks
 
 from dvn_cli.backbones import resolve
+from dvn_cli.check import Comparison, networks
 from dvn_cli.graph.narrow import narrow
+from dvn_cli.reference import first_tensor, masked
 from dvn_cli.units.assign import kept_labels
 
 QUICK = [

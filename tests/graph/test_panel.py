@@ -5,8 +5,8 @@ import random
 
 import panel
 import pytest
-from reference import Comparison
 
+from dvn_cli.check import Comparison
 from dvn_cli.graph.hollow import hollow
 
 SMALL = 4_000_000  # parameters

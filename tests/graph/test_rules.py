@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from reference import Comparison
 from torch import Tensor, nn
 
 from dvn_cli.backbones import resolve
+from dvn_cli.check import Comparison
 from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.narrow import _Narrower, on_device
