@@ -18,7 +18,7 @@ from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.units.assign import kept_labels
+from dvn_cli.reference import kept_by_axes
 from dvn_cli.units.count import params_and_density
 
 
@@ -340,10 +340,10 @@ def test_a_check_tells_a_wrong_network_and_leaves_nothing(
 ) -> None:
     """Of four units the second is taken for the first."""
 
-    def mistaken(labeller: Any, unit: Tensor, kept: tuple[int, ...], classes: int) -> Tensor:
-        return kept_labels(labeller, unit, (1,) if kept == (2,) else kept, classes)
+    def mistaken(assignment: Any, name: str, shape: Any, kept: tuple[int, ...]) -> list[Tensor]:
+        return kept_by_axes(assignment, name, shape, (1,) if kept == (2,) else kept)
 
-    monkeypatch.setattr("dvn_cli.check.kept_labels", mistaken)
+    monkeypatch.setattr("dvn_cli.check.kept_by_axes", mistaken)
     command = ("wrn_10_1", "--units", 4, "--input-size", 8, "--check", "--json")
     assert dvn("partition", *command) == 1
     out, err = capsys.readouterr()
