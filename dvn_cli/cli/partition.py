@@ -293,7 +293,7 @@ def _little_divided(undivided: Sequence["Whole"], top: dict[str, Any]) -> str | 
     if top["divided"] >= ENOUGH:
         return None
     most = undivided[0]
-    remedy = ". Fewer units divide more." if "units" in most.why else "."
+    remedy = ". Fewer units divide more." if "than the" in most.why else "."
     return (
         f"less than {100 * ENOUGH:.0f} % of the parameters are divided; of the others most are those of "
         f"{_and_more(most.places)}: {most.why}{remedy}"

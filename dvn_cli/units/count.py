@@ -1,6 +1,7 @@
 """What networks cost: parameters, how many of them the units divide and why the rest not, multiply-accumulates."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dvn_cli import checkpoint
 from dvn_cli.graph.dry import dry_run
+from dvn_cli.graph.labels import located
 from dvn_cli.units.assign import owned, undivided
 
 if TYPE_CHECKING:
@@ -87,9 +89,10 @@ class Whole:
 
 def whole(partition: "Partition") -> list[Whole]:
     """The parameters, stem and classifier included, that no unit owns, most of them first."""
-    few = {place for bucket in partition.buckets if not bucket.sizes for place in bucket.places}
+    few = {place: bucket for bucket in partition.buckets if not bucket.sizes for place in bucket.places}
     classes = set(partition.assignment.classes)
     counts: dict[str, dict[str, int]] = {}
+    operators: dict[str, dict[str, None]] = {}  # of one kind, by the reason that they are
     indices = owned(partition.assignment.axes, range(1, partition.units + 1))
     for name, axes in partition.assignment.tensors.items():
         shape = partition.shapes[name]
@@ -97,15 +100,30 @@ def whole(partition: "Partition") -> list[Whole]:
         if not count or name not in partition.parameters:
             continue
         places = {(name, dim) for dim in range(len(shape))}
-        if places & few:
-            why = f"fewer channels than the {partition.units} units"
+        bucket = next((few[place] for place in sorted(places) if place in few), None)
+        if bucket is not None:
+            tied = any(partition.is_tied(*place) for place in bucket.places)
+            what = "channels that only go together, in fewer groups" if tied else "fewer channels"
+            why = f"{what} than the {partition.units} units"
         elif places & classes:
             why = "one number for each class"
+        elif (node := partition.kept_whole_by(name)) is not None:
+            why = f"{node.target} {located(node).rpartition(' ')[2]}"
+            operators.setdefault(why, {})[located(node)] = None
         else:
             why = "no dimension of channels"
         counts.setdefault(why, {})[name] = count
-    found = [Whole(why, sum(of.values()), tuple(of)) for why, of in counts.items()]
+    found = [
+        Whole(_reason(why, list(operators.get(why, ()))), sum(of.values()), tuple(of)) for why, of in counts.items()
+    ]
     return sorted(found, key=lambda one: -one.params)
+
+
+def _reason(why: str, operators: Sequence[str]) -> str:
+    if not operators:
+        return why
+    more = f" and {len(operators) - 1} more like it" if len(operators) > 1 else ""
+    return f"channels that all units need for operator {operators[0]}{more}"
 
 
 def macs(partition: "Partition", networks: "Networks", input_size: tuple[int, int]) -> int:
