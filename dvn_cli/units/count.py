@@ -111,7 +111,7 @@ def whole(partition: "Partition") -> list[Whole]:
             why = f"{node.target} {located(node).rpartition(' ')[2]}"
             operators.setdefault(why, {})[located(node)] = None
         else:
-            why = "no dimension of channels"
+            why = "no channels that units divide"
         counts.setdefault(why, {})[name] = count
     found = [
         Whole(_reason(why, list(operators.get(why, ()))), sum(of.values()), tuple(of)) for why, of in counts.items()
