@@ -94,6 +94,15 @@ class Row:
     bench_s: float = 0.0
     peak_mb: int = 0
 
+    @property
+    def passed(self) -> bool:
+        return self.outcome == "passed"
+
+    @property
+    def seconds(self) -> float:
+        """Of all commands."""
+        return sum(getattr(self, f"{step}_s") for step in STEPS)
+
     @classmethod
     def read(cls, entry: dict[str, str]) -> "Row":
         return cls(**{f.name: f.type(entry[f.name]) for f in fields(cls)})  # type: ignore[operator]
@@ -211,7 +220,10 @@ def _load(images: Tensor) -> None:
     assert isinstance(cut, VirtualNetwork)
     module = BackboneSpec.from_dict(whole.partition.metadata()["backbone"]).build()
     tensors = whole.tensors(1, 2)
-    module.load_state_dict({**tensors, **{n: tensors[first] for n, first in whole.partition.aliases.items()}})
+    state = module.state_dict()  # some modules read the version that it has beside its tensors
+    state.update(tensors)
+    state.update({name: tensors[first] for name, first in whole.partition.aliases.items()})
+    module.load_state_dict(state)
     with torch.no_grad():
         _same(cut(images), whole(images, 2, 1))
         _same(whole(images, 1, 2), first_tensor(module(images)))
@@ -254,13 +266,13 @@ def run(models: Sequence[str], jobs: int, limit: float, largest: float = LARGEST
 
 def summary(rows: Sequence[Row]) -> str:
     counts = Counter(row.outcome for row in rows)
-    passed = [row for row in rows if row.outcome == "passed"]
+    passed = [row for row in rows if row.passed]
     lines = [f"{len(rows)} models: " + ", ".join(f"{n} {outcome}" for outcome, n in counts.most_common())]
     for step in STEPS:
         seconds = sorted(getattr(row, f"{step}_s") for row in passed)
         if seconds:
             lines.append(f"{step}: median {seconds[len(seconds) // 2]:.1f} s, worst {seconds[-1]:.1f} s")
-    lines += [f"{row.outcome} {row.name}: {row.reason}" for row in rows if row.outcome != "passed"]
+    lines += [f"{row.outcome} {row.name}: {row.reason}" for row in rows if not row.passed]
     return "\n".join(lines)
 
 
@@ -295,8 +307,7 @@ def main() -> None:
     write(args.output, list(rows.values()), append=False)
     for row in run([name for name in asked if name not in rows], args.jobs, args.limit, args.largest):
         write(args.output, [row], append=True)
-        seconds = sum(getattr(row, f"{step}_s") for step in STEPS)
-        print(row.outcome, row.name, row.reason, f"{seconds:.0f} s", file=sys.stderr, flush=True)
+        print(row.outcome, row.name, row.reason, f"{row.seconds:.0f} s", file=sys.stderr, flush=True)
     done = sorted(read(args.output), key=lambda row: row.name)
     write(args.output, done, append=False)
     print(summary(done))

@@ -10,7 +10,7 @@ from dvn_cli.check import Comparison
 from dvn_cli.graph.hollow import hollow
 
 SMALL = 4_000_000  # parameters
-SAMPLE = random.Random(0).sample(sorted(name for name, count in panel.chosen().items() if count <= SMALL), 24)
+SAMPLE = random.Random(0).sample(sorted(name for name, count in panel.chosen().items() if count <= SMALL), 10)
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(SAMPLE)))
