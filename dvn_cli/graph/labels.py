@@ -80,7 +80,8 @@ class Classes:
     def _made(self) -> set[int]:
         """Of the classes that became kept always those with a channel that a parameter makes."""
         produced = np.unique(np.concatenate(self._produced)) if self._produced else np.zeros(0, np.int64)
-        return {self._before_pinned(label) for label in produced.tolist() if not self.find(torch.tensor([label])).any()}
+        always = produced[self.find(torch.from_numpy(produced)).numpy() == 0]
+        return {self._before_pinned(label) for label in always.tolist()}
 
     def _before_pinned(self, label: int) -> int:
         """The class that a label was in when it became kept always."""
