@@ -17,7 +17,6 @@ from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.hollow import hollow
 from dvn_cli.graph.labels import Labeller, base_name, bind
 from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
-from dvn_cli.graph.rules import kind_of
 from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, shape_of, trace
 from dvn_cli.units.assign import (
     EVEN,
@@ -446,13 +445,8 @@ class _StemLayer:
         name = traced.names.get(str(arguments["weight"].target), "")
         before, ok = arguments["input"], "stride" in arguments
         while ok and not (before.op == "placeholder" and str(before.target) == traced.input):
-            kind = kind_of(before.target)
-            ok = (
-                base_name(before.target) in ("pad", "constant_pad_nd")
-                or kind == "pointwise"
-                or (shape_of(before.meta["val"])[2:] == shape_of(before.all_input_nodes[0].meta["val"])[2:])
-            )
-            before = before.all_input_nodes[0]
+            ok = _keeps_pixels(before)
+            before = before.all_input_nodes[0] if ok else before
         if not ok or not name:
             return cls("", [], [], [], [])
         kernel = shape_of(traced.sources[str(arguments["weight"].target)])[2:]
@@ -554,6 +548,16 @@ def _is_contraction(node: fx.Node) -> bool:
     return node.op == "call_function" and hasattr(node.target, "_schema") and "weight" in bind(node) and (
         base_name(node.target) == "linear" or base_name(node.target).startswith("conv")
     )  # fmt: skip
+
+
+def _keeps_pixels(node: fx.Node) -> bool:
+    """Tells whether an operator gives an image as large as it was, or with a margin of so many pixels."""
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    if base_name(node.target) in ("pad", "constant_pad_nd"):
+        return True
+    after, before = (n.meta.get("val") for n in (node, node.all_input_nodes[0]))
+    return isinstance(after, Tensor) and isinstance(before, Tensor) and shape_of(after)[2:] == shape_of(before)[2:]
 
 
 def _stem_nodes(traced: Traced) -> list[fx.Node]:
