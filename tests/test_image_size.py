@@ -37,7 +37,7 @@ def seen(partition: Partition, size: int) -> float:
     return image.grad[0, 0].ne(0).float().mean().item()
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=8, deadline=None, derandomize=True)
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2), st.integers(0, 1), st.sampled_from((8, 24, 32, 48)))
 def test_a_size_is_taken_where_its_pixels_are_seen(kernel, stride, padding, before, size):
     partition = stem(kernel, stride, padding, before)
@@ -60,7 +60,6 @@ def test_a_size_is_taken_where_its_pixels_are_seen(kernel, stride, padding, befo
 
 
 def test_a_task_whose_pixels_would_be_skipped_is_refused_by_its_name(tmp_path):
-    small.session(tmp_path, "tasks.1.data.size=24")
     with pytest.raises(InputError) as caught:
         small.session(tmp_path, "tasks.1.data.size=32")
     for part in ("task 'all': wrn_10_1 would see 56 %", "images of 32x32", "stride of 4x4", "`size`", "8, 16 or 24"):
