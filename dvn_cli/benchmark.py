@@ -227,8 +227,7 @@ def _prepare(target: Target, file: Path, settings: Settings) -> tuple[Job, Cost]
     else:
         params, density = params_and_density(header)
     image = (partition.spec.in_chans, *entry.input_size)
-    shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-    cost = Cost(params, density, macs(networks.eval, shapes, image))
+    cost = Cost(params, density, macs(partition, networks, entry.input_size))
     title = f"task {target.task}, level {target.level} of '{target.header.path}'"
     return Job(title, settings, networks, partition.parameters, entry, target.level, image, header.path), cost
 

@@ -83,13 +83,13 @@ class Stored:
 class Header:
     """What a file says of itself, and access to its bytes, which are read as they are used.
 
-    The file stays the one that was opened, whatever replaces it in its folder meanwhile.
+    The file stays the one that was opened, whatever replaces it in its folder meanwhile; None before it is written.
     """
 
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, Stored]
-    file: mmap.mmap
+    file: mmap.mmap | None = None
 
     @property
     def kind(self) -> str:
@@ -98,6 +98,7 @@ class Header:
 
     def raw(self, name: str) -> np.ndarray:
         """Returns tensor `name`, in its shape, as unsigned integers of its item size: a read-only view of the file."""
+        assert self.file is not None
         stored = self.tensors[name]
         data = np.frombuffer(self.file, f"<u{ITEM_SIZE[stored.dtype]}", math.prod(stored.shape), stored.start)
         return data.reshape(stored.shape)
@@ -553,7 +554,7 @@ def _blocks(header: Header, name: str, runs: Sequence[Runs]) -> Iterator[np.ndar
         start, stop = rows[0][0], rows[-1][1]
         here = [(first - start, last - start) for first, last in rows]
         yield np.array(_take(array[start:stop], [here, *runs[1:]]), order="C")
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if hasattr(mmap, "MADV_DONTNEED") and header.file is not None:
             begin = (start_of_tensor + start * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
             header.file.madvise(mmap.MADV_DONTNEED, begin, start_of_tensor + stop * row_bytes - begin)
 

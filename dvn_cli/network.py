@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from dvn_cli.backbones import Preprocessing
 from dvn_cli.errors import InputError
 from dvn_cli.graph.cast import recast
 from dvn_cli.graph.narrow import Kept, Narrowed, on_device
-from dvn_cli.partition import Networks, Owner, Partition
+from dvn_cli.partition import Networks, Owner, Partition, check_size
 from dvn_cli.tasks import Task
 
 DTYPES = {
@@ -68,7 +69,7 @@ class VirtualNetwork(nn.Module):
     ) -> None:
         """`aliases`: other names for some of the tensors, which stay one tensor."""
         super().__init__()
-        self.task, self.level = task, level
+        self.task, self.level, self._origin = task, level, networks.origin
         places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
         for name, first in (aliases or {}).items():
             module, key = places[first]
@@ -82,6 +83,8 @@ class VirtualNetwork(nn.Module):
         }
 
     def forward(self, images: Tensor) -> Tensor:
+        if is_of_other_size(images, self.task.input_size):
+            check_size(images, self._origin, self.training)
         graph = self.train_graph if self.training else self.eval_graph
         return graph(images, *[getattr(module, key) for module, key in self._places[self.training]])
 
@@ -240,6 +243,8 @@ class DeepVirtualNetwork(nn.Module):
         `training` says which mode this one network is in; by default that of all.
         """
         key = (task, level, self.training if training is None else training)
+        if is_of_other_size(images, self.tasks[task - 1].input_size):
+            check_size(images, self.networks(task, level).origin, key[2], self.partition)
         if key not in self._plans:
             networks = self.networks(task, level)
             narrowed: Narrowed = networks.train if key[2] else networks.eval
@@ -273,12 +278,8 @@ class DeepVirtualNetwork(nn.Module):
             for level in range(1, len(task.levels) + 1):
                 yield number, level
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the checkpoint, atomically."""
-        tensors = {
-            name: checkpoint.Tensor(DTYPES[tensor.dtype], tuple(tensor.shape), _bytes(tensor))
-            for name, tensor in self.file_tensors().items()
-        }
+    def header(self, path: str | os.PathLike[str]) -> checkpoint.Header:
+        """What the header of its file says, before there is one: what counts networks needs no more."""
         metadata = {
             "format": checkpoint.FORMAT,
             "kind": "checkpoint",
@@ -287,11 +288,30 @@ class DeepVirtualNetwork(nn.Module):
             "training": self.training_record,
             "preprocessing": self.preprocessing and self.preprocessing.to_dict(),
         }
-        checkpoint.write(path, tensors, metadata)
+        stored = {
+            name: checkpoint.Stored(DTYPES[tensor.dtype], tuple(tensor.shape), 0, 0)
+            for name, tensor in self.file_tensors().items()
+        }
+        return checkpoint.Header(Path(path), metadata, stored)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the checkpoint, atomically."""
+        header, own = self.header(path), self.file_tensors()
+        tensors = {
+            name: checkpoint.Tensor(stored.dtype, stored.shape, _bytes(own[name]))
+            for name, stored in header.tensors.items()
+        }
+        checkpoint.write(path, tensors, header.metadata)
 
 
 def _bytes(tensor: Tensor) -> Any:
     return lambda: [tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()]
+
+
+def is_of_other_size(images: Tensor, size: tuple[int, int]) -> bool:
+    """Tells whether images are known to have another height and width; a size that an export leaves open is not."""
+    sizes = images.shape[-2:]
+    return images.ndim > 2 and all(isinstance(n, int) for n in sizes) and tuple(sizes) != tuple(size)
 
 
 def as_cut(kept: Kept) -> Cut:

@@ -4,7 +4,7 @@ import functools
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, astuple, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -12,11 +12,12 @@ from torch import Tensor, fx, nn
 
 from dvn_cli.backbones import BackboneSpec, head
 from dvn_cli.errors import InputError
+from dvn_cli.graph.compare import same_graph
 from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.hollow import hollow
 from dvn_cli.graph.labels import Labeller, base_name, bind
 from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
-from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, trace
+from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, shape_of, trace
 from dvn_cli.units.assign import (
     EVEN,
     Assignment,
@@ -38,11 +39,33 @@ Owner = Literal["shared", "task", "network"]
 
 @dataclass(frozen=True)
 class Networks:
-    """The network of a set of units, in both of its forms, and what it takes of each of the backbone's tensors."""
+    """The network of a set of units, in both of its forms, and what it takes of each of the backbone's tensors.
+
+    Attributes:
+        origin: which network of which partition it is.
+    """
 
     train: Narrowed
     eval: Narrowed
     kept: Mapping[str, Kept]
+    origin: "Origin"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What it takes to make a network's graphs again, as for images of another size; plain data.
+
+    Attributes:
+        partition: JSON of what `Partition.restore` needs.
+        units: numbers of the network's units, from 1.
+        classes: outputs of its classifier.
+        input_size: height and width of its images.
+    """
+
+    partition: str
+    units: tuple[int, ...]
+    classes: int
+    input_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -131,6 +154,8 @@ class Partition:
     _labeller: Labeller = field(repr=False)
     _unit: Tensor = field(repr=False)
     _cache: dict[Any, Networks] = field(default_factory=dict, repr=False)
+    _resized: dict[tuple[int, int], "Partition"] = field(default_factory=dict, repr=False)
+    _right: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
     def create(
@@ -198,8 +223,7 @@ class Partition:
         Raises:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
-        keys = ("backbone", "units", "rule", "axes", "tensors", "class_axis")
-        return _restored(json.dumps({key: metadata[key] for key in keys}, sort_keys=True))
+        return _restored(_description(metadata))
 
     def metadata(self) -> dict[str, Any]:
         """What `restore` needs, JSON-able."""
@@ -222,6 +246,18 @@ class Partition:
         inside = tuple(f"{path}." for path in head(self.spec))
         return {name for name in self.shapes if name.startswith(inside)}
 
+    def kept_whole_by(self, name: str) -> fx.Node | None:
+        """Returns the operator for which all units have channels of a tensor, where there is one."""
+        pinned = self._labeller.classes.pinned_by
+        found = (pinned(int(label)) for vector in self._labeller.sources[name] for label in vector[:1])
+        return next((node for node in found if node is not None), None)
+
+    def is_tied(self, name: str, dim: int) -> bool:
+        """Tells whether some of a dimension's indices can be kept or dropped only together, as those of a head."""
+        roots = self._labeller.classes.find(self._labeller.sources[name][dim])
+        roots = roots[roots > 0]
+        return len(torch.unique(roots)) < len(roots)
+
     def networks(self, kept: Sequence[int], classes: int, input_size: tuple[int, int] | None = None) -> Networks:
         """The network of a set of units.
 
@@ -240,9 +276,15 @@ class Partition:
                 self._cache[key] = self._networks(*key)
         return self._cache[key]
 
-    def _networks(self, kept: tuple[int, ...], classes: int, input_size: tuple[int, int]) -> Networks:
+    def _networks(
+        self,
+        kept: tuple[int, ...],
+        classes: int,
+        input_size: tuple[int, int],
+        strides: dict[str, list[int]] | None = None,
+    ) -> Networks:
         keep = kept_labels(self._labeller, self._unit, kept, classes)
-        strides = self._strides(input_size)
+        strides = self._strides(input_size) if strides is None else strides
         train, evaluate = (
             narrow(self._graphs[mode], self._labels, self._labeller, keep, strides) for mode in (True, False)
         )
@@ -252,7 +294,7 @@ class Partition:
                 name = traced.names.get(str(node.target))
                 if name is not None and name not in indices:
                     indices[name] = kept_indices(self._labeller, self._labels[node], keep)
-        networks = Networks(train, evaluate, indices)
+        networks = Networks(train, evaluate, indices, Origin(self._described, kept, classes, input_size))
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
         for narrowed in (train, evaluate):
@@ -260,6 +302,44 @@ class Partition:
             if logits.shape != (batch, classes):
                 raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
         return networks
+
+    @functools.cached_property
+    def _described(self) -> str:
+        return _description(self.metadata())
+
+    def is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
+        """Tells whether a network's graph, made for images of one size, is what it would be for those of another.
+
+        The backbone is traced anew with images of the other size, and the two graphs are compared node by node.
+
+        Args:
+            size: height and width of the other images.
+            origin: of the network.
+            train: which of its two graphs.
+        """
+        key = (size, origin.units, origin.classes, origin.input_size, train)
+        if key not in self._right:
+            with torch.inference_mode(False), torch.enable_grad():
+                self._right[key] = self._is_right_at(size, origin, train)
+        return self._right[key]
+
+    def _is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
+        try:
+            if size not in self._resized:
+                module = hollow(self.spec.build)
+                spec = replace(self.spec, input_size=size)
+                self._resized.clear()
+                self._resized[size] = Partition.create(spec, self.units, module, self.assignment, self.rule)
+            here = self.networks(origin.units, origin.classes, origin.input_size)
+            strides = self._strides(origin.input_size)
+            there = self._resized[size]._networks(origin.units, origin.classes, size, strides)
+        except InputError:  # the backbone takes no such images
+            return False
+        return (
+            same_graph(here.train.module, there.train.module)
+            if train
+            else same_graph(here.eval.module, there.eval.module)
+        )
 
     def tensors(self, networks: Networks) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of a network."""
@@ -271,32 +351,156 @@ class Partition:
             for name, kept in networks.kept.items()
         }
 
+    def check_images(self, input_size: tuple[int, int]) -> None:
+        """Raises InputError where the stem cannot take images of a size, or would look at a part of them only.
+
+        The message says which sizes would do.
+        """
+        strides = self._strides(input_size)
+        for conv in self._stem:
+            stride = strides.get(conv.weight, conv.stride)
+            if not conv.sees_all(stride):
+                seen = math.prod(min(extent / now, 1.0) for now, extent in zip(stride, conv.extent, strict=True))
+                raise InputError(
+                    f"{self.spec.name} would see {100 * seen:.0f} % of the pixels of images of {_size(input_size)}: "
+                    f"against {_size(self.spec.input_size)} its first layer {conv.weight.rpartition('.')[0]} has a "
+                    f"stride of {_size(stride)}, its kernel {_size(conv.extent)} pixels; {self._advice(input_size)}"
+                )
+
     def _strides(self, input_size: tuple[int, int]) -> dict[str, list[int]]:
+        """The stem's strides, by the name of the weight, with which images of a size meet those of the backbone's."""
         if input_size == self.spec.input_size:
             return {}
-        strides: dict[str, list[int]] = {}
-        traced = self._graphs[False]
-        for node in _stem_nodes(traced):
-            arguments = bind(node)
-            name = traced.names.get(str(arguments["weight"].target)) if "stride" in arguments else None
-            if name is None:
-                raise InputError(f"{self.spec.name} takes images of {_size(self.spec.input_size)} only")
-            before, kernel = list(arguments["stride"]), self.shapes[name][2:]
-            ratios = [asked / own for asked, own in zip(input_size, self.spec.input_size, strict=True)]
-            stride = [round(s * r) for s, r in zip(before, ratios, strict=True)]
-            pads, gaps = list(arguments["padding"]), list(arguments["dilation"])
+        if not self._stem or any(not conv.weight for conv in self._stem):
+            raise InputError(
+                f"{self.spec.name} takes images of {_size(self.spec.input_size)} only, not of {_size(input_size)}, "
+                f"since the weights or the images of its first layer are computed: {self._advice(input_size)}"
+            )
+        if problem := self._mismatch(input_size):
+            raise InputError(f"{problem}: {self._advice(input_size)}")
+        return {conv.weight: conv.scaled(self.spec.input_size, input_size) for conv in self._stem}
 
-            def resolution(size: Sequence[int], step: Sequence[int]) -> list[int]:
-                dims = zip(size, kernel, pads, gaps, step, strict=True)  # noqa: B023
-                return [(n + 2 * p - d * (k - 1) - 1) // max(s, 1) + 1 for n, k, p, d, s in dims]
-
-            if min(stride) < 1 or resolution(input_size, stride) != resolution(self.spec.input_size, before):
-                raise InputError(
-                    f"images of {_size(input_size)} cannot meet those of {_size(self.spec.input_size)}: give a size "
-                    f"that is a multiple of it (`size` in the task's data), or another size of the backbone"
+    def _mismatch(self, input_size: tuple[int, int]) -> str:
+        """Why images of a size do not have the backbone's resolution after the stem; empty where they do."""
+        own = self.spec.input_size
+        for conv in self._stem:
+            stride = conv.scaled(own, input_size)
+            if min(stride) < 1 or conv.resolution(input_size, stride) != conv.resolution(own, conv.stride):
+                fixed = " and whose padding is a constant of its graph" if any(conv.added) else ""
+                return (
+                    f"images of {_size(input_size)} cannot meet those of {_size(own)} after the first layer of "
+                    f"{self.spec.name}, whose stride is {_size(conv.stride)} at {_size(own)}{fixed}"
                 )
-            strides[name] = stride
-        return strides
+        return ""
+
+    def _advice(self, input_size: tuple[int, int]) -> str:
+        """What to set in place of a size of images that the stem does not take."""
+        own, sizes = self.spec.input_size, {self.spec.input_size}
+        convs = self._stem if all(conv.weight for conv in self._stem) else []
+        for step in range(1, max((n for conv in convs for n in conv.extent), default=0) + 1):
+            size = (own[0] * step // convs[0].stride[0], own[1] * step // convs[0].stride[1])
+            if min(size) and not self._mismatch(size) and all(conv.sees_all(conv.scaled(own, size)) for conv in convs):
+                sizes.add(size)
+        nearest = sorted(sizes, key=lambda size: (abs(size[0] - input_size[0]), size))[:4]
+        shown = [str(h) if h == w else f"[{h}, {w}]" for h, w in sorted(nearest)]
+        others = f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
+        backwards = [
+            [n * old // new for n, old, new in zip(conv.stride, own, input_size, strict=True)] for conv in convs
+        ]
+        both = bool(convs) and all(
+            conv.sees_all(stride) and conv.resolution(own, stride) == conv.resolution(input_size, conv.stride)
+            for conv, stride in zip(convs, backwards, strict=True)
+        )
+        made = f", or make the backbone for {_size(input_size)} (`backbone.input_size`, of a partition `--input-size`)"
+        return f"set `size` in the task's data to {others}{made if both else ''}"
+
+    @functools.cached_property
+    def _stem(self) -> list["_StemLayer"]:
+        traced = self._graphs[False]
+        return [_StemLayer.of(traced, node, self.spec.input_size) for node in _stem_nodes(traced)]
+
+
+@dataclass(frozen=True)
+class _StemLayer:
+    """A first layer, all along height and width.
+
+    Attributes:
+        weight: its name; empty for what is no convolution of the image with a parameter.
+        extent: pixels from one end of the kernel to the other.
+        stride: at the backbone's own image size.
+        padding: on each side, by the convolution.
+        added: pixels by which its input is larger than the image, as by a padding before it.
+    """
+
+    weight: str
+    extent: list[int]
+    stride: list[int]
+    padding: list[int]
+    added: list[int]
+
+    @classmethod
+    def of(cls, traced: Traced, node: fx.Node, input_size: tuple[int, int]) -> "_StemLayer":
+        """Reads a contraction of the backbone's graph."""
+        arguments = bind(node)
+        name = traced.names.get(str(arguments["weight"].target), "")
+        before, ok = arguments["input"], "stride" in arguments
+        while ok and not (before.op == "placeholder" and str(before.target) == traced.input):
+            ok = _keeps_pixels(before)
+            before = before.all_input_nodes[0] if ok else before
+        if not ok or not name:
+            return cls("", [], [], [], [])
+        kernel = shape_of(traced.sources[str(arguments["weight"].target)])[2:]
+        size = shape_of(arguments["input"].meta["val"])[2:]
+        return cls(
+            name,
+            [d * (k - 1) + 1 for d, k in zip(arguments["dilation"], kernel, strict=True)],
+            list(arguments["stride"]),
+            list(arguments["padding"]),
+            [there - own for there, own in zip(size, input_size, strict=True)],
+        )
+
+    def scaled(self, own: tuple[int, int], size: tuple[int, int]) -> list[int]:
+        """The stride that grows with the images."""
+        return [round(s * new / old) for s, new, old in zip(self.stride, size, own, strict=True)]
+
+    def sees_all(self, stride: Sequence[int]) -> bool:
+        """Tells whether with a stride no pixel is passed over, or none that is not at the backbone's own size."""
+        dims = zip(stride, self.extent, self.stride, strict=True)
+        return all(0 < step <= max(extent, own) for step, extent, own in dims)
+
+    def resolution(self, size: Sequence[int], stride: Sequence[int]) -> list[int]:
+        """Height and width of what it makes of images."""
+        dims = zip(size, self.added, self.padding, self.extent, stride, strict=True)
+        return [(n + more + 2 * pad - extent) // max(step, 1) + 1 for n, more, pad, extent, step in dims]
+
+
+def _description(metadata: Mapping[str, Any]) -> str:
+    keys = ("backbone", "units", "rule", "axes", "tensors", "class_axis")
+    return json.dumps({key: metadata[key] for key in keys}, sort_keys=True)
+
+
+@torch.compiler.disable
+def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition | None = None) -> None:
+    """Raises InputError where a network is given images of a size that its graph is wrong for.
+
+    Args:
+        images: of another size than `origin.input_size`.
+        origin: of the network.
+        train: which of its graphs is to run.
+        partition: that the network is of; restored from the origin by default.
+    """
+    size = (int(images.shape[-2]), int(images.shape[-1]))
+    own = _size(origin.input_size)
+    partition = _restored(origin.partition) if partition is None else partition
+    if torch.compiler.is_compiling() and (size, *astuple(origin)[1:], train) not in partition._right:
+        raise InputError(
+            f"the network is made for images of {own}: export it for these, or call it once with {_size(size)}"
+        )
+    if not partition.is_right_at(size, origin, train):
+        raise InputError(
+            f"the network is made for images of {own}, and its graph is not right for those of {_size(size)}: resize "
+            f"them to {own}, or make a partition with an input size of {_size(size)}"
+        )
 
 
 @functools.lru_cache(maxsize=2)
@@ -344,6 +548,16 @@ def _is_contraction(node: fx.Node) -> bool:
     return node.op == "call_function" and hasattr(node.target, "_schema") and "weight" in bind(node) and (
         base_name(node.target) == "linear" or base_name(node.target).startswith("conv")
     )  # fmt: skip
+
+
+def _keeps_pixels(node: fx.Node) -> bool:
+    """Tells whether an operator gives an image as large as it was, or with a margin of so many pixels."""
+    if node.op != "call_function" or not node.all_input_nodes:
+        return False
+    if base_name(node.target) in ("pad", "constant_pad_nd"):
+        return True
+    after, before = (n.meta.get("val") for n in (node, node.all_input_nodes[0]))
+    return isinstance(after, Tensor) and isinstance(before, Tensor) and shape_of(after)[2:] == shape_of(before)[2:]
 
 
 def _stem_nodes(traced: Traced) -> list[fx.Node]:

@@ -16,8 +16,10 @@ import dvn_cli
 from dvn_cli import checkpoint
 from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
+from dvn_cli.cli.partition import partition_command
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.reference import kept_by_axes
 from dvn_cli.units.count import params_and_density
 
 
@@ -323,6 +325,77 @@ def test_what_cannot_be_narrowed_replaces_nothing(
     assert dvn("partition", "wrn_16_1", "--units", "2") == 2
     assert capsys.readouterr().err == "dvn: aten.odd cannot be narrowed so\n"
     assert Path("dvn.safetensors").read_bytes() == before
+
+
+def test_a_command_that_fails_leaves_what_was_there(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever fails: counting, drawing the report, or whoever should read it."""
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    def refused(*_: object) -> None:
+        raise InputError("it cannot be counted")
+
+    failing: dict[str, tuple[Any, ...]] = {
+        "dvn_cli.units.count.macs": (refused, InputError),
+        "dvn_cli.units.count.whole": (refused, InputError),
+        "dvn_cli.cli.partition._print_levels": (full, OSError),
+        "dvn_cli.cli.partition.typer.echo": (full, OSError),
+    }
+    for number, (place, (fault, kind)) in enumerate(failing.items()):
+        old = [b"old"] if number % 2 else []
+        for content in old:
+            Path("dvn.safetensors").write_bytes(content)
+        with monkeypatch.context() as patch:
+            patch.setattr(place, fault)
+            with pytest.raises(kind):
+                partition_command("wrn_10_1", units=2, input_size="8", output=Path("dvn.safetensors"), force=True)
+        assert [file.read_bytes() for file in Path().iterdir()] == old
+        Path("dvn.safetensors").unlink(missing_ok=True)
+
+
+def test_a_reader_who_has_had_enough_does_not_stop_the_work(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("dvn_cli.cli.partition.typer.echo", gone)
+    with pytest.raises(BrokenPipeError):
+        partition_command("wrn_10_1", units=2, output=Path("dvn.safetensors"))
+    assert checkpoint.read_checkpoint("dvn.safetensors").metadata["units"] == 2
+
+
+def test_a_check_says_that_narrow_networks_are_masked_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    rule = ("--assign", "importance", "--round-to", 8)
+    document = partition(capsys, "wrn_10_1", "--units", 3, *rule, "--check", "--input-size", 8)
+    assert document["check"]["networks"] == 4
+    assert document["check"]["differing"] == []
+    assert document["check"]["difference"] < 1e-12
+    assert partition(capsys, "wrn_10_1", "--units", 2)["check"] is None
+
+
+def test_a_check_tells_a_wrong_network_and_leaves_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four units the second is taken for the first."""
+
+    def mistaken(assignment: Any, name: str, shape: Any, kept: tuple[int, ...]) -> list[Tensor]:
+        return kept_by_axes(assignment, name, shape, (1,) if kept == (2,) else kept)
+
+    monkeypatch.setattr("dvn_cli.check.kept_by_axes", mistaken)
+    command = ("wrn_10_1", "--units", 4, "--input-size", 8, "--check", "--json")
+    assert dvn("partition", *command) == 1
+    out, err = capsys.readouterr()
+    document = json.loads(out)
+    assert document["checkpoint"] is None
+    assert [(one["units"], one["mode"]) for one in document["check"]["differing"]] == [([2], "eval"), ([2], "train")]
+    for part in ("networks differ from the backbone", "units 2 in eval mode by ", "nothing is written"):
+        assert part in err
+    assert err.count("\n") == 1
+    assert not list(Path().iterdir())
 
 
 @pytest.mark.parametrize(

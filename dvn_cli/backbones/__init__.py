@@ -1,9 +1,10 @@
-"""Names to modules: timm's and torchvision's classifiers, and the paper's own backbones."""
+"""Names to modules: timm's and torchvision's classifiers, the paper's own backbones, and factories of the user's."""
 
 from dvn_cli.backbones.registry import (
     BackboneSpec,
     Preprocessing,
     classifier_tensors,
+    default,
     head,
     preprocessing,
     resolve,
@@ -14,6 +15,7 @@ __all__ = [
     "BackboneSpec",
     "Preprocessing",
     "classifier_tensors",
+    "default",
     "head",
     "load_pretrained",
     "load_weights",

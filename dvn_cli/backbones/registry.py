@@ -8,13 +8,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
+from dvn_cli.backbones import factory
 from dvn_cli.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
-SOURCES = ("timm", "torchvision")
+SOURCES = ("timm", "torchvision", "python")
 
 FAMILIES = {
     "convnext": "convnext_tiny",
@@ -122,8 +123,8 @@ class BackboneSpec:
     """All that it takes to build a backbone, as a checkpoint records it.
 
     Attributes:
-        source: `timm` (the paper's own backbones among them) or `torchvision`.
-        name: The name there.
+        source: `timm` (the paper's own backbones among them), `torchvision`, or `python`: a factory of one's own.
+        name: The name there; of a factory `package.module:factory`.
         num_classes: Outputs of the classifier.
         in_chans: Channels of the images.
         input_size: Height and width of the images in pixels.
@@ -165,6 +166,10 @@ class BackboneSpec:
         """
         import torch
 
+        from dvn_cli.graph.hollow import hollow
+
+        if device is not None and torch.device(device).type == "meta":
+            return hollow(self.build).to("meta")  # few models can be built there: some read tensors that they make
         library = LIBRARIES[self.source]
         if not library.has(self.name):
             raise InputError(f"the installed {self.source} has no model '{self.name}'")
@@ -191,8 +196,9 @@ def resolve(
 ) -> BackboneSpec:
     """Returns what a name means: timm's name, the paper's (`wrn_32_4`), torchvision's, or a family's usual member.
 
-    `timm/NAME` and `torchvision/NAME` force one of the two. The name of the result differs from the one asked where
-    that was a family's or had a prefix.
+    `timm/NAME` and `torchvision/NAME` force one of the two; `package.module:factory` is a factory of one's own, for
+    which the number of classes and the size of images have to be given. The name of the result differs from the one
+    asked where that was a family's or had a prefix.
 
     Args:
         name: The name.
@@ -203,17 +209,10 @@ def resolve(
     Raises:
         InputError: No such model, or it takes no such images or number of classes.
     """
-    prefix, slash, bare = name.partition("/")
-    libraries = {prefix: LIBRARIES[prefix]} if slash and prefix in LIBRARIES else LIBRARIES
-    wanted = bare if libraries is not LIBRARIES else name
-    member = FAMILIES.get(wanted, wanted)
-    found = (
-        library.default(model) for model in (wanted, member) for library in libraries.values() if library.has(model)
-    )
-    spec = next(found, None)
-    if spec is None:
-        known = [*FAMILIES, *(model for library in libraries.values() for model in library.names())]
-        raise InputError(f"unknown backbone '{name}'{did_you_mean(wanted, known)}")
+    spec = default(name)
+    if spec.input_size < (1, 1) and (num_classes is None or input_size is None):
+        missing = [word for word, given in (("--num-classes", num_classes), ("--input-size", input_size)) if not given]
+        raise InputError(f"a factory does not say what {spec.name} is for: give {' and '.join(missing)}")
     if num_classes is None and spec.num_classes < 1:
         raise InputError(f"{spec.name} comes without a classifier: give the number of classes")
     if num_classes is not None and num_classes < 2:
@@ -231,6 +230,26 @@ def resolve(
     if (asked.in_chans, asked.input_size) != (spec.in_chans, spec.input_size):
         _try_images(asked)
     return asked
+
+
+def default(name: str) -> BackboneSpec:
+    """Returns what a name means, with the model's own classes, channels and size of images (0 where it has none).
+
+    Raises:
+        InputError: No such model.
+    """
+    prefix, slash, bare = name.partition("/")
+    libraries = {prefix: LIBRARIES[prefix]} if slash and prefix in LIBRARIES else LIBRARIES
+    wanted = bare if libraries is not LIBRARIES else name
+    member = FAMILIES.get(wanted, wanted)
+    found = (
+        library.default(model) for model in (wanted, member) for library in libraries.values() if library.has(model)
+    )
+    spec = next(found, None)
+    if spec is None:
+        known = [*FAMILIES, *(model for library in libraries.values() for model in library.names())]
+        raise InputError(f"unknown backbone '{name}'{did_you_mean(wanted, known)}")
+    return spec
 
 
 def _images(spec: BackboneSpec) -> str:
@@ -411,4 +430,28 @@ class Torchvision:
         return Preprocessing(origin, mean, std, transforms.interpolation.value, share, "center")
 
 
-LIBRARIES: dict[str, Timm | Torchvision] = {"timm": Timm(), "torchvision": Torchvision()}
+class Python:
+    """Factories of the user's own."""
+
+    def names(self) -> list[str]:
+        return []
+
+    def has(self, name: str) -> bool:
+        return factory.is_factory(name)
+
+    def default(self, name: str) -> BackboneSpec:
+        factory.find(name)
+        return BackboneSpec("python", name, 0, 3, (0, 0))
+
+    def build(self, spec: BackboneSpec) -> "nn.Module":
+        return factory.build(spec.name, spec.num_classes, spec.in_chans)
+
+    def preprocessing(self, name: str) -> None:
+        return None
+
+
+LIBRARIES: dict[str, Timm | Torchvision | Python] = {
+    "python": Python(),
+    "timm": Timm(),
+    "torchvision": Torchvision(),
+}

@@ -48,6 +48,8 @@ def load_pretrained(module: "nn.Module", spec: BackboneSpec, note: Note | None =
         InputError: There are none, or not for these images.
         DvnError: They cannot be downloaded.
     """
+    if spec.source not in _PRETRAINED:
+        raise InputError(f"nobody publishes weights of {spec.name}: give a file of them, or load them in the factory")
     return _fill(module, spec, _PRETRAINED[spec.source](spec), f"the pretrained {spec.name}", note)
 
 

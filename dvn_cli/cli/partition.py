@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dvn_cli import checkpoint as checkpoints
-from dvn_cli.errors import InputError
+from dvn_cli.errors import DvnError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dvn_cli.backbones import BackboneSpec, Preprocessing
+    from dvn_cli.check import Check
+    from dvn_cli.network import DeepVirtualNetwork
     from dvn_cli.partition import Partition
     from dvn_cli.units.assign import Bucket
     from dvn_cli.units.count import Whole
@@ -30,7 +32,11 @@ ROWS = 24
 
 def partition_command(
     backbone: Annotated[
-        str, typer.Argument(metavar="BACKBONE", help="A model of timm or torchvision, wrn_N_S, resnet_N, or a family.")
+        str,
+        typer.Argument(
+            metavar="BACKBONE",
+            help="A model of timm or torchvision, wrn_N_S, resnet_N, a family, or package.module:factory.",
+        ),
     ],
     units: Annotated[int, typer.Option(help="How many units.")],
     round_to: Annotated[
@@ -65,6 +71,9 @@ def partition_command(
     output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.")] = Path("dvn.safetensors"),
     seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is no fresh partition.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Compare its networks with the backbone in which all else is zero.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Divide a backbone into units: every task and level is then a network of its own in one set of weights."""
@@ -116,26 +125,30 @@ def partition_command(
             status.update(f"narrowing to {number} of {units} units")
             network.networks(1, number)
             network.networks(number, 1)
-        network.save(output)
-        header = checkpoints.read_checkpoint(output)
+        header = network.header(output)
         levels = []
         for level in range(1, units + 1):
             status.update(f"counting level {level} of {units}")
             params, density = count.params_and_density(header, 1, level)
-            shapes = {name: tuple(tensor.shape) for name, tensor in network.tensors(1, level).items()}
             levels.append(
                 {
                     "level": level,
                     "units": level,
                     "params": params,
                     "density": density,
-                    "macs": count.macs(network.networks(1, level).eval, shapes, (spec.in_chans, *spec.input_size)),
+                    "macs": count.macs(partition, network.networks(1, level), spec.input_size),
                     "bytes": checkpoints.count(header, 1, level).bytes,
                     "divided": count.divided_share(header, 1, level),
                 }
             )
         lowest = [checkpoints.count(header, number, 1).params for number in range(1, units + 1)]
         undivided = count.whole(partition)
+        checked = None
+        if check:
+            from dvn_cli.check import check as check_partition
+
+            checked = check_partition(partition, status.update)
+    differs = None if checked is None or not checked.differing else _difference(checked)
 
     if assign == "importance" and not pretrained and weights is None:
         notes.print(
@@ -145,7 +158,7 @@ def partition_command(
     if as_json:
         private = {who: [n for n, o in partition.owners.items() if o == who] for who in ("task", "network")}
         document = {
-            "checkpoint": str(output),
+            "checkpoint": None if differs else str(output),
             "backbone": spec.to_dict(),
             "units": units,
             "assign": rule.assign,
@@ -163,11 +176,13 @@ def partition_command(
             "warning": _little_divided(undivided, levels[-1]),
             "private": private,
             "random": left_out,
+            "check": None if checked is None else checked.to_dict(),
         }
-        typer.echo(json.dumps(document, indent=2))
+        _report_and_save(json.dumps(document, indent=2) + "\n", network, output, differs)
         return
 
     console = report.console(markup=True)
+    console.begin_capture()
     arrow = f"{backbone} -> " if spec.name != backbone else ""
     size = "x".join(map(str, spec.input_size))
     console.print(
@@ -186,7 +201,43 @@ def partition_command(
     _print_whole(console, partition, undivided, levels[-1])
     _print_private(console, partition)
     _print_levels(console, levels, lowest)
+    if checked is not None and not differs:
+        console.print(
+            f"Checked in {checked.seconds:.1f} s: {checked.networks} networks, in eval and train mode, equal the "
+            f"backbone in which all else is zero, up to {checked.difference:.0e} of the largest output."
+        )
+    _report_and_save(console.end_capture(), network, output, differs)
     console.print(f"{output} written.", soft_wrap=True)
+
+
+def _difference(checked: "Check") -> str:
+    """Which networks differ from the masked backbone, and by how much."""
+    shown = [
+        f"units {', '.join(map(str, units))} in {mode} mode by {difference:.0e}"
+        for units, mode, difference in checked.differing
+    ]
+    return (
+        f"networks differ from the backbone in which all else is zero, relative to the largest output: "
+        f"{_and_more(shown, 4)}; this is a fault of dvn, and nothing is written"
+    )
+
+
+def _report_and_save(text: str, network: "DeepVirtualNetwork", output: Path, differs: str | None) -> None:
+    """Prints what came of it, then writes the file: a command that fails leaves what was there before.
+
+    Raises:
+        DvnError: networks differ from what they should be, as `differs` says.
+    """
+    gone = None
+    try:
+        typer.echo(text, nl=False)
+    except BrokenPipeError as error:  # whoever read the report has had enough of it, such as `head`
+        gone = error
+    if differs:
+        raise DvnError(differs)
+    network.save(output)
+    if gone is not None:
+        raise gone
 
 
 def _preprocessing(spec: "BackboneSpec", given: Mapping[str, Any]) -> "Preprocessing | None":
@@ -285,7 +336,7 @@ def _little_divided(undivided: Sequence["Whole"], top: dict[str, Any]) -> str | 
     if top["divided"] >= ENOUGH:
         return None
     most = undivided[0]
-    remedy = ". Fewer units divide more." if "units" in most.why else "."
+    remedy = ". Fewer units divide more." if "than the" in most.why else "."
     return (
         f"less than {100 * ENOUGH:.0f} % of the parameters are divided; of the others most are those of "
         f"{_and_more(most.places)}: {most.why}{remedy}"

@@ -1,5 +1,6 @@
 """Modules without weights: all that an analysis of their graphs needs, at no memory."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -17,9 +18,10 @@ def hollow(build: Callable[[], nn.Module]) -> nn.Module:
         build: builds the module; called again, for a module with weights, where it needs those to build on.
     """
     try:
-        with _parameters_on_meta():
+        with _parameters_on_meta(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of weights that are loaded into parameters without data
             module = build()
-    except (RuntimeError, NotImplementedError):  # its __init__ looks at a parameter
+    except Exception:  # its __init__ looks at a parameter; or it cannot be built at all, and says so once more
         return build()
     if any(buffer.is_meta for buffer in module.buffers()):  # or computes a buffer from one
         return build()

@@ -30,6 +30,8 @@ class Classes:
     def __init__(self) -> None:
         self._parent = np.zeros(1, dtype=np.int64)
         self._produced: list[np.ndarray] = []
+        self.at: fx.Node | None = None  # whose rule is at work
+        self._pinned: list[tuple[np.ndarray, np.ndarray, fx.Node | None]] = []
 
     def __len__(self) -> int:
         return len(self._parent)
@@ -51,14 +53,56 @@ class Classes:
 
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Makes the labels at the same place (after broadcasting) one class."""
-        left, right = (t.reshape(-1).numpy() for t in torch.broadcast_tensors(a, b))
+        given = tuple(t.reshape(-1).numpy() for t in torch.broadcast_tensors(a, b))
+        left, right = given
         while True:
             left, right = (self.find(torch.from_numpy(t)).numpy() for t in (left, right))
             differ = left != right
             if not differ.any():
                 return
-            left, right = left[differ], right[differ]
+            left, right, given = left[differ], right[differ], (given[0][differ], given[1][differ])
+            pinned = np.minimum(left, right) == 0
+            if pinned.any():
+                other = np.where(left == 0, *given)
+                self._pinned.append((np.maximum(left, right)[pinned], other[pinned], self.at))
             np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
+
+    @cached_property
+    def _causes(self) -> dict[int, tuple[int, fx.Node | None]]:
+        """For each class that became kept always: the label it was united with, 0 for none, and for which operator."""
+        return {
+            root: (other, node)
+            for roots, others, node in self._pinned
+            for root, other in zip(roots.tolist(), others.tolist(), strict=True)
+        }
+
+    @cached_property
+    def _made(self) -> set[int]:
+        """Of the classes that became kept always those with a channel that a parameter makes."""
+        produced = np.unique(np.concatenate(self._produced)) if self._produced else np.zeros(0, np.int64)
+        always = produced[self.find(torch.from_numpy(produced)).numpy() == 0]
+        return {self._before_pinned(label) for label in always.tolist()}
+
+    def _before_pinned(self, label: int) -> int:
+        """The class that a label was in when it became kept always."""
+        while self._parent[label]:
+            label = int(self._parent[label])
+        return label
+
+    def pinned_by(self, label: int) -> fx.Node | None:
+        """Returns the operator for which all units have a channel; None for what no parameter makes, or is divided.
+
+        It is the first that could not do without: what is coupled with the channel later on has no part in it.
+
+        Args:
+            label: of the channel. Labels are not united any more once this has been asked.
+        """
+        node, made = None, False
+        while label and not self.find(torch.tensor([label])).any():
+            root = self._before_pinned(label)
+            made = made or root in self._made
+            label, node = self._causes[root]
+        return node if made else None
 
     def mark_produced(self, labels: Tensor) -> None:
         """Notes that a contraction with a parameter makes these channels: only such can be divided among units."""
@@ -235,6 +279,7 @@ class Labeller:
         if not hasattr(node.target, "_schema"):
             raise Call(node, str(node.target), {}, self).refuse()
         call = Call(node, base_name(node.target), bind(node), self)
+        self.classes.at = node
         try:
             result = apply(self, call)
         except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:

@@ -46,7 +46,9 @@ class Keys(BaseModel):
 
 
 class BackboneKeys(Keys):
-    name: str = Field(description="a timm or torchvision model, or one of the paper's: wrn_32_4, resnet_42")
+    name: str = Field(
+        description="a timm or torchvision model, one of the paper's: wrn_32_4, resnet_42; or package.module:factory"
+    )
     input_size: Count | tuple[Count, Count] | None = Field(
         default=None, description="pixels at which the stem has the backbone's own stride; the smallest task's images"
     )

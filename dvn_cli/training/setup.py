@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from dvn_cli import checkpoint
-from dvn_cli.backbones import BackboneSpec, Preprocessing, load_pretrained, load_weights, preprocessing, resolve
+from dvn_cli.backbones import (
+    BackboneSpec,
+    Preprocessing,
+    default,
+    load_pretrained,
+    load_weights,
+    preprocessing,
+    resolve,
+)
 from dvn_cli.data import DataSpec, Reader, TaskData
 from dvn_cli.data.resize import Resize
 from dvn_cli.data.spec import locate
@@ -76,7 +84,7 @@ def _preprocessing(recipe: Recipe, base: Path, channels: int) -> Preprocessing |
     assert recipe.backbone is not None
     if recipe.backbone.weights is None and not recipe.backbone.pretrained:
         return None
-    return preprocessing(resolve(recipe.backbone.name, num_classes=2, in_chans=channels))
+    return preprocessing(replace(default(recipe.backbone.name), in_chans=channels))
 
 
 def _prepared(spec: DataSpec, weights: Preprocessing | None) -> DataSpec:
@@ -104,7 +112,7 @@ def build(
     else:
         partition, tensors = _divided(recipe, data, base, note)
     weights = _preprocessing(recipe, base, partition.spec.in_chans)
-    tasks = _tasks(recipe, data, partition.units, base)
+    tasks = _tasks(recipe, data, partition, base)
     network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
     network.make_private(owners(method, partition))
     return network, []
@@ -125,7 +133,7 @@ def _channels(recipe: Recipe, base: Path) -> int:
         header = checkpoint.read_checkpoint(locate(start, base))
         return BackboneSpec.from_dict(header.metadata["backbone"]).in_chans
     assert recipe.backbone is not None
-    return recipe.backbone.in_chans or resolve(recipe.backbone.name, num_classes=2).in_chans
+    return recipe.backbone.in_chans or default(recipe.backbone.name).in_chans
 
 
 def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note) -> tuple[Partition, dict[str, Tensor]]:
@@ -204,7 +212,7 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     if twice:
         raise InputError(f"'{recipe.continues}' has a task '{min(twice)}' already: give the new one another name")
     before = list(opened)
-    tasks = [*known, *_tasks(recipe, data, units, base, len(known))]
+    tasks = [*known, *_tasks(recipe, data, opened.partition, base, len(known))]
     if method.levels == "all":
         used = max(unit for of in before for unit in known[of[0] - 1].kept(of[1]))
         there = min(used + len(data), units) if recipe.sequential.grow else units
@@ -225,9 +233,9 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     return network, before
 
 
-def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, known: int = 0) -> list[Task]:
+def _tasks(recipe: Recipe, data: Sequence[TaskData], partition: Partition, base: Path, known: int = 0) -> list[Task]:
     """The recipe's tasks, where so many are known already."""
-    method, count = METHODS[recipe.method], known + len(data)
+    method, count, units = METHODS[recipe.method], known + len(data), partition.units
     tasks = []
     for place, (keys, images) in enumerate(zip(recipe.tasks, data, strict=True)):
         number = known + place + 1
@@ -245,6 +253,10 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], units: int, base: Path, kno
                 f"the levels of task '{keys.name}' are cumulative numbers of units, ascending, up to {units}, not "
                 f"{levels}"
             )
+        try:
+            partition.check_images(images.input_size)
+        except InputError as error:
+            raise InputError(f"task '{keys.name}': {error}") from None
         resize = Resize.of(images.spec)
         tasks.append(
             Task(

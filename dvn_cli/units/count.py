@@ -1,6 +1,7 @@
 """What networks cost: parameters, how many of them the units divide and why the rest not, multiply-accumulates."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dvn_cli import checkpoint
 from dvn_cli.graph.dry import dry_run
-from dvn_cli.graph.narrow import Narrowed
+from dvn_cli.graph.labels import located
 from dvn_cli.units.assign import owned, undivided
 
 if TYPE_CHECKING:
-    from dvn_cli.partition import Partition
+    from dvn_cli.partition import Networks, Partition
 
 
 def params_and_density(
@@ -88,9 +89,10 @@ class Whole:
 
 def whole(partition: "Partition") -> list[Whole]:
     """The parameters, stem and classifier included, that no unit owns, most of them first."""
-    few = {place for bucket in partition.buckets if not bucket.sizes for place in bucket.places}
+    few = {place: bucket for bucket in partition.buckets if not bucket.sizes for place in bucket.places}
     classes = set(partition.assignment.classes)
     counts: dict[str, dict[str, int]] = {}
+    operators: dict[str, dict[str, None]] = {}  # of one kind, by the reason that they are
     indices = owned(partition.assignment.axes, range(1, partition.units + 1))
     for name, axes in partition.assignment.tensors.items():
         shape = partition.shapes[name]
@@ -98,26 +100,40 @@ def whole(partition: "Partition") -> list[Whole]:
         if not count or name not in partition.parameters:
             continue
         places = {(name, dim) for dim in range(len(shape))}
-        if places & few:
-            why = f"fewer channels than the {partition.units} units"
+        bucket = next((few[place] for place in sorted(places) if place in few), None)
+        if bucket is not None:
+            tied = any(partition.is_tied(*place) for place in bucket.places)
+            what = "channels that only go together, in fewer groups" if tied else "fewer channels"
+            why = f"{what} than the {partition.units} units"
         elif places & classes:
             why = "one number for each class"
+        elif (node := partition.kept_whole_by(name)) is not None:
+            why = f"{node.target} {located(node).rpartition(' ')[2]}"
+            operators.setdefault(why, {})[located(node)] = None
         else:
-            why = "no dimension of channels"
+            why = "no channels that units divide"
         counts.setdefault(why, {})[name] = count
-    found = [Whole(why, sum(of.values()), tuple(of)) for why, of in counts.items()]
+    found = [
+        Whole(_reason(why, list(operators.get(why, ()))), sum(of.values()), tuple(of)) for why, of in counts.items()
+    ]
     return sorted(found, key=lambda one: -one.params)
 
 
-def macs(network: Narrowed, shapes: dict[str, tuple[int, ...]], image: tuple[int, int, int]) -> int:
+def _reason(why: str, operators: Sequence[str]) -> str:
+    if not operators:
+        return why
+    more = f" and {len(operators) - 1} more like it" if len(operators) > 1 else ""
+    return f"channels that all units need for operator {operators[0]}{more}"
+
+
+def macs(partition: "Partition", networks: "Networks", input_size: tuple[int, int]) -> int:
     """Multiply-accumulates of one image: half of what `torch.utils.flop_counter` counts, run without data.
 
     Args:
-        network: the narrow network, in its eval form.
-        shapes: of its tensors.
-        image: channels, height, width.
+        networks: of a set of the partition's units; the eval form is counted.
+        input_size: height and width of the image.
     """
-    tensors = {name: (shape, torch.float32) for name, shape in shapes.items()}
+    image = torch.empty(1, partition.spec.in_chans, *input_size, device="meta")
     with FlopCounterMode(display=False) as counter:
-        dry_run(network, tensors, torch.empty(1, *image, device="meta"))
+        dry_run(networks.eval, partition.tensors(networks), image)
     return counter.get_total_flops() // 2

@@ -14,23 +14,25 @@ import argparse
 import contextlib
 import csv
 import multiprocessing
+import os
+import signal
 import statistics
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import torch
-from reference import Comparison, networks
 
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.backbones.registry import classifier_tensors
+from dvn_cli.check import GAINS, TOLERANCE, Comparison, networks
 from dvn_cli.errors import InputError
 from dvn_cli.graph.hollow import hollow
 from dvn_cli.partition import ENOUGH, Partition, share_divided
@@ -42,8 +44,6 @@ TABLE = HERE / "panel.csv"
 LARGE = 30_000_000  # parameters; of a combination whose models are all larger the smallest is taken all the same
 LARGEST = 5e8  # parameters, compared in double precision, four times over
 SMALL_SIZES = (128, 144, 192)  # pixels, of which a model gets the first that it takes, else its own
-GAINS = (1.0, 0.85, 0.7)  # of the random weights: the next one where rounding errors grow too large with the last
-TOLERANCE = 1e-5  # some models compute in fp32 whatever they are given
 
 
 @dataclass
@@ -188,11 +188,12 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (1024 if sys.platform != "darwin" else 1024**2)
 
 
-def _child(pipe: Connection, *arguments: Any) -> None:
+def _child(pipe: Connection, work: Callable[..., Any], arguments: Sequence[Any]) -> None:
+    os.setsid()  # a group of its own, with whatever processes it starts
     warnings.simplefilter("ignore")
     torch.backends.cudnn.allow_tf32 = False  # some models compute in fp32 whatever they are given
     torch.set_num_threads(1)
-    pipe.send(examine(*arguments))
+    pipe.send(work(*arguments))
 
 
 @dataclass
@@ -207,32 +208,46 @@ def run(
     names: Sequence[str], quick: bool, device: str, jobs: int, limit: float, largest: float = LARGEST
 ) -> Iterator[Row]:
     """Yields a row for each model, as they are done; for the arguments see `main`."""
+    for name, row in in_processes(names, examine, (quick, device, largest), jobs, limit):
+        yield Row(name, reason=row) if isinstance(row, str) else row
+
+
+def in_processes(
+    names: Sequence[str], work: Callable[..., Any], arguments: Sequence[Any], jobs: int, limit: float
+) -> Iterator[tuple[str, Any]]:
+    """Yields each name with what `work(name, *arguments)` returned in a process of its own, or why it returned nothing.
+
+    Args:
+        jobs: processes at a time.
+        limit: seconds for one.
+    """
     Partition.create(resolve("timm/resnet18", num_classes=10), 2)
     context = multiprocessing.get_context("fork")
     waiting, running = list(names)[::-1], dict[Connection, Job]()
     while waiting or running:
         while waiting and len(running) < jobs:
             ours, theirs = context.Pipe(duplex=False)
-            process = context.Process(target=_child, args=(theirs, name := waiting.pop(), quick, device, largest))
+            process = context.Process(target=_child, args=(theirs, work, (name := waiting.pop(), *arguments)))
             process.start()
             theirs.close()
             running[ours] = Job(name, process, ours, time.monotonic() + limit)
         first = min(job.deadline for job in running.values())
         ready = wait(list(running), timeout=max(first - time.monotonic(), 0))
         for pipe, job in list(running.items()):
-            row = Row(job.name, reason=f"took longer than {limit:.0f} s")
+            result: Any = f"took longer than {limit:.0f} s"
             if pipe in ready:
                 try:
-                    row = pipe.recv()
+                    result = pipe.recv()
                 except EOFError:
-                    row.reason = "its process died"
+                    result = "its process died"
             elif time.monotonic() < job.deadline:
                 continue
-            job.process.kill()
+            with contextlib.suppress(ProcessLookupError):  # of the whole group
+                os.killpg(job.process.pid or 0, signal.SIGKILL)
             job.process.join()
             pipe.close()
             del running[pipe]
-            yield row
+            yield job.name, result
 
 
 def summary(rows: Sequence[Row]) -> str:

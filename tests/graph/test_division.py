@@ -4,6 +4,7 @@ from torch import nn
 from dvn_cli.backbones import BackboneSpec
 from dvn_cli.errors import InputError
 from dvn_cli.partition import Partition
+from dvn_cli.units.count import whole
 
 SPEC = BackboneSpec("timm", "small", 4, 3, (8, 8))
 
@@ -35,3 +36,50 @@ def test_groups_are_divided_so_that_more_is(units):
         [[8 * group + 8 // units * unit, 8 * group + 8 // units * (unit + 1)] for group in range(4)]
         for unit in range(units)
     ]
+
+
+class Repeated(nn.Module):
+    """Two channels, repeated; those of a depthwise convolution go with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise, self.head = nn.Conv2d(3, 2, 1), nn.Conv2d(12, 12, 3, groups=12), nn.Linear(12, 4)
+
+    def forward(self, x):
+        return self.head(self.depthwise(self.stem(x).repeat_interleave(6, 1)).mean((2, 3)))
+
+
+class WithImage(nn.Module):
+    """Channels to which the image is added, which all units have; others are coupled with them later on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 12, 1), nn.BatchNorm2d(12)
+        self.wide, self.back, self.head = nn.Conv2d(12, 16, 1), nn.Conv2d(16, 12, 1), nn.Linear(12, 4)
+
+    def forward(self, x):
+        y = self.norm(self.stem(x) + x.repeat(1, 4, 1, 1))
+        return self.head((y + self.back(self.wide(y).relu())).mean((2, 3)))
+
+
+def test_the_reason_for_what_is_whole_is_the_true_one():
+    reasons = {name: one.why for one in whole(Partition.create(SPEC, 2, WithImage())) for name in one.places}
+    because = "channels that all units need for operator aten.add.Tensor (WithImage)"
+    assert reasons == {
+        **dict.fromkeys(("stem.weight", "stem.bias", "back.bias"), because),
+        **dict.fromkeys(("norm.weight", "norm.bias"), "no channels that units divide"),
+        **dict.fromkeys(("head.weight", "head.bias"), "one number for each class"),
+    }
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.narrow, self.wide = Repeated(), WithImage()
+
+        def forward(self, x):
+            return self.narrow(x) + self.wide(x)
+
+    reasons = {name: one.why for one in whole(Partition.create(SPEC, 4, Both())) for name in one.places}
+    assert reasons["narrow.stem.weight"] == "channels that only go together, in fewer groups than the 4 units"
+    assert reasons["wide.stem.weight"] == because.replace("Tensor", "Tensor in wide")
+    assert "wide.wide.weight" not in reasons

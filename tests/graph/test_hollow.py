@@ -57,9 +57,12 @@ def test_what_needs_its_parameters_has_them(build, value):
     assert hollow(build).weight.tolist() == value
 
 
-@pytest.mark.parametrize("name", ["resnet18", "timm/test_vit", "timm/test_maxvit"])
-def test_it_is_divided_as_with_weights(name):
-    spec = resolve(name, num_classes=5)
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("wrn_10_1", 32), ("timm/test_vit", 32), pytest.param("timm/test_maxvit", 64, marks=pytest.mark.slow)],
+)
+def test_it_is_divided_as_with_weights(name, size):
+    spec = resolve(name, num_classes=5, input_size=(size, size))
     assert Partition.create(spec, 2).metadata() == Partition.create(spec, 2, spec.build()).metadata()
 
 
@@ -75,7 +78,7 @@ def test_a_partition_takes_no_memory_for_weights():
 
 
 def test_labels_keep_no_more_than_what_varies():
-    spec = resolve("timm/test_maxvit", num_classes=5)
+    spec = resolve("timm/test_maxvit", num_classes=5, input_size=(64, 64))
     labels = Labeller(2).run(trace(hollow(spec.build), (3, *spec.input_size), False)).values()
     layers = [layer for value in labels if isinstance(value, Labels) for layer in value.layers]
     assert layers

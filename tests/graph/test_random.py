@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
-from reference import Comparison, networks
 from torch import Tensor, nn
+
+from dvn_cli.check import Comparison, networks
 
 CHANNELS = (4, 6, 8, 9, 12, 16, 24)
 

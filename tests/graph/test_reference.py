@@ -2,8 +2,10 @@
 
 import torch
 import torch.nn.functional as F
-from reference import Comparison, KeptStatistics, networks
 from torch import nn
+
+from dvn_cli.check import Comparison, networks
+from dvn_cli.reference import KeptStatistics
 
 
 def test_networks_of_four_units_are_those_of_the_paper():

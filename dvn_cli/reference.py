@@ -3,12 +3,11 @@
 It is the original `nn.Module` in double precision with the parameters of the other units set to zero, so that what
 these would have computed is zero. Statistics over channels are taken over the others, under a `TorchFunctionMode`: a
 channel is not there when its scale in the norm is zero; where there is no scale, an index of a dimension is not there
-when all of it is zero in the masked network and is not in the whole one.
+when all of it is zero in the masked network and is not in the whole one. Nothing here knows of graphs or of labels.
 """
 
 import copy
 import math
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,11 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from dvn_cli.graph.narrow import Narrowed, narrow, on_device
-from dvn_cli.graph.trace import Traced, trace
-from dvn_cli.partition import divide
-from dvn_cli.units.assign import Assignment, kept_labels, unit_of_labels
-from dvn_cli.units.order import paper_order
+from dvn_cli.units.assign import Assignment
 
 
 def randomised(module: nn.Module, gain: float = 1.0) -> nn.Module:
@@ -104,7 +99,7 @@ def _last(x: Tensor, shape: Sequence[int]) -> list[int]:
     return list(range(x.ndim - len(shape), x.ndim))
 
 
-def _moments(x: Tensor, kept: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(x: Tensor, kept: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count, dimensions kept."""
     weight = kept.expand(x.shape)
     count = weight.sum(dims, keepdim=True).clamp(min=1)
@@ -279,129 +274,3 @@ def first_tensor(output: Any) -> Tensor:
     while not isinstance(output, Tensor):
         output = next(iter(output.values())) if isinstance(output, dict) else output[0]
     return output
-
-
-def networks(units: int) -> list[tuple[int, ...]]:
-    """Every set of units that a task uses by the paper's orders, smallest first."""
-    orders = [paper_order(task, units) for task in range(1, units + 1)]
-    return sorted(
-        {tuple(sorted(order[:n])) for order in orders for n in range(1, units + 1)}, key=lambda s: (len(s), s)
-    )
-
-
-class Comparison:
-    """Narrowed against masked networks of one module.
-
-    Args:
-        module: any; it is copied and randomised.
-        input_shape: channels, height, width.
-        modes: for which graphs (train or not).
-        device: where they are compared.
-        gain: see `randomised`; below 1 a deep network amplifies rounding errors less.
-    """
-
-    def __init__(
-        self,
-        module: nn.Module,
-        input_shape: tuple[int, int, int],
-        modes: Sequence[bool] = (False, True),
-        batch: int = 3,
-        device: str = "cpu",
-        gain: float = 1.0,
-    ) -> None:
-        self.module = randomised(module, gain)
-        generator = torch.Generator().manual_seed(1)
-        self.traced: dict[bool, Traced] = {mode: trace(self.module, input_shape, mode) for mode in modes}
-        self.module.to(device)  # the traces keep its buffers, and need no parameter's values
-        self.x = torch.randn(batch, *input_shape, generator=generator, dtype=torch.double).to(device)
-        self.whole: dict[bool, KeptStatistics] = {}
-
-    def divide(self, units: int) -> Assignment:
-        division = divide(self.traced.values(), units, self.module.state_dict(keep_vars=True))
-        self.labeller, self.labels = division.labeller, division.labels
-        self.assignment, self.buckets = division.assignment, division.buckets
-        self.unit = unit_of_labels(self.labeller, self.assignment)
-        return self.assignment
-
-    def reference(self, module: nn.Module, train: bool) -> tuple[Tensor, nn.Module]:
-        """Output of a masked module, whose running statistics are afterwards what the run made of them."""
-        if train not in self.whole:
-            mode = KeptStatistics()
-            with torch.no_grad(), mode:
-                copy.deepcopy(self.module).train(train)(self.x)
-            self.whole[train] = mode
-        with torch.no_grad(), KeptStatistics(self.whole[train]):
-            return first_tensor(module.train(train)(self.x)), module
-
-    def tensors(self, names: Sequence[str], kept: Sequence[int]) -> list[Tensor]:
-        state, result = self.module.state_dict(), []
-        for name in names:
-            tensor = state[name]
-            for dim, mask in enumerate(kept_by_axes(self.assignment, name, tensor.shape, kept)):
-                if not mask.all():
-                    tensor = tensor.index_select(dim, mask.nonzero().reshape(-1).to(tensor.device))
-            result.append(tensor.clone() if tensor is state[name] else tensor)
-        return result
-
-    def network(self, kept: Sequence[int], train: bool) -> Narrowed:
-        keep = kept_labels(self.labeller, self.unit, kept, 10**9)
-        start = time.perf_counter()
-        net = narrow(self.traced[train], self.labels, self.labeller, keep, {})
-        self.seconds = time.perf_counter() - start
-        return Narrowed(on_device(net.module, self.x.device), net.names) if self.x.device.type != "cpu" else net
-
-    def narrowed(self, kept: Sequence[int], train: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output of the narrow network, and its tensors afterwards."""
-        net = self.network(kept, train)
-        tensors = self.tensors(net.names, kept)
-        with torch.no_grad():
-            return net.module(self.x, *tensors), dict(zip(net.names, tensors, strict=True))
-
-    def without_gradient(self, kept: Sequence[int]) -> list[str]:
-        """The parameters without a finite gradient in the train graph that have one in the module itself."""
-        net = self.network(kept, True)
-        named = dict(zip(net.names, self.tensors(net.names, kept), strict=True))
-        parameters = [name for name, _ in self.module.named_parameters() if name in named]
-        trainable = {name: named[name].requires_grad_() for name in parameters}
-        net.module(self.x, *named.values()).square().sum().backward()
-        idle = [name for name, t in trainable.items() if t.grad is None or not bool(t.grad.isfinite().all())]
-        if idle:
-            module = copy.deepcopy(self.module).train()
-            first_tensor(module(self.x)).square().sum().backward()
-            own = {name for name, p in module.named_parameters() if p.grad is not None}
-            idle = [name for name in idle if name in own]
-        return idle
-
-    def is_unstable(self, kept: Sequence[int], train: bool) -> bool:
-        """Whether the reference changes by more than 1e-9 where its input does in the last digits: no error says much.
-
-        As in the 50 blocks of SENet-154, whose gates see values so large that they are steps.
-        """
-        module = masked(self.module, self.assignment, kept)
-        before, _ = self.reference(copy.deepcopy(module), train)
-        self.x *= 1 + 1e-14
-        after, _ = self.reference(module, train)
-        self.x /= 1 + 1e-14
-        return bool((after - before).abs().max() > 1e-9 * before.abs().max())
-
-    def error(self, kept: Sequence[int], train: bool) -> float:
-        """The worst relative difference, of outputs and running statistics; infinite where the reference is not finite.
-
-        Relative to the greatest value of the output.
-        """
-        expected, module = self.reference(masked(self.module, self.assignment, kept), train)
-        result, after = self.narrowed(kept, train)
-        pairs = [(result, expected)]
-        state = module.state_dict()
-        for name, tensor in after.items():
-            if name.endswith(("running_mean", "running_var")):
-                mask = kept_by_axes(self.assignment, name, state[name].shape, kept)[0]
-                wanted = state[name][mask.to(tensor.device)]
-                pairs.append((tensor, wanted))
-        worst = 0.0
-        for a, b in pairs:
-            if a.shape != b.shape or not bool(b.isfinite().all()):
-                return math.inf
-            difference = float((a - b).abs().max() / b.abs().max().clamp(min=1e-30))
-            worst = max(worst, math.inf if math.isnan(difference) else difference)
-        return worst

@@ -1,0 +1,132 @@
+"""Backbones of one's own, by `package.module:factory`."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_cli_partition import dvn
+
+import dvn_cli
+from dvn_cli import checkpoint
+from dvn_cli.backbones import BackboneSpec, factory, resolve
+from dvn_cli.errors import InputError
+
+MODULE = """
+import torch
+from torch import nn
+from .parts import conv
+
+class Net(nn.Module):
+    def __init__(self, num_classes, in_chans=3, width=8):
+        super().__init__()
+        self.rates = [rate.item() for rate in torch.linspace(0, 1, 3)]  # of which the meta device knows nothing
+        self.first, self.norm, self.second = conv(in_chans, width), nn.BatchNorm2d(width), conv(width, width)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, x):
+        return self.head(self.second(self.norm(self.first(x)).relu()).mean((2, 3)))
+
+def coloured(*, num_classes):
+    return Net(num_classes)
+
+def raising(num_classes):
+    raise KeyError("width")
+
+def nothing(num_classes):
+    return {}
+
+def fixed():
+    return Net(10)
+
+class Zoo:
+    @staticmethod
+    def small(num_classes):
+        return Net(num_classes, width=4)
+"""
+
+
+@pytest.fixture(autouse=True)
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package `own` in the working directory, forgotten afterwards."""
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/__init__.py").touch()
+    (tmp_path / "own/parts.py").write_text(
+        "from torch import nn\ndef conv(a, b):\n    return nn.Conv2d(a, b, 3, padding=1)\n"
+    )
+    (tmp_path / "own/nets.py").write_text(MODULE)
+    (tmp_path / "own/broken.py").write_text("raise OSError('no disk\\nat all')\n")
+    (tmp_path / "own/needy.py").write_text("import not_to_be_had\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
+    for name in [name for name in sys.modules if name.partition(".")[0] == "own"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+@pytest.mark.parametrize("name", ["own.nets:Net", "own.nets:coloured"])
+def test_every_file_builds_it_again(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--num-classes", 5, "--input-size", 8, "--units", 2, "--json")
+    assert dvn("partition", name, *options) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["backbone"]["source"], document["backbone"]["name"]) == ("python", name)
+    assert dvn("slice", "--task", 1, "--level", 2, "-o", "top.safetensors") == 0
+    module = factory.find(name)(num_classes=5)
+    module.load_state_dict(load_file("top.safetensors"))
+    images = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(dvn_cli.load("top.safetensors")(images), module.eval()(images))
+
+
+def test_it_is_trained_and_evaluated() -> None:
+    recipe = "backbone: {name: 'own.nets:Zoo.small'}\nunits: 2\nepochs: 1\nbatch_size: 8\ntasks:\n"
+    recipe += "  - {name: few, data: {source: digits, classes: 0-2, train_images: 12, test_images: 3}}\n"
+    Path("recipe.yaml").write_text(recipe)
+    assert dvn("train", "recipe.yaml", "-o", "trained.safetensors", "--json") == 0
+    assert dvn("eval", "trained.safetensors", "--json") == 0
+
+
+def test_slices_are_cut_where_it_cannot_be_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dvn("partition", "own.nets:Net", "--num-classes", 5, "--input-size", 8, "--units", 2) == 0
+    Path("own").rename("elsewhere")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "own"]:
+        del sys.modules[name]
+    capsys.readouterr()
+    assert dvn("slice", "--task", 1, "--level", 1, "-o", "slice.safetensors") == 0
+    header = checkpoint.read_header("slice.safetensors")
+    with pytest.raises(InputError, match=r"'own.nets:Net' cannot be imported: there is no module 'own', neither"):
+        BackboneSpec.from_dict(header.metadata["backbone"]).build()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("own.net:Net", "there is no module 'own.net', neither installed nor in "),
+        ("own.nets:Nett", "own.nets has no 'Nett'; did you mean 'Net'?"),
+        ("own.broken:Net", "OSError: no disk (broken.py, line 1)"),
+        ("own.needy:Net", "own.needy needs a module 'not_to_be_had'"),
+        ("own.nets:raising", "own.nets:raising(num_classes=5) failed with KeyError: 'width' (nets.py, line 20)"),
+        ("own.nets:nothing", "own.nets:nothing returned a dict, not a torch.nn.Module"),
+        ("own.nets:fixed", "'own.nets:fixed' is no factory: dvn calls it with num_classes=..., which it does not take"),
+        ("os:abort", "'os:abort' is no factory"),
+        ("own.nets:Net()", "named package.module:factory, not 'own.nets:Net()'"),
+        ("./own/nets.py:Net", "named package.module:factory, not './own/nets.py:Net'"),
+    ],
+)
+def test_what_cannot_be_built_is_told_in_one_line(name: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert dvn("partition", name, "--num-classes", 5, "--input-size", 8, "--units", 2) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert err.count("\n") == 1
+    assert not out
+    assert not list(Path().glob("*.safetensors"))
+
+
+def test_what_it_is_for_has_to_be_said() -> None:
+    with pytest.raises(InputError, match=r"give --num-classes and --input-size$"):
+        resolve("own.nets:Net")
+    with pytest.raises(InputError, match=r"give --input-size$"):
+        resolve("own.nets:Net", num_classes=5)
+    assert resolve("own.nets:Net", 5, 1, (8, 8)).build().first.in_channels == 1
+    with pytest.raises(InputError, match=r"own.nets:coloured cannot take images of 1x8x8"):
+        resolve("own.nets:coloured", 5, 1, (8, 8))
