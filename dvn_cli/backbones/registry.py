@@ -169,7 +169,7 @@ class BackboneSpec:
         from dvn_cli.graph.hollow import hollow
 
         if device is not None and torch.device(device).type == "meta":
-            return hollow(self.build).to("meta")  # few models can be built there: some read tensors that they make
+            return hollow(self.build, "meta")  # few models can be built there: some read tensors that they make
         library = LIBRARIES[self.source]
         if not library.has(self.name):
             raise InputError(f"the installed {self.source} has no model '{self.name}'")

@@ -9,31 +9,32 @@ import torch
 from torch import nn
 
 
-def hollow(build: Callable[[], nn.Module]) -> nn.Module:
+def hollow(build: Callable[[], nn.Module], device: str = "cpu") -> nn.Module:
     """Builds a module whose parameters are there in shape only: memory that nobody writes to is never taken.
 
     Buffers hold what they hold, since tables of indices decide where data goes.
 
     Args:
         build: builds the module; called again, for a module with weights, where it needs those to build on.
+        device: of the module; on `meta` buffers are there in shape only, too.
     """
     try:
         with _parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights that are loaded into parameters without data
             module = build()
     except Exception:  # its __init__ looks at a parameter; or it cannot be built at all, and says so once more
-        return build()
+        return build().to(device)
     if any(buffer.is_meta for buffer in module.buffers()):  # or computes a buffer from one
-        return build()
+        return build().to(device)
     empty: dict[int, nn.Parameter] = {}
     for child in module.modules():
         for name, parameter in list(child._parameters.items()):
             if parameter is not None:
                 if id(parameter) not in empty:
-                    data = torch.empty_like(parameter, device="cpu")
+                    data = torch.empty_like(parameter, device=device)
                     empty[id(parameter)] = nn.Parameter(data, parameter.requires_grad)
                 setattr(child, name, empty[id(parameter)])  # recurrent modules keep a list of their own by it
-    return module
+    return module.to(device)
 
 
 @contextmanager
