@@ -211,7 +211,7 @@ def test_memory_that_ends_while_images_are_decoded_is_the_same_line(monkeypatch)
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr(sources, "_resized", full)
+    monkeypatch.setattr(sources.decode, "eight_bit", full)
     with pytest.raises(InputError, match=r"1,297 images of 1x8x8 of digits take 0.1 MiB, and .* free: set a smaller "):
         load(digits())
 
