@@ -125,7 +125,8 @@ def _fill(
     for name, tensor in fitted.tensors.items():
         if not _is_finite(tensor) and _is_finite(own[name]):  # a mask of the backbone's own may hold infinities
             raise InputError(f"{origin} cannot be used: {name} has values that are not finite (NaN or infinite)")
-    module.load_state_dict(fitted.tensors, strict=False)
+    own.update(fitted.tensors)
+    module.load_state_dict(own)  # and not the tensors alone: some modules look for the version that lies beside them
     if note is not None:
         if fitted.done:
             note(f"{origin}: {'; '.join(fitted.done)}.")

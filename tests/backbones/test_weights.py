@@ -54,6 +54,14 @@ def test_plain_files_load_without_a_word(save, tmp_path):
     assert not notes
 
 
+def test_modules_that_look_for_the_version_beside_their_tensors_find_their_own(tmp_path):
+    spec = resolve("torchvision/mnasnet0_5", 3)
+    state = dict(spec.build().state_dict())
+    module, left_out, _ = load(state, tmp_path, spec)
+    assert equal(state, module.state_dict())
+    assert not left_out
+
+
 @pytest.mark.parametrize("name", ["model_best", "PLAIN.SAFETENSORS", "weights.pth"])
 def test_the_content_says_what_a_file_is_not_the_suffix(name, tmp_path):
     state, module = SPEC.build().state_dict(), SPEC.build()
