@@ -54,6 +54,7 @@ class Run:
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)  # of dropout and its like
         self.network.to(self.device)
+        self._finite_before = self._finite_tensors()
         self.generators = {number: torch.Generator() for number in self.data}
         for number, generator in self.generators.items():
             generator.manual_seed(self.recipe.seed * 1000 + number - 1)
@@ -265,11 +266,17 @@ class Run:
 
     def _check_weights(self) -> None:
         """The last step of an epoch has no loss after it that would show what it did."""
-        with torch.no_grad():
-            tensors = {name: t for name, t in self.network.file_tensors().items() if t.is_floating_point()}
-            finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-        if not all(finite):
-            raise self._diverged(f"{list(tensors)[finite.index(False)]} is not finite", self.steps)
+        finite = self._finite_tensors()
+        name = next((name for name in self.network.file_tensors() if name in self._finite_before - finite), None)
+        if name is not None:
+            raise self._diverged(f"{name} is not finite", self.steps)
+
+    @torch.no_grad()
+    def _finite_tensors(self) -> set[str]:
+        """Names of the tensors without infinities and NaN; a backbone may have some with them, such as open bounds."""
+        tensors = {name: t for name, t in self.network.file_tensors().items() if t.is_floating_point()}
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+        return {name for name, is_finite in zip(tensors, finite, strict=True) if is_finite}
 
     def _diverged(self, what: str, step: int) -> DvnError:
         return DvnError(

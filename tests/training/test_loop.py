@@ -419,3 +419,29 @@ def test_weights_that_the_last_step_broke(run: Run, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(run.optimizer, "step", break_it)
     with pytest.raises(DvnError, match=r"shared/layer1.0.conv1.weight is not finite after epoch 1, step 1: a lower"):
         run.run(small.nothing, small.nothing)
+
+
+BOUNDED = """
+import torch
+from torch import nn
+
+
+class Bounded(nn.Module):
+    def __init__(self, num_classes, in_chans):
+        super().__init__()
+        self.conv = nn.Conv2d(in_chans, 4, 3)
+        self.register_buffer("bound", torch.tensor(torch.inf))
+        self.fc = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(torch.minimum(self.conv(x), self.bound).mean((2, 3)))
+"""
+
+
+def test_a_bound_that_is_open_from_the_start_is_no_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "bounded_net.py").write_text(BOUNDED)
+    monkeypatch.syspath_prepend(tmp_path)
+    backbone = {"name": "bounded_net:Bounded", "in_chans": 1}
+    run = small.session(tmp_path, "epochs=1", backbone=backbone, units=2).run
+    run.run(small.nothing, small.nothing)
+    assert run.network.file_tensors()["shared/bound"] == torch.inf
