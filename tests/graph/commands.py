@@ -184,6 +184,8 @@ def _go_through(row: Row, largest: float) -> None:
             steps[step]()
         except _FailedError as error:
             row.outcome = "refused" if error.code == "2" else "failed"
+            if "too little memory" in str(error):  # of those that `MEMORY` leaves a process
+                row.outcome = "too large"
             row.reason = f"{step}: {error}"
             setattr(row, step, error.code)
             return
