@@ -8,28 +8,20 @@ and bit for bit.
 """
 
 import contextlib
-import datetime
-import errno
 import json
 import math
 import mmap
 import os
-import re
-import stat
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from dvn_cli.errors import DvnError, InputError, did_you_mean
-
-try:
-    import fcntl
-except ImportError:  # Windows: a killed process's temporary file stays until someone removes it
-    fcntl = None  # type: ignore[assignment]
+from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.files import atomic, reason, written_at
 
 FORMAT = 1
 """The newest format of the metadata that this version reads, and the one it writes."""
@@ -135,7 +127,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         hint = near or "; `dvn partition` and `dvn train` write one"
         raise InputError(f"there is no checkpoint '{path}'{hint}") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot read '{path}': {_reason(error)}") from None
+        raise InputError(f"cannot read '{path}': {reason(error)}") from None
 
     start = 8 + int.from_bytes(file[:8], "little") if file and size > 8 else 0
     if file is None or not start:
@@ -154,7 +146,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         end = _end_of_data(file[8:start])
         if end and start + end > size:
             raise InputError(f"'{path}' is truncated: it has {size} of {start + end} bytes") from None
-        raise InputError(f"'{path}' is damaged: {_reason(error)}") from None
+        raise InputError(f"'{path}' is damaged: {reason(error)}") from None
 
     metadata = _parse(path, entries.pop("__metadata__", {}))
     tensors = {}
@@ -253,98 +245,6 @@ def _parse(path: Path, metadata: dict[str, str]) -> dict[str, Any]:
 # Writing
 
 
-_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
-
-
-@contextlib.contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Opens a file to write in place of `path`, which changes when all is written and safe on disk, or not at all.
-
-    Written as `.NAME.PID-XXXXXXXX.tmp` beside it and renamed. A failure removes the temporary file; that of a killed
-    process is removed by the next write to the same folder.
-
-    Raises:
-        InputError: the folder is missing or not writable, or `path` is something else than a file.
-        DvnError: writing failed, such as on a full disk.
-    """
-    shown, path = path, Path(os.path.realpath(path))  # through a link, the file it leads to is replaced
-    try:
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            what = "a folder" if path.is_dir() else "not a regular file"
-            raise InputError(f"cannot write '{shown}': it is {what}")
-        _remove_leftovers(path.parent)
-        file, temporary = _open_temporary(path)
-    except OSError as error:
-        if not path.parent.is_dir():
-            raise InputError(f"cannot write '{shown}': there is no folder '{path.parent}'") from None
-        as_asked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-        raise (InputError if as_asked else DvnError)(f"cannot write '{shown}': {_reason(error)}") from None
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise DvnError(f"cannot write '{shown}': {_reason(error)}") from error
-        raise
-    if hasattr(os, "O_DIRECTORY"):
-        with contextlib.suppress(OSError):  # the file is whole; some file systems cannot sync a folder
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-
-
-def _open_temporary(path: Path) -> tuple[BinaryIO, Path]:
-    """Opens a new file that is locked as long as this process lives and writes it."""
-    while True:
-        temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-        file = open(temporary, "xb")  # noqa: SIM115
-        if fcntl:
-            with contextlib.suppress(OSError):  # no locks on this file system: then nothing is taken for a leftover
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if temporary.exists():  # not so if another process took it for a leftover before it was locked
-            return file, temporary
-        file.close()
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Removes temporary files that no living process holds; the lock, unlike a PID, knows of other hosts."""
-    if not fcntl:
-        return
-    for leftover in os.listdir(folder):
-        if _TEMPORARY.fullmatch(leftover):
-            with contextlib.suppress(OSError), open(folder / leftover, "r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(file.name)
-
-
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raises what `atomic` would raise before anything is written, such as at the start of long work.
-
-    A folder that is missing is not made.
-    """
-
-    class Writable(Exception):
-        pass
-
-    with contextlib.suppress(Writable), atomic(path):
-        raise Writable  # which leaves the context before it replaces anything
-
-
-def check_folder_writable(folder: Path) -> None:
-    """Raises InputError unless files can be written to a folder, or to one that is made where it is not yet."""
-    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-    if not there.is_dir():
-        raise InputError(f"cannot write to the folder '{folder}': '{there}' is not a folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to the folder '{folder}': '{there}' is not writable")
-
-
 def is_trained(path: str | os.PathLike[str]) -> bool:
     """Returns whether a file is there and is a trained checkpoint."""
     with contextlib.suppress(InputError):
@@ -373,11 +273,6 @@ def lost_with(path: Path) -> str | None:
     count = record.get("epochs") if isinstance(record, dict) else None
     epochs = "" if count is None else f"{count} epoch{'s' * (count != 1)}, "
     return f"'{path}' is a trained checkpoint (tasks: {tasks}; {epochs}written {written_at(path)})"
-
-
-def written_at(path: Path) -> str:
-    """Returns when a file was last written, by the local clock: `2026-11-25 14:10`."""
-    return datetime.datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
@@ -414,10 +309,6 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata:
                 written += file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             if written != tensor.nbytes:
                 raise ValueError(f"{name}: {written} bytes for {tensor.dtype} of shape {tensor.shape}")
-
-
-def _reason(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
 
 
 # Tasks, levels and units

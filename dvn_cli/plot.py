@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvn_cli import checkpoint
 from dvn_cli.errors import InputError
+from dvn_cli.files import atomic
 from dvn_cli.scenario import Row, Table
 from dvn_cli.training.methods import METHODS
 
@@ -42,7 +42,7 @@ def write(name: str, tables: Sequence[Table], folder: Path) -> list[Path]:
 
     Raises:
         InputError: matplotlib is missing, there is nothing to draw, or the folder cannot be written.
-        DvnError: as `checkpoint.atomic`.
+        DvnError: as `atomic`.
     """
     try:
         import matplotlib
@@ -60,7 +60,7 @@ def write(name: str, tables: Sequence[Table], folder: Path) -> list[Path]:
                 opened = io.BytesIO()
                 figure.savefig(opened, format=suffix, dpi=200, metadata=metadata)
                 written.append(folder / f"{name}-{table.scale}-{table.setting}.{suffix}")
-                with checkpoint.atomic(written[-1]) as file:
+                with atomic(written[-1]) as file:
                     file.write(opened.getvalue())
     return written
 

@@ -21,9 +21,10 @@ from safetensors import safe_open
 from typer.testing import CliRunner
 
 from dvn_cli import checkpoint
-from dvn_cli.checkpoint import ITEM_SIZE, Tensor, atomic, count, cut, kept_runs, read_header, slice_file, write
+from dvn_cli.checkpoint import ITEM_SIZE, Tensor, count, cut, kept_runs, read_header, slice_file, write
 from dvn_cli.cli.slice import slice_command
 from dvn_cli.errors import DvnError, InputError
+from dvn_cli.files import atomic
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
 BACKBONE = {"source": "timm", "name": "tiny", "num_classes": 3, "in_chans": 3, "input_size": [8, 8]}
@@ -331,45 +332,6 @@ def test_kill_at_any_moment_leaves_a_whole_file(tmp_path):
     with atomic(other) as opened:
         opened.write(b"{}")
     assert os.listdir(tmp_path) == [other.name]
-
-
-def test_only_what_no_living_writer_holds_is_removed(file):
-    """And only what is named as dvn names it."""
-    left = [".x.safetensors.1-0123abcd.tmp", ".dvn.run.json.99999-ffffffff.tmp"]
-    foreign = [".x.tmp", "x.1-0123abcd.tmp", ".x.1-0123.tmp", ".x.1-0123abcd.tmp.txt"]
-    for name in (*left, *foreign):
-        Path(name).write_bytes(b"x")
-    with atomic("slow.json") as slow:
-        slow.write(b"{}")
-        write("quick.safetensors", {}, metadata())
-        assert not {*left} & {*os.listdir()}
-    assert set(os.listdir()) == {file.name, "slow.json", "quick.safetensors", *foreign}
-
-
-def test_that_it_can_be_written_is_known_before(file):
-    """Without a trace, be it so or not."""
-    before = file.read_bytes()
-    checkpoint.check_writable(file)
-    checkpoint.check_writable("new.json")
-    checkpoint.check_folder_writable(Path("new/folder"))
-    for path, why in (("no/where", "there is no folder"), (".", "it is a folder"), ("/dev/null", "not a regular file")):
-        with pytest.raises(InputError, match=why):
-            checkpoint.check_writable(path)
-    for folder in (file, file / "inside"):
-        with pytest.raises(InputError, match=f"cannot write to the folder '{folder}': '{file}' is not a folder"):
-            checkpoint.check_folder_writable(folder)
-    assert os.listdir() == [file.name]
-    assert file.read_bytes() == before
-
-
-def test_a_write_at_the_same_time_is_left_alone(file):
-    with atomic(file) as slow:
-        slow.write(b"slow")
-        with atomic(file) as quick:
-            quick.write(b"quick")
-        assert file.read_bytes() == b"quick"
-    assert file.read_bytes() == b"slow"
-    assert os.listdir(file.parent) == [file.name]
 
 
 def test_write_through_a_link_replaces_its_target(file):

@@ -10,6 +10,7 @@ import typer
 
 from dvn_cli import checkpoint as checkpoints
 from dvn_cli.errors import InputError
+from dvn_cli.files import atomic, check_folder_writable, check_writable
 
 if TYPE_CHECKING:
     from dvn_cli.benchmark import Target
@@ -60,9 +61,9 @@ def bench_command(
         raise InputError("--plots is of runs: give --scenario too")
 
     if results_file is not None:
-        checkpoints.check_writable(results_file)
+        check_writable(results_file)
     if plots is not None:
-        checkpoints.check_folder_writable(plots)
+        check_folder_writable(plots)
 
     measure = functools.partial(
         _measure,
@@ -88,7 +89,7 @@ def bench_command(
             show()
     finally:  # whichever of the two fails, the other one has the results
         if results_file is not None:
-            with checkpoints.atomic(results_file) as opened:
+            with atomic(results_file) as opened:
                 opened.write(text.encode() + b"\n")
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dvn_cli.errors import DvnError, InputError
+from dvn_cli.files import atomic, check_writable
 
 if TYPE_CHECKING:
     from dvn_cli.evaluation import Row
@@ -48,10 +49,8 @@ def eval_command(
 
     import json
 
-    from dvn_cli import checkpoint
-
     if results_file is not None:
-        checkpoint.check_writable(results_file)
+        check_writable(results_file)
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -93,8 +92,6 @@ def _write(path: Path, results: dict) -> None:
     import io
     import json
 
-    from dvn_cli import checkpoint
-
     text = io.StringIO()
     if path.suffix == ".json":
         json.dump(results, text, indent=2)
@@ -103,5 +100,5 @@ def _write(path: Path, results: dict) -> None:
         writer = csv.DictWriter(text, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    with checkpoint.atomic(path) as file:
+    with atomic(path) as file:
         file.write(text.getvalue().encode())

@@ -12,6 +12,7 @@ import typer
 
 from dvn_cli import checkpoint as checkpoints
 from dvn_cli.errors import DvnError, InputError
+from dvn_cli.files import check_writable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,7 +82,7 @@ def partition_command(
         raise InputError("--pretrained or --weights, not both: each says what the weights are")
     if not force and (lost := checkpoints.lost_with(output)):
         raise InputError(f"{lost}; --force replaces it, -o writes elsewhere")
-    checkpoints.check_writable(output)
+    check_writable(output)
     asked = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
     given = {key: value for key, value in asked.items() if value is not None}
     if given and not pretrained and weights is None:

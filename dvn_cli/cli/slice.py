@@ -10,6 +10,7 @@ import typer
 
 from dvn_cli import checkpoint as checkpoints
 from dvn_cli.errors import DvnError, InputError
+from dvn_cli.files import check_folder_writable
 
 FORMATS = ("safetensors",)
 
@@ -44,7 +45,7 @@ def slice_command(
         for number, entry in enumerate(tasks, 1):
             for depth in range(1, len(entry["levels"]) + 1):
                 files[number, depth] = folder / _name(checkpoint, number, depth)
-        checkpoints.check_folder_writable(folder)
+        check_folder_writable(folder)
     elif not every and task is not None and level is not None:
         number = checkpoints.find_task(header.metadata, task)
         depth = checkpoints.check_level(header.metadata, number, level)

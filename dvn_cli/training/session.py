@@ -18,6 +18,7 @@ from dvn_cli.data import DataSpec
 from dvn_cli.data.spec import MAY_DIFFER, locate
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError, enough_memory
+from dvn_cli.files import atomic, check_writable
 from dvn_cli.network import read_tensors
 from dvn_cli.tasks import Task
 from dvn_cli.training import setup, state
@@ -98,7 +99,7 @@ class Session:
         if start is not None and _same_file(locate(start, base), output):
             raise InputError(f"'{output}' is what the recipe starts from: give another output with -o")
         for file in vars(self.files).values():
-            checkpoint.check_writable(file)  # now, not after the last epoch
+            check_writable(file)  # now, not after the last epoch
         if not resume and not force:
             refuse_to_lose(self.files)
         interrupted = state.load(self.files.state) if resume and self.files.state.exists() else None
@@ -214,7 +215,7 @@ class Session:
         more = {"restarts": self.restarts} if self.restarts else {}
         record = {**self.record, **more, "tasks": tasks, "epochs": self.run.history}
         text = json.dumps(record, indent=1, allow_nan=False)
-        with checkpoint.atomic(self.files.record) as file:
+        with atomic(self.files.record) as file:
             file.write(text.encode() + b"\n")
 
 

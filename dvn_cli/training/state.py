@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dvn_cli import checkpoint
 from dvn_cli.errors import InputError
+from dvn_cli.files import written_at
 from dvn_cli.network import DTYPES
 
 KIND = "training state"
@@ -64,6 +65,6 @@ def lost_with(path: Path) -> str | None:
         names = ", ".join(task["name"] for task in metadata["recipe"]["tasks"])
     except (InputError, KeyError, TypeError):
         return f"'{path}' is there, and is not the state of a run that this dvn reads"
-    written = checkpoint.written_at(path)
+    written = written_at(path)
     how_far = f"after epoch {done} of {total}, written {written}"
     return f"'{path}' is the state of an interrupted run (tasks: {names}; {how_far})"

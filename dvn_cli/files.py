@@ -1,0 +1,119 @@
+"""Files are replaced whole or not at all, and what prevents that is known before long work begins."""
+
+import contextlib
+import datetime
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from dvn_cli.errors import DvnError, InputError
+
+try:
+    import fcntl
+except ImportError:  # Windows: a killed process's temporary file stays until someone removes it
+    fcntl = None  # type: ignore[assignment]
+
+_TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Opens a file to write in place of `path`, which changes when all is written and safe on disk, or not at all.
+
+    Written as `.NAME.PID-XXXXXXXX.tmp` beside it and renamed. A failure removes the temporary file; that of a killed
+    process is removed by the next write to the same folder.
+
+    Raises:
+        InputError: the folder is missing or not writable, or `path` is something else than a file.
+        DvnError: writing failed, such as on a full disk.
+    """
+    shown, path = path, Path(os.path.realpath(path))  # through a link, the file it leads to is replaced
+    try:
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise InputError(f"cannot write '{shown}': it is {what}")
+        _remove_leftovers(path.parent)
+        file, temporary = _open_temporary(path)
+    except OSError as error:
+        if not path.parent.is_dir():
+            raise InputError(f"cannot write '{shown}': there is no folder '{path.parent}'") from None
+        as_asked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+        raise (InputError if as_asked else DvnError)(f"cannot write '{shown}': {reason(error)}") from None
+    try:
+        with file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise DvnError(f"cannot write '{shown}': {reason(error)}") from error
+        raise
+    if hasattr(os, "O_DIRECTORY"):
+        with contextlib.suppress(OSError):  # the file is whole; some file systems cannot sync a folder
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+
+
+def _open_temporary(path: Path) -> tuple[BinaryIO, Path]:
+    """Opens a new file that is locked as long as this process lives and writes it."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+        file = open(temporary, "xb")  # noqa: SIM115
+        if fcntl:
+            with contextlib.suppress(OSError):  # no locks on this file system: then nothing is taken for a leftover
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():  # not so if another process took it for a leftover before it was locked
+            return file, temporary
+        file.close()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes temporary files that no living process holds; the lock, unlike a PID, knows of other hosts."""
+    if not fcntl:
+        return
+    for leftover in os.listdir(folder):
+        if _TEMPORARY.fullmatch(leftover):
+            with contextlib.suppress(OSError), open(folder / leftover, "r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                os.unlink(file.name)
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raises what `atomic` would raise before anything is written, such as at the start of long work.
+
+    A folder that is missing is not made.
+    """
+
+    class Writable(Exception):
+        pass
+
+    with contextlib.suppress(Writable), atomic(path):
+        raise Writable  # which leaves the context before it replaces anything
+
+
+def check_folder_writable(folder: Path) -> None:
+    """Raises InputError unless files can be written to a folder, or to one that is made where it is not yet."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise InputError(f"cannot write to the folder '{folder}': '{there}' is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to the folder '{folder}': '{there}' is not writable")
+
+
+def written_at(path: Path) -> str:
+    """Returns when a file was last written, by the local clock: `2026-11-25 14:10`."""
+    return datetime.datetime.fromtimestamp(path.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
+
+
+def reason(error: Exception) -> str:
+    """Returns in one line what an error says, of the operating system's its own words alone."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error).splitlines()[0]
