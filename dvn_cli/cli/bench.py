@@ -147,60 +147,36 @@ def _scenario(
     measure: Callable[..., tuple[list["Target"], dict[str, Any]]],
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """The tables of a scenario: the document, and how to print it."""
-    from dvn_cli import scenario as scenarios
+    from dvn_cli import report
+    from dvn_cli.paper import figures, records, rendering, tables
 
-    scenario = scenarios.find(name)
-    tables = scenarios.tables(scenario, scenarios.read(name, files))
+    scenario = figures.find(name)
+    found = tables.tables(scenario, records.read(name, files))
     written = []
     if plots is not None:
-        from dvn_cli import plot
+        from dvn_cli.paper import plots as drawn
 
-        written = plot.write(name, tables, plots)
+        written = drawn.write(name, found, plots)
     costs, measured = [], []
-    for table in tables:
+    for table in found:
         times, document = {}, None
-        if (network := scenarios.timed(table)) is not None:
+        if (network := tables.timed(table)) is not None:
             file, task = network
             targets, document = measure([checkpoints.read_header(file)], str(task), None, False)
             for target, row in zip(targets, document["results"], strict=True):
                 units = len(target.entry.kept(target.level))
                 times[units] = row["latency_ms"]["p50"] / document["batch_size"], row["speedup"]
-        costs.append(scenarios.costs(table, times))
+        costs.append(tables.costs(table, times))
         measured.append(document)
 
     def show() -> None:
-        from rich.text import Text
-
-        from dvn_cli import report
-
         console = report.console()
-        for number, (table, of, document) in enumerate(zip(tables, costs, measured, strict=True)):
-            if number:
-                console.print()
-            console.print(
-                Text(f"{name.upper()}, {scenario.title}; scale {table.scale}, setting {table.setting}", "bold")
-            )
-            report.show(console, scenarios.accuracy_table(table))
-            console.print()
-            for line in scenarios.notes(table):
-                console.print(line)
-            if of:
-                console.print()
-                report.show(console, scenarios.cost_table(of))
-                console.print(scenarios.cost_note(table, document))
+        rendering.show(console, name, found, costs, measured)
         for path in written:
             console.print(f"{path} is written", soft_wrap=True)
 
-    return {
-        "scenario": name,
-        "title": scenario.title,
-        "source": scenario.source,
-        "tables": [
-            table.to_dict() | {"costs": [cost.to_dict() for cost in of], "measured": document}
-            for table, of, document in zip(tables, costs, measured, strict=True)
-        ],
-        "plots": [str(path) for path in written],
-    }, show
+    document = rendering.as_json(name, scenario, found, costs, measured)
+    return document | {"plots": [str(path) for path in written]}, show
 
 
 def _targets(header: checkpoints.Header, task: str | None, level: int | None, every: bool) -> list["Target"]:

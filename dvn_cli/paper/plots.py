@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvn_cli.errors import InputError
 from dvn_cli.files import atomic
-from dvn_cli.scenario import Row, Table
+from dvn_cli.paper.tables import Row, Table
 from dvn_cli.training.methods import METHODS
 
 if TYPE_CHECKING:

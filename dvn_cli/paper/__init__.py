@@ -1,0 +1,1 @@
+"""The paper's scenarios: its figures, and beside them what finished runs reach."""
