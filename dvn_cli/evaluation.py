@@ -20,11 +20,10 @@ from dvn_cli import checkpoint, report
 from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
 from dvn_cli.data.classes import corresponding, few, is_range
 from dvn_cli.data.sources import TEST_SPLITS
-from dvn_cli.data.text import read_yaml
 from dvn_cli.errors import InputError, enough_memory
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
+from dvn_cli.overrides import first_problem, override_key, parse_override, read_yaml
 from dvn_cli.tasks import Task
-from dvn_cli.training.recipe import first_problem, override_key, parse_override
 from dvn_cli.units.count import params_and_density
 
 Progress = Callable[[int], None]

@@ -1,21 +1,18 @@
 """A recipe: one typed definition that is the file's schema, its validation and its documentation."""
 
 import codecs
-import copy
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from dvn_cli.data import DataSpec
 from dvn_cli.data.spec import MAY_DIFFER
-from dvn_cli.data.text import read_yaml
 from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.overrides import first_problem, override_key, parse_override, read_yaml
 from dvn_cli.training.methods import METHODS, together
 
 FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
@@ -297,100 +294,3 @@ def parse(content: Mapping[str, Any], origin: str) -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise InputError(f"{origin}: {first_problem(error, Recipe)}") from None
-
-
-def parse_override(override: str) -> tuple[str, Any]:
-    """The key and the value, in YAML, of `key=value`."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise InputError(f"'{override}' is no override: give key=value, such as optimizer.lr=0.05")
-    try:
-        return key, read_yaml(text, key)
-    except (ValueError, yaml.YAMLError):
-        raise InputError(f"the value of {key} is not YAML: {text}") from None
-
-
-def override_key(content: dict[str, Any], key: str, value: Any) -> None:
-    """Sets what a dotted key names; `*` in it is every one of a list."""
-    if "[" in key or "]" in key:
-        dotted = re.sub(r"\[([^\[\].]*)\]", r".\1", key)
-        hint = "" if "[" in dotted or "]" in dotted else f"; did you mean '{dotted}'?"
-        raise InputError(f"unknown key '{key}': parts of a key are separated by dots alone{hint}")
-    *parents, last = key.split(".")
-    places: list[tuple[str, Any]] = [("", content)]
-    for part in parents:
-        inside = []
-        for path, place in places:
-            if isinstance(place, dict) and place.get(part) is None:
-                place[part] = {}
-            inside += [(f"{path}.{name}" if path else name, place[at]) for name, at in _places(place, part, path)]
-        places = inside
-    for path, place in places:
-        for _, at in [("", last)] if isinstance(place, dict) else _places(place, last, path):
-            place[at] = copy.deepcopy(value)
-
-
-def _places(place: Any, part: str, path: str) -> list[tuple[str, Any]]:
-    """The names and keys that a part of a dotted key stands for, in the dict or list that is at a path."""
-    if isinstance(place, dict):
-        return [(part, part)]
-    if not isinstance(place, list):
-        raise InputError(f"{path} has no keys: there is no {path}.{part}")
-    if part == "*":
-        return [(str(index), index) for index in range(len(place))]
-    if not part.isdecimal() or int(part) >= len(place):
-        allowed = f"give a number from 0 to {len(place) - 1}, or *" if place else "the list is empty"
-        raise InputError(f"{path}.{part}: {allowed}")
-    return [(part, int(part))]
-
-
-def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
-    """The first of pydantic's errors in one line, with the nearest key where one is unknown."""
-    problem = error.errors(include_url=False)[0]
-    path, known = _keys_along(model, problem["loc"])
-    where = ".".join(path)
-    if problem["type"] == "extra_forbidden":
-        return f"unknown key '{where}'{did_you_mean(path[-1], known) or '; known here: ' + ', '.join(known)}"
-    if problem["type"] == "missing":
-        return f"'{where}' is missing"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[0].lower() + message[1:]
-    given = problem["input"]
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) or given is None else ""
-    return f"{where}: {message}{shown}" if where else message
-
-
-def _keys_along(annotation: Any, location: Sequence[int | str]) -> tuple[list[str], list[str]]:
-    """The keys of an error's place, without what pydantic names there that is none: which of several types did not fit.
-
-    Args:
-        annotation: the type of what the place starts from.
-        location: the place.
-
-    Returns:
-        the keys, and those that are known where the last one is.
-    """
-    path: list[str] = []
-    known: list[str] = []
-    for part in location:
-        while get_origin(annotation) is Annotated:
-            annotation = get_args(annotation)[0]
-        choices = [choice for choice in get_args(annotation) if choice is not type(None)]
-        if get_origin(annotation) in (Union, UnionType):
-            annotation = next((choice for choice in choices if _has_parts(choice)), choices[0])
-            if len(choices) > 1:
-                continue  # the part names one of them
-            choices = list(get_args(annotation))
-        path.append(str(part))
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            known = list(annotation.model_fields)
-            annotation = annotation.model_fields[str(part)].annotation if part in known else None
-        else:  # the items of a list, or the values of a mapping
-            annotation = choices[-1] if choices else None
-    return path, known
-
-
-def _has_parts(annotation: Any) -> bool:
-    while get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    return get_origin(annotation) is not None or (isinstance(annotation, type) and issubclass(annotation, BaseModel))

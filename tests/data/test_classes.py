@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from dvn_cli.data import DataSpec
 from dvn_cli.data.classes import corresponding, resolved, select
-from dvn_cli.data.text import read_yaml
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation import parse_data
+from dvn_cli.overrides import read_yaml
 from dvn_cli.training import recipe as recipes
 
 WORDS = [
@@ -176,23 +176,6 @@ def test_what_may_mean_another_class_is_refused(source, written, told):
         select(spec, source)
     assert str(caught.value).startswith(told) or told in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("text", [
-    "groups: {a: [1], a: [2]}", "groups: {1: [1], '1': [2]}", "data: {groups: {<<: {}, yes: 1, yes: 2}}",
-])  # fmt: skip
-def test_a_group_is_given_once(text):
-    with pytest.raises(InputError, match=r"groups has '.*' twice"):
-        read_yaml(text)
-
-
-def test_aliases_merge_keys_and_other_keys_are_as_ever():
-    text = "{a: &a [1, yes, 010], classes: *a, groups: {<<: {yes: 01}, no: *a}, levels: *a, on: 2024-01-01}"
-    read, plain = read_yaml(text), yaml.safe_load(text)
-    assert read.pop("classes") == [1, "yes", "010"]
-    assert read.pop("groups") == {"yes": "01", "no": [1, "yes", "010"]}
-    plain.pop("classes"), plain.pop("groups")
-    assert read == plain
 
 
 def test_many_names_on_the_command_line():
