@@ -21,7 +21,7 @@ from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.checkpoint import count, read_checkpoint, slice_file
 from dvn_cli.data import Split
 from dvn_cli.errors import InputError
-from dvn_cli.evaluation import evaluate_all
+from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.tasks import Task

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from dvn_cli.errors import DvnError, InputError
-from dvn_cli.files import atomic, check_writable
+from dvn_cli.files import check_writable
 
 if TYPE_CHECKING:
-    from dvn_cli.evaluation import Row
+    from dvn_cli.evaluation.measure import Row
 
 
 def eval_command(
@@ -55,7 +55,8 @@ def eval_command(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from dvn_cli import device as devices
-    from dvn_cli import evaluation, report
+    from dvn_cli import report
+    from dvn_cli.evaluation import gates, images, measure, rendering
 
     err = report.console(stderr=True)
 
@@ -63,42 +64,25 @@ def eval_command(
         err.print(text, soft_wrap=True)
 
     chosen = devices.choose(device)
-    spec, base = evaluation.parse_data(data, note) if data else (None, None)
+    spec, base = images.parse_data(data, note) if data else (None, None)
     with err.status("reading networks and images ..."):
-        loaded = evaluation.open_files(files or [Path("dvn.safetensors")], task, level, spec, base, note)
+        loaded = measure.open_files(files or [Path("dvn.safetensors")], task, level, spec, base, note)
     columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     rows: list[Row] = []
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task("", total=sum(opened.images for opened in loaded))
         for opened in loaded:
-            rows += opened.evaluate(batch_size, chosen, lambda images: progress.advance(bar, images))
-    judged = None if min_accuracy is None else evaluation.gate(rows, min_accuracy)
-    results = {"results": [evaluation.as_json(row) for row in rows], "gate": evaluation.gate_as_json(judged)}
+            rows += opened.evaluate(batch_size, chosen, lambda count: progress.advance(bar, count))
+    judged = None if min_accuracy is None else gates.gate(rows, min_accuracy)
+    results = rendering.as_document(rows, judged)
     try:
         if as_json:
             typer.echo(json.dumps(results, indent=2))
         else:
-            report.show(report.console(), *evaluation.result_tables(rows))
+            report.show(report.console(), *rendering.result_tables(rows))
     finally:  # whichever of the two fails, the other one has the results
         if results_file is not None:
-            _write(results_file, results)
-    problem = evaluation.failure(rows, judged)
+            rendering.write(results_file, results)
+    problem = gates.failure(rows, judged)
     if problem is not None:
         raise DvnError(problem)
-
-
-def _write(path: Path, results: dict) -> None:
-    import csv
-    import io
-    import json
-
-    text = io.StringIO()
-    if path.suffix == ".json":
-        json.dump(results, text, indent=2)
-    else:
-        rows = [row | {"units": " ".join(map(str, row["units"]))} for row in results["results"]]
-        writer = csv.DictWriter(text, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    with atomic(path) as file:
-        file.write(text.getvalue().encode())

@@ -53,7 +53,8 @@ def train_command(
     keys = recipes.read(file, overrides or [])
     chosen = devices.choose(device)
 
-    from dvn_cli import evaluation, report
+    from dvn_cli import report
+    from dvn_cli.evaluation import measure, rendering
     from dvn_cli.training import session as sessions
 
     err = report.console(stderr=True)
@@ -83,8 +84,8 @@ def train_command(
             session.train(progress.epoch, progress.step)
         splits = {number: data.test for number, data in run.data.items()}
         with err.status("evaluating on the test images ..."):
-            rows = evaluation.evaluate_all(run.network, splits, device=chosen)
-        results = [evaluation.as_json(row) for row in rows]
+            rows = measure.evaluate_all(run.network, splits, device=chosen)
+        results = [rendering.as_json(row) for row in rows]
     except KeyboardInterrupt:
         note(how_to_go_on(session))
         raise
@@ -92,7 +93,7 @@ def train_command(
         if as_json:
             typer.echo(json.dumps({"checkpoint": str(output), "results": results}, indent=2))
         else:
-            report.show(report.console(), evaluation.accuracy_table(run.network.tasks, rows))
+            report.show(report.console(), rendering.accuracy_table(run.network.tasks, rows))
     finally:  # whichever of the two fails, the other one has the results
         session.finish(results)
     note(f"{output} is written; {session.files.record} says how it went")

@@ -31,7 +31,7 @@ class Keys(_Loose):
 
 
 class Result(_Loose):
-    """What a network made of the test images, see `evaluation.Row`."""
+    """What a network made of the test images, see `evaluation.measure.Row`."""
 
     task: int = Field(ge=1)
     name: str

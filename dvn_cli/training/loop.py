@@ -15,7 +15,7 @@ from torch import Tensor
 from dvn_cli.data import TaskData, to_device
 from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError, InputError
-from dvn_cli.evaluation import evaluate_all
+from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.methods import METHODS, Network, plan

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.data import DataSpec, TaskData, load_task
-from dvn_cli.evaluation import evaluate
+from dvn_cli.evaluation.measure import evaluate
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.tasks import Task

@@ -344,7 +344,7 @@ def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
     assert told == "dvn: the interrupted run had seed=0, not 3: resume it as it was, or start again with --force\n"
 
     with monkeypatch.context() as patch:
-        patch.setattr("dvn_cli.evaluation.evaluate_all", ctrl_c)
+        patch.setattr("dvn_cli.evaluation.measure.evaluate_all", ctrl_c)
         assert ends(monkeypatch, "small.yaml", "--resume") == 130
     told = capfd.readouterr().err
     assert "going on after epoch 1\n" in told

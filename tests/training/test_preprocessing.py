@@ -14,12 +14,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dvn_cli import evaluation
 from dvn_cli.backbones import Preprocessing
 from dvn_cli.checkpoint import read_checkpoint, read_header, slice_file
 from dvn_cli.cli import main
 from dvn_cli.data import DataSpec, batches
 from dvn_cli.data.resize import Resize
+from dvn_cli.evaluation import measure
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
 from dvn_cli.training import recipe as recipes
 from dvn_cli.training import setup
@@ -87,7 +87,7 @@ def test_images_are_prepared_as_for_the_weights_and_it_is_said(folder: Path) -> 
         assert (entry["mean"], entry["std"]) == ([*MEAN], [*STD])
     assert Preprocessing.from_dict(header.metadata["preprocessing"]).crop_pct == 0.95
     images = DataSpec(source="folder", path=str(folder / "photos"))
-    (opened,) = evaluation.open_files([folder / "slice.safetensors"], data=images)
+    (opened,) = measure.open_files([folder / "slice.safetensors"], data=images)
     assert torch.equal(opened.splits[1].images, made.run.data[1].test.images)
 
 
@@ -142,7 +142,7 @@ def logits(file: Path, photos: Path) -> torch.Tensor:
         assert isinstance(opened, DeepVirtualNetwork)
         task, network = opened.tasks[0], opened.virtual_network(1, 2)
     images = DataSpec(source="folder", path=str(photos), groups={"0": ["ant"], "1": ["bee"]})
-    split = evaluation.open_files([file], None if network is opened else "1", data=images)[0].splits[1]
+    split = measure.open_files([file], None if network is opened else "1", data=images)[0].splits[1]
     with torch.inference_mode():
         return torch.cat([network(images) for images, _ in batches(split, 3, mean=task.mean, std=task.std)])
 

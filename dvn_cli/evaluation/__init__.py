@@ -1,0 +1,1 @@
+"""How good networks are: measured on test images, judged and shown."""

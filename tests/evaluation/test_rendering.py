@@ -1,0 +1,94 @@
+"""What `dvn eval` shows and files."""
+
+import csv
+import errno
+import json
+import os
+import shutil
+
+import pytest
+from pictures import DIGITS, KEYS, results
+
+from dvn_cli.errors import DvnError
+
+
+def test_the_table_fits_80_columns(dvn):
+    code, out, err = dvn()
+    assert (code, err) == (0, "")
+    assert all(len(line) <= 80 for line in out.splitlines())
+    header, _, *rows = (line.split() for line in out.splitlines() if line.strip())
+    assert header == ["task", "level", "units", "params", "density", "top-1", "top-5", "loss", "images"]
+    assert [row[:3] for row in rows] == [
+        ["1", "colours", "1"],
+        ["1", "colours", "2"],
+        *[["2", "digits", n] for n in "12"],
+    ]
+    assert rows[3][3:5] == ["1", "2"]
+
+
+def test_networks_of_one_name_in_two_files_are_told_apart(dvn, made):
+    shutil.copy(made / "dvn.safetensors", made / "twin.safetensors")
+    _, out, _ = dvn("dvn.safetensors", "twin.safetensors", "--task", "2", "--level", "1")
+    lines = [line.strip() for line in out.splitlines()]
+    assert lines.index("dvn.safetensors") < lines.index("twin.safetensors")
+    assert sum("2 digits" in line for line in lines) == 2
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [
+    (["--task", "digits"], [(2, 1), (2, 2)]),
+    (["--level", "2"], [(1, 2), (2, 2)]),
+    (["--task", "2", "--level", "1"], [(2, 1)]),
+    (["--task", "digits", "s11.safetensors", "s21.safetensors", *DIGITS], [(2, 1)]),
+    (["--task", "number:2", "s11.safetensors", "s21.safetensors", *DIGITS], [(2, 1)]),
+    (["--level", "1", "s12.safetensors", "dvn.safetensors"], [(1, 1), (2, 1)]),
+])  # fmt: skip
+def test_a_choice_of_networks(dvn, arguments, expected):
+    assert [(row["task"], row["level"]) for row in results(dvn("--json", *arguments))] == expected
+
+
+def test_results_in_a_file(dvn, made):
+    code, out, _ = dvn("--json", "--results-file", "r.json")
+    assert code == 0
+    assert json.loads((made / "r.json").read_text()) == json.loads(out)
+    dvn("--results-file", "r.csv")
+    with open(made / "r.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == KEYS
+    assert rows[1]["units"] == "1 2"
+    assert float(rows[1]["top1"]) == json.loads(out)["results"][1]["top1"]
+
+
+def test_results_are_shown_or_filed_where_the_other_fails(dvn, made, monkeypatch):
+    whole = dvn("--json")[1]
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        code, out, err = dvn("--json", "--results-file", "late.json")
+    assert (code, out) == (1, whole)
+    assert err == "dvn: cannot write 'late.json': No space left on device\n"
+    assert not (made / "late.json").exists()
+
+    def refused(*_: object) -> None:
+        raise DvnError("cannot write to stdout: No space left on device")
+
+    monkeypatch.setattr("dvn_cli.report.show", refused)
+    assert dvn("--results-file", "late.json")[0] == 1
+    assert (made / "late.json").read_text() == whole.rstrip("\n")
+
+
+@pytest.mark.parametrize("columns", [0, 1, 24, 40, 60, 79])
+def test_a_narrow_terminal_hides_no_accuracy(dvn, monkeypatch, columns):
+    """Other columns go first; what is shown is shown in full."""
+    whole = results(dvn("--json"))
+    monkeypatch.setenv("COLUMNS", str(columns))
+    code, out, err = dvn()
+    assert (code, err) == (0, "")
+    assert "…" not in out
+    header, _, *lines = out.splitlines()
+    assert max(map(len, lines)) <= (max(columns, 24) if columns else 80)
+    place = header.split().index("top-1") - len(header.split())
+    shown = [line.split()[place] for line in lines if len(line.split()) >= len(header.split())]
+    assert shown == [f"{row['top1']:.2f}" for row in whole]
