@@ -1,0 +1,134 @@
+"""The layout: what each room of the package may import, and how long a file may be."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import dvn_cli
+
+PACKAGE = Path(dvn_cli.__file__).parent
+LINES = 500
+
+ROWS = (
+    {"dvn_cli", "__main__"},  # the public names
+    {"cli"},
+    {"paper"},
+    {"evaluation", "benchmark", "training"},
+    {"dividing", "loading", "export", "runtime", "check"},
+    {"network", "partition", "reference", "tasks"},
+    {"backbones"},
+    {"data"},
+    {"units"},
+    {"graph"},
+    {"store", "checkpoint"},
+    {"files", "overrides", "errors", "device", "report"},
+)
+"""The rooms, each a package or a module of `dvn_cli`: a room may import those of its own row and of the rows below."""
+
+UPWARD = {
+    ("units.count", "partition"): "counts the elements of a `Partition`, and imports it for type hints alone",
+}
+"""Imports that go up nevertheless, until what they need has moved."""
+
+CIRCLES = {
+    ("data.sources", "data.parquet"): "parquet files are one of the sources, and take what all sources have in common",
+    ("graph.labels", "graph.rules"): "labels are made by an operator's rule, which makes them of its operands' labels",
+}
+"""Pairs of modules that import each other."""
+
+LONG = {
+    "checkpoint.py": "format, metadata and slicing in one file",
+    "data/sources.py": "all sources of images in one file",
+    "graph/narrow.py": "the rewrites of all operators beside what applies them",
+    "graph/rules.py": "the label rules of all operators",
+    "partition.py": "the division of a backbone, its input layers, and what is kept of it in a file",
+}
+"""Files that are longer than `LINES`, until they are split."""
+
+
+def modules() -> dict[str, Path]:
+    """The modules by their names within the package, `cli.eval` for one; the package itself is `dvn_cli`."""
+    names = {path: ".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py")}
+    return {name.removesuffix("__init__").rstrip(".") or "dvn_cli": path for path, name in names.items()}
+
+
+def imports(source: str, known: set[str]) -> set[str]:
+    """The modules of the package that a source imports, anywhere in it, those for types alone included."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            targets = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for target in targets:
+            if target.partition(".")[0] == "dvn_cli":
+                inside = target.removeprefix("dvn_cli").removeprefix(".")
+                while inside and inside not in known:  # a name of a module
+                    inside = inside.rpartition(".")[0]
+                found.add(inside or "dvn_cli")
+    return found
+
+
+def room(module: str) -> str:
+    return module.partition(".")[0]
+
+
+@pytest.fixture(scope="module")
+def arrows() -> set[tuple[str, str]]:
+    found = modules()
+    return {
+        (module, target)
+        for module, path in found.items()
+        for target in imports(path.read_text(encoding="utf-8"), set(found))
+        if target != module
+    }
+
+
+def test_imports_are_found_wherever_they_stand() -> None:
+    source = """
+import dvn_cli.files
+from dvn_cli import errors as wrong
+if TYPE_CHECKING:
+    from dvn_cli.data.task import Data
+def later():
+    from dvn_cli.graph import labels, trace
+    import torch
+"""
+    known = {"dvn_cli", "files", "errors", "data", "data.task", "graph", "graph.labels"}
+    assert imports(source, known) == {"files", "errors", "data.task", "graph.labels", "graph"}
+
+
+def test_every_room_has_its_place() -> None:
+    assert {room(module) for module in modules()} <= set().union(*ROWS)
+
+
+def test_imports_go_down(arrows: set[tuple[str, str]]) -> None:
+    row = {name: number for number, names in enumerate(ROWS) for name in names}
+    assert {arrow for arrow in arrows if row[room(arrow[0])] > row[room(arrow[1])]} == set(UPWARD)
+
+
+def test_there_is_no_circle(arrows: set[tuple[str, str]]) -> None:
+    """Neither of rooms nor of modules."""
+    known = {arrow for pair in CIRCLES for arrow in (pair, pair[::-1])}
+    assert known <= arrows, "it is gone: strike it from the list"
+    of_modules = arrows - set(UPWARD) - set(CIRCLES)
+    of_rooms = {(room(a), room(b)) for a, b in of_modules if room(a) != room(b)}
+    for edges in (of_modules, of_rooms):
+        sorter: TopologicalSorter[str] = TopologicalSorter()
+        for module, target in edges:
+            sorter.add(module, target)
+        try:
+            sorter.prepare()
+        except CycleError as error:
+            pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_no_file_is_long() -> None:
+    lines = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in PACKAGE.rglob("*.py")}
+    long = {path.relative_to(PACKAGE).as_posix() for path, count in lines.items() if count > LINES}
+    assert long == set(LONG)
