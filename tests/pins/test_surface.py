@@ -115,6 +115,7 @@ def documents(folder: Path) -> Callable[[str], Any]:
     words = {
         "partition": ["partition", *digits, "-o", str(folder / "new.safetensors")],
         "train": ["train", str(folder / "small.yaml"), "-o", run],
+        "train --keys": ["train", "--keys"],
         "slice": ["slice", str(folder / "trained.safetensors"), "--all", "-o", str(folder / "slices")],
         "eval": ["eval", cut, "--data", "source=digits"],
         "bench": ["bench", cut, "--num-bench-iter", "1", "--num-warm-iter", "0"],
