@@ -40,12 +40,8 @@ def test_replayed_is_launched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, o
 
 
 @pytest.mark.parametrize("overrides", [(), SEQUENTIAL], ids=["joint", "sequential"])
-def test_gradients_of_a_replayed_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...]
-) -> None:
+def test_gradients_of_a_replayed_step(tmp_path: Path, overrides: tuple[str, ...]) -> None:
     """One step on the same weights and images, launched and replayed: rounding alone may differ."""
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     run = session(tmp_path, *overrides).run
     run.epochs_done = run.total_epochs - run.stage.epochs  # the last stage, in which old tasks are distilled
     run._begin()
@@ -56,7 +52,8 @@ def test_gradients_of_a_replayed_step(
     batches = {task: next(run._endless(task)) for task in run.stage.tasks}
     gradients: list[dict[str, torch.Tensor]] = []
     for _ in range(step.WARM + 2):  # launched WARM times, then captured and replayed, then replayed
-        run.step(batches)
+        with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+            run.step(batches)
         gradients.append({n: t.grad.clone() for n, t in run.network.file_tensors().items() if t.grad is not None})
         run.step.clear()
     assert run.step._graph is not None
