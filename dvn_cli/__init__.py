@@ -10,7 +10,16 @@ if TYPE_CHECKING:
 
     from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 
-__all__ = ["load"]
+__all__ = ["__version__", "load"]
+
+
+def __getattr__(name: str) -> str:
+    """Looks up `__version__` when it is asked for: finding the installed package's metadata takes time."""
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("dvn")
+    raise AttributeError(f"module 'dvn_cli' has no attribute '{name}'")
 
 
 def load(path: "str | os.PathLike[str]") -> "DeepVirtualNetwork | VirtualNetwork":

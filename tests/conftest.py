@@ -3,7 +3,12 @@
 from collections.abc import Iterator
 
 import pytest
+import synthetic
 import torch
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--exact", action="store_true", help="want stored losses and logits bit by bit (tests/pins)")
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -13,3 +18,9 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data_sets(tmp_path_factory: pytest.TempPathFactory) -> synthetic.DataSets:
+    """What stands for the data sets of the recipes that come with dvn."""
+    return synthetic.data_sets(tmp_path_factory.mktemp("data_sets"))

@@ -1,11 +1,14 @@
 """The entry of the command line: help without torch, and one line for what is wrong."""
 
+import importlib.metadata
+import importlib.resources
 import os
 import subprocess
 import sys
 
 import pytest
 
+import dvn_cli
 from dvn_cli import cli
 
 COMMANDS = ["partition", "train", "slice", "eval", "bench"]
@@ -28,6 +31,13 @@ def test_help_imports_nothing_heavy(words: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stderr.splitlines()[-1] == "[]"
     assert done.stdout
+
+
+def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out == f"dvn {dvn_cli.__version__}\n"
+    assert dvn_cli.__version__ == importlib.metadata.version("dvn")
+    assert (importlib.resources.files(dvn_cli) / "py.typed").is_file(), "type checkers would not look into it"
 
 
 def test_help_names_every_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 def train_command(
     recipe: Annotated[
-        str,
+        str | None,
         typer.Argument(
             metavar="RECIPE", help="A recipe's file, - for stdin, or the name of one that comes with dvn: digits."
         ),
-    ],
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Keys of the recipe to override.")
     ] = None,
@@ -38,9 +38,18 @@ def train_command(
         bool, typer.Option("--force", help="Replace a trained checkpoint or the state of an interrupted run.")
     ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+    keys: Annotated[
+        bool, typer.Option("--keys", help="Show every key of a recipe: type, default and meaning; train nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Train the networks of all tasks and levels, as a recipe says."""
+    if keys:
+        if recipe is not None:
+            raise InputError("--keys shows the keys of all recipes: leave out the recipe")
+        return show_keys(as_json)
+    if recipe is None:
+        raise InputError("Missing argument 'RECIPE': give a recipe's file, or the name of one that comes with dvn")
     if resume and force:
         raise InputError("--resume or --force, not both: the one goes on with what the other replaces")
 
@@ -50,7 +59,7 @@ def train_command(
     from dvn_cli.training import recipe as recipes
 
     file = recipes.find(recipe)
-    keys = recipes.read(file, overrides or [])
+    content = recipes.read(file, overrides or [])
     chosen = devices.choose(device)
 
     from dvn_cli import report
@@ -62,13 +71,13 @@ def train_command(
     def note(text: str) -> None:
         err.print(text, soft_wrap=True)
 
-    if resume and (finished := sessions.complete_run(keys, output)) is not None:
+    if resume and (finished := sessions.complete_run(content, output)) is not None:
         note(f"{output} has all of its {finished.epochs} epochs: there is nothing left to do")
         if as_json:
             typer.echo(json.dumps({"checkpoint": str(output), "results": finished.results}, indent=2))
         return
     with err.status("reading data and dividing the backbone ..."):
-        session = sessions.Session(keys, recipes.folder(file), output, chosen, resume, force=force, note=note)
+        session = sessions.Session(content, recipes.folder(file), output, chosen, resume, force=force, note=note)
     run, partition = session.run, session.run.network.partition
     count = len(list(run.network))
     networks = "1 network" if count == 1 else f"{count} networks"
@@ -97,6 +106,27 @@ def train_command(
     finally:  # whichever of the two fails, the other one has the results
         session.finish(results)
     note(f"{output} is written; {session.files.record} says how it went")
+
+
+def show_keys(as_json: bool) -> None:
+    """Prints every key of a recipe."""
+    import json
+    from dataclasses import asdict
+
+    from dvn_cli import report
+    from dvn_cli.training.keys import recipe_keys
+
+    found = recipe_keys()
+    if as_json:
+        typer.echo(json.dumps({"keys": [asdict(key) for key in found]}, indent=2))
+        return
+    shown = report.table("key", "type and default", "meaning", text=3)
+    shown.columns[0].no_wrap = True
+    for key in found:
+        text = key.default if isinstance(key.default, str) else json.dumps(key.default)
+        default = "\nrequired" if key.required else "" if key.default is None else f"\ndefault: {text}"
+        shown.add_row(key.key, key.type + default, key.meaning)
+    report.show(report.console(), shown)
 
 
 def task_table(run: "Run") -> "FittedTable":

@@ -3,7 +3,16 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    PositiveFloat,
+    PositiveInt,
+    WithJsonSchema,
+    model_validator,
+)
 
 MAY_DIFFER = "may differ when a run is resumed"
 """Marks a key that says where or how something is computed, not what: a run goes on with another value of it."""
@@ -30,7 +39,12 @@ def _classes(value: Any) -> int | str | list[int | str]:
     return value
 
 
-Classes = Annotated[int | str | list[int | str], PlainValidator(_classes)]
+_CLASS = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+Classes = Annotated[
+    int | str | list[int | str],
+    PlainValidator(_classes),
+    WithJsonSchema({"anyOf": [*_CLASS["anyOf"], {"type": "array", "items": _CLASS}]}),
+]
 
 
 class DataSpec(BaseModel):
@@ -39,86 +53,100 @@ class DataSpec(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     source: Kind = Field(
-        description="digits: the handwritten digits that come with dvn; torchvision: one of torchvision.datasets; "
-        "folder: images, PATH/train/CLASS/* and PATH/test/CLASS/*, or PATH/CLASS/*, a fifth of which is tested on; "
-        "hf: Hugging Face parquet files"
+        description="digits: the handwritten digits that come with dvn. torchvision: a data set of "
+        "torchvision.datasets. folder: images in PATH/train/CLASS/* and PATH/test/CLASS/*, or in "
+        "PATH/CLASS/*, a fifth of which becomes the test images. hf: Hugging Face parquet files."
     )
     name: str | None = Field(
         default=None,
-        description="torchvision: the data set, such as CIFAR10; hf: the one on the hub, such as user/name",
+        description="torchvision: name of the data set, such as CIFAR10. hf: its name on the hub, such as user/name.",
     )
     path: Annotated[str | None, MAY_DIFFER] = Field(
         default=None,
-        description="a local folder, relative to the recipe's or to the working directory: folder, the images; hf, the "
-        "parquet files (in place of name); torchvision, where the data set lies or is downloaded to",
+        description="Local folder, relative to the recipe's or to the working directory. folder: of the images. hf:"
+        " of the parquet files (instead of `name`). torchvision: where the data set is or is downloaded"
+        " to.",
     )
-    image: str | None = Field(default=None, description="hf: the column of images; the only one by default")
-    label: str | None = Field(default=None, description="hf: the column of classes; the only one by default")
+    image: str | None = Field(
+        default=None, description="hf: column of the images. By default the only column of images."
+    )
+    label: str | None = Field(default=None, description="hf: column of the classes. By default the only such column.")
     subset: str | None = Field(
-        default=None, description="hf: the configuration or sub-folder; torchvision: the split of EMNIST and its like"
+        default=None,
+        description="hf: configuration or sub-folder. torchvision: the split of EMNIST and data sets like it.",
     )
     test_split: str | None = Field(
         default=None,
-        description="the split to test on; by default test, else validation, valid, val or dev; of a folder, to "
-        "evaluate on all its classes, `.`",
+        description="Split to test on. By default test, otherwise validation, valid, val or dev. In a folder, `.` "
+        "stands for all of its classes.",
     )
     classes: Classes | None = Field(
         default=None,
-        description="the classes to keep, in order: names, indices from 0, or ranges of them such as 0-4; all of them. "
-        "A name goes before an index: where all names are numbers, 0-4 is the classes named 0, 1, 2, 3 and 4. Names "
-        "are taken as written, so that 00009, yes or 1e3 is that class; a number in quotes is a name and no index",
+        description="Classes to keep, in this order: names, indices from 0, or ranges of indices such as 0-4. By "
+        "default all. A name takes precedence over an index: where all names are numbers, 0-4 stands "
+        "for the classes named 0, 1, 2, 3 and 4. Names are taken as written, so 00009, yes and 1e3 are "
+        "those names; a number in quotes is always a name.",
     )
     groups: dict[str, Classes] | None = Field(
-        default=None, description="in place of classes: each new class and the old ones that it is made of"
+        default=None, description="New classes, each with the old ones that it is made of; instead of `classes`."
     )
     train_images: PositiveInt | None = Field(
         default=None,
-        description="use only so many images of train, what is held out of it included, and of a validation split; all "
-        "by default",
+        description="Maximum number of training images, including those held out for validation; it also limits a "
+        "validation split. By default all.",
     )
-    test_images: PositiveInt | None = Field(default=None, description="use only so many images of test; all by default")
+    test_images: PositiveInt | None = Field(default=None, description="Maximum number of test images. By default all.")
     validation: float | None = Field(
         default=None,
         ge=0,
         lt=1,
-        description="the share of train held out to choose by; by default the data set's own validation split (called "
-        "validation, valid, val or dev, where there is test beside it), else 0.1",
+        description="Fraction of the training images to hold out for validation. By default the data set's own "
+        "validation split is used (named validation, valid, val or dev, beside a test split), otherwise"
+        " 0.1.",
     )
     seed: int = Field(
-        default=0, ge=0, lt=2**32, description="of the choice of the images to hold out and of those that limits keep"
+        default=0,
+        ge=0,
+        lt=2**32,
+        description="Seed for choosing the images to hold out and those kept by `train_images` and `test_images`.",
     )
     size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = Field(
-        default=None, description="resize to so many pixels, or to [height, width]; as they are by default"
+        default=None,
+        description="Size to resize images to in pixels, one number or [height, width]. By default images keep "
+        "their size.",
     )
     interpolation: Interpolation | None = Field(
-        default=None, description="of the resizing, by timm's names; that of the weights to start from, else bilinear"
+        default=None,
+        description="Interpolation used in resizing, by timm's names. By default that of the weights to start from,"
+        " otherwise bilinear.",
     )
     crop_pct: float | None = Field(
         default=None,
         ge=0.1,
         le=2,
-        description="resize to size / crop_pct and cut size out of the middle; that of the weights to start from, else "
-        "height and width are set and nothing is cut off",
+        description="Resize to size / crop_pct, then crop the center to size, as timm does. By default as for the "
+        "weights to start from; without any, images are resized to size without a crop.",
     )
     crop_mode: CropMode | None = Field(
         default=None,
-        description="with crop_pct, what is resized: center, the shorter side; squash, both; border, the longer one, "
-        "the rest filled with the mean",
+        description="With crop_pct: center resizes the shorter side, squash both sides, border the longer side, "
+        "filling the rest with the mean.",
     )
     augment: Augmentation = Field(
         default="none",
-        description="crop: shift at random by up to `pad` pixels; crop-flip: mirror half of them as well",
+        description="Augmentation of training images. crop: random shifts by up to `pad` pixels. crop-flip: random "
+        "horizontal flips too.",
     )
-    pad: PositiveInt = Field(default=4, description="pixels of black around an image before it is cropped at random")
+    pad: PositiveInt = Field(default=4, description="Pixels of black border added before a random crop.")
     mean: list[float] | None = Field(
         default=None,
-        description="per channel, of pixels in 0..1, subtracted; that of the weights to start from, else of the "
-        "training images",
+        description="Mean of each channel, for pixels in 0..1, subtracted from images. By default that of the "
+        "weights to start from, otherwise of the training images.",
     )
     std: list[PositiveFloat] | None = Field(
         default=None,
-        description="per channel, of pixels in 0..1, divided by; that of the weights to start from, else of the "
-        "training images",
+        description="Standard deviation of each channel, for pixels in 0..1, by which images are divided. By "
+        "default that of the weights to start from, otherwise of the training images.",
     )
 
     @model_validator(mode="after")

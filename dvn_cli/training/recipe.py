@@ -44,16 +44,27 @@ class Keys(BaseModel):
 
 class BackboneKeys(Keys):
     name: str = Field(
-        description="a timm or torchvision model, one of the paper's: wrn_32_4, resnet_42; or package.module:factory"
+        description="Name of the network: a timm or torchvision model, one of the paper's (wrn_32_4, resnet_42), or"
+        " package.module:factory."
     )
     input_size: Count | tuple[Count, Count] | None = Field(
-        default=None, description="pixels at which the stem has the backbone's own stride; the smallest task's images"
+        default=None,
+        description="Height and width in pixels at which the stem keeps the backbone's own stride. By default those"
+        " of the smallest task's images.",
     )
-    in_chans: Literal[1, 3] | None = Field(default=None, description="channels of the images; the backbone's own")
-    weights: str | None = Field(default=None, description="a file of weights to start from, relative to the recipe")
-    pretrained: bool = Field(default=False, description="start from the weights that timm or torchvision publishes")
+    in_chans: Literal[1, 3] | None = Field(
+        default=None, description="Number of channels of the images. By default the backbone's own."
+    )
+    weights: str | None = Field(
+        default=None,
+        description="File of weights to start from (safetensors or a torch state dict), relative to the recipe.",
+    )
+    pretrained: bool = Field(
+        default=False, description="Start from the weights that timm or torchvision publishes for this model."
+    )
     zero_init_last: bool = Field(
-        default=False, description="start the last norm of every residual branch at zero, where the blocks know how"
+        default=False,
+        description="Initialise the last norm of every residual branch to zero, in models whose blocks support it.",
     )
 
     @model_validator(mode="after")
@@ -64,113 +75,162 @@ class BackboneKeys(Keys):
 
 
 class TaskKeys(Keys):
-    name: str = Field(min_length=1, description="by which commands may call the task")
-    data: DataSpec = Field(description="where its images come from, and which of them")
+    name: str = Field(min_length=1, description="Name by which commands refer to the task.")
+    data: DataSpec = Field(description="Where the task's images come from, and which of them it uses.")
     order: list[Count] | None = Field(
-        default=None, description="the units in the order that the task takes them; by the paper's rule (section 3.2)"
+        default=None,
+        description="Order in which the task adds units, each of 1 to `units` once. By default the paper's rule "
+        "(section 3.2).",
     )
     levels: list[Count] | None = Field(
-        default=None, description="for each level how many units it has, ascending; the recipe's levels"
+        default=None,
+        description="Number of units in each level of this task, ascending. By default the recipe's `levels`.",
     )
 
 
 class OptimizerKeys(Keys):
-    name: Literal["sgd", "adamw"] = Field(default="sgd", description="of torch.optim")
-    lr: float = Field(default=0.1, gt=0, le=1e30, description="the highest learning rate")
-    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd: momentum; adamw: beta 1")
-    nesterov: bool = Field(default=True, description="sgd: Nesterov's momentum (section 4.2)")
-    weight_decay: float = Field(default=5e-4, ge=0, le=1e30, description="WRN's published setting")
-    decay_norms: bool = Field(default=True, description="decay norms and biases too (vectors), as WRN does")
+    name: Literal["sgd", "adamw"] = Field(default="sgd", description="Optimizer of torch.optim.")
+    lr: float = Field(default=0.1, gt=0, le=1e30, description="Peak learning rate; the schedule scales it.")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD; beta 1 of AdamW.")
+    nesterov: bool = Field(default=True, description="Use Nesterov momentum with SGD (section 4.2 of the paper).")
+    weight_decay: float = Field(
+        default=5e-4,
+        ge=0,
+        le=1e30,
+        description="Weight decay. The default is the published one of wide residual networks.",
+    )
+    decay_norms: bool = Field(
+        default=True,
+        description="Apply weight decay to norms and biases (all vectors) too, as wide residual networks do.",
+    )
 
 
 class ScheduleKeys(Keys):
-    name: Literal["step", "cosine", "constant"] = Field(default="step", description="of the learning rate")
-    milestones: list[Share] = Field(
-        default=[0.3, 0.6, 0.8], description="step: shares of the run after which it drops (WRN: 60, 120, 160 of 200)"
+    name: Literal["step", "cosine", "constant"] = Field(
+        default="step", description="Learning rate schedule over the run, evaluated at every step."
     )
-    gamma: float = Field(default=0.2, gt=0, le=1, description="step: the factor it drops by (WRN's)")
-    warmup: float = Field(default=0.0, ge=0, lt=1, description="share of the run during which it rises from 0")
+    milestones: list[Share] = Field(
+        default=[0.3, 0.6, 0.8],
+        description="step: fractions of the run after which the learning rate drops (the default is epochs 60, 120 "
+        "and 160 of 200).",
+    )
+    gamma: float = Field(
+        default=0.2, gt=0, le=1, description="step: factor by which the learning rate is multiplied at each milestone."
+    )
+    warmup: float = Field(
+        default=0.0, ge=0, lt=1, description="Fraction of the run during which the learning rate rises linearly from 0."
+    )
 
 
 class SequentialKeys(Keys):
     grow: bool = Field(
         default=False,
-        description="each task brings a unit, the last task the last one; else all units are there from the start. "
-        "Methods with one level a task have theirs either way",
+        description="Each task adds one unit and the last task the last one; otherwise all units exist from the "
+        "start. It makes no difference to methods with one level a task.",
     )
     temperature: float = Field(
-        default=2.0, gt=0, le=1e30, description="of the distillation that holds old tasks (LwF's)"
+        default=2.0,
+        gt=0,
+        le=1e30,
+        description="Temperature of the distillation that keeps old tasks' outputs as they were (learning without "
+        "forgetting).",
     )
-    weight: float = Field(default=1.0, ge=0, le=1e30, description="of that distillation, against the new task's losses")
+    weight: float = Field(
+        default=1.0, ge=0, le=1e30, description="Weight of that distillation loss relative to the new task's losses."
+    )
     squared_temperature: bool = Field(
-        default=False, description="multiply that distillation by its temperature's square (Hinton et al. 2015)"
+        default=False,
+        description="Multiply that distillation loss by the square of its temperature (Hinton et al. 2015).",
     )
     warmup_epochs: Annotated[int, Field(ge=0, strict=True)] = Field(
-        default=0, description="of a later task's new parts alone, at the highest learning rate, all else frozen (LwF)"
+        default=0,
+        description="Epochs in which only a later task's new parameters are trained, at the peak learning rate, "
+        "before all are.",
     )
     lr_factor: float = Field(
         default=0.1,
         gt=0,
         le=1e30,
-        description="of the learning rate while old tasks' weights move: they run on fixed statistics of their norms, "
-        "which bear less than those of each batch",
+        description="Factor on the learning rate while old tasks' weights are trained: their norms use fixed "
+        "running statistics, which tolerate a smaller rate than batch statistics do.",
     )
 
 
 class Recipe(Keys):
     """What is trained, on what, and how. Keys of a file; any can be overridden as `key=value`, `tasks.0.name=x`."""
 
-    scenario: str | None = Field(default=None, description="of the paper, in whose table `dvn bench` shows the run")
-    scale: str = Field(default="full", description="one of the file's scales: overrides that it brings along")
-    setting: str = Field(
-        default="paper", description="modern: each method with what has become usual since; overrides keys like `scale`"
+    scenario: str | None = Field(
+        default=None, description="Scenario of the paper in whose table `dvn bench --scenario` shows the run."
     )
-    method: str = Field(default="dvn", description=f"what is trained: {', '.join(METHODS)}")
+    scale: str = Field(
+        default="full", description="Name of a set of overrides in the recipe's `scales`; full overrides nothing."
+    )
+    setting: str = Field(
+        default="paper",
+        description="paper, or modern: also what has become usual since the paper (in-place distillation, cosine "
+        "schedule, no weight decay on norms, zero-initialised residual branches).",
+    )
+    method: str = Field(default="dvn", description=f"Method to train: {', '.join(METHODS)}.")
     learning: Literal["joint", "sequential"] = Field(
         default="joint",
-        description="all tasks together (section 3.2), or one after the other without the images of the last (3.3); "
-        "packnet, feature_extraction, da_cnn and lwf are always sequential, baseline knows no difference",
+        description="joint: all tasks together (section 3.2). sequential: one task after the other, without the "
+        "images of earlier ones (section 3.3). packnet, feature_extraction, da_cnn and lwf are always "
+        "sequential, baseline always joint.",
     )
-    sequential: SequentialKeys = Field(default=SequentialKeys(), description="how one task follows another")
+    sequential: SequentialKeys = Field(default=SequentialKeys(), description="Settings of sequential learning.")
     continues: str | None = Field(
         default=None,
-        description="in place of backbone and units: a trained checkpoint, to whose tasks those here are added",
+        description="Trained checkpoint to which the tasks are added, instead of backbone and units.",
     )
-    backbone: BackboneKeys | None = Field(default=None, description="the network that is divided into units")
+    backbone: BackboneKeys | None = Field(default=None, description="Network that is divided into units.")
     partition: str | None = Field(
-        default=None, description="in place of backbone and units: a checkpoint of `dvn partition` to start from"
+        default=None, description="Checkpoint of `dvn partition` to start from, instead of backbone and units."
     )
-    units: Count | None = Field(default=None, description="into how many units the backbone is divided")
+    units: Count | None = Field(default=None, description="Number of units that the backbone is divided into.")
     assign: Literal["even", "importance"] = Field(
         default="even",
-        description="channels of a unit: consecutive, or such that by their weights all are equally strong",
+        description="even: each unit gets a run of consecutive channels. importance: channels are assigned so that "
+        "all units are equally strong by the norm of their weights.",
     )
-    round_to: Count = Field(default=1, description="what the widths of units are multiples of, where they can be")
-    tasks: list[TaskKeys] = Field(min_length=1, description="task 1 first")
+    round_to: Count = Field(
+        default=1, description="Make the width of each unit a multiple of this many channels, where there are enough."
+    )
+    tasks: list[TaskKeys] = Field(min_length=1, description="Tasks, the first one being task 1.")
     levels: list[Count] | None = Field(
-        default=None, description="for each level how many units it has, ascending; one unit more at each level"
+        default=None, description="Number of units in each level, ascending. By default each level adds one unit."
     )
     epochs: Count = Field(
-        default=200, description="passes over the task with the most images; sequential: over each task's"
+        default=200,
+        description="Passes over the training images of the task that has the most; with sequential learning, over "
+        "each task's own.",
     )
-    batch_size: Count = Field(default=128, description="images of each task in a step (section 4.2: CIFAR)")
-    optimizer: OptimizerKeys = Field(default=OptimizerKeys(), description="how the weights are moved")
-    schedule: ScheduleKeys = Field(default=ScheduleKeys(), description="of the learning rate over the run")
+    batch_size: Count = Field(default=128, description="Images of each task in every step.")
+    optimizer: OptimizerKeys = Field(default=OptimizerKeys(), description="Settings of the optimizer.")
+    schedule: ScheduleKeys = Field(default=ScheduleKeys(), description="Settings of the learning rate schedule.")
     reduction: Literal["sum", "mean"] = Field(
-        default="sum", description="of the losses of all networks in a step: their sum (eq. 4) or their mean"
+        default="sum",
+        description="How the losses of all networks in a step are combined: their sum (eq. 4 of the paper) or their"
+        " mean.",
     )
     inplace_distillation: bool = Field(
         default=False,
-        description="levels below a task's top one learn the top one's output in the same step, in place of the labels",
+        description="Train a task's lower levels on the output of its top level in the same step, instead of the "
+        "labels.",
     )
     select: Literal["last", "best"] = Field(
-        default="last", description="keep the last epoch, or the best on the validation images (mean of all networks)"
+        default="last",
+        description="Weights to keep: those of the last epoch, or of the best one by mean accuracy on the "
+        "validation images.",
     )
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast where it is safe")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="fp32, or bf16: automatic mixed precision (torch.autocast)."
+    )
     threads: Annotated[Annotated[Count, Field(le=1024)] | None, MAY_DIFFER] = Field(
-        default=None, description="of the CPU; torch's own choice. Networks of a few thousand weights want 1"
+        default=None, description="Number of CPU threads. By default torch's choice; small networks are fastest with 1."
     )
-    seed: int = Field(default=0, ge=0, lt=2**32, strict=True, description="of initialisation, order and augmentation")
+    seed: int = Field(
+        default=0, ge=0, lt=2**32, strict=True, description="Seed of initialisation, order of images and augmentation."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

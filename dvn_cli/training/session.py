@@ -86,7 +86,7 @@ class Session:
                 would write, or what is there is of another recipe.
             DvnError: the device's memory is too small.
         """
-        self.recipe, self.files = recipe, Files.of(output)
+        self.recipe, self.files, self._note = recipe, Files.of(output), note
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         self.record: dict[str, Any] = {
@@ -173,6 +173,7 @@ class Session:
         tasks = [task.to_dict() | {"data": None} for task in self.run.network.tasks]
 
         def keep(run: Run) -> None:
+            self._note_capture()
             tensors, metadata = run.state()
             metadata |= {"recipe": self.record["recipe"], "total_epochs": run.total_epochs, "restarts": self.restarts}
             with self._resumable():
@@ -188,6 +189,13 @@ class Session:
             self.run.network.save(self.files.checkpoint)
             self._write_record()
         self.files.state.unlink(missing_ok=True)
+
+    def _note_capture(self) -> None:
+        """Says and records, once, that the steps are not replayed as a CUDA graph, and why."""
+        error = self.run.step.capture_error
+        if error is not None and "capture_error" not in self.record:
+            self.record["capture_error"] = error
+            self._note(f"warning: a step cannot be captured as a CUDA graph; steps are launched one by one: {error}")
 
     @contextlib.contextmanager
     def _resumable(self) -> Iterator[None]:

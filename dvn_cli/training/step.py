@@ -26,6 +26,8 @@ class Step:
     Attributes:
         networks: those that the stage trains, in the order of a step.
         totals: sum of the losses of each one so far, unweighted; whoever reads them sets them to zero.
+        capture_error: why the step could not be captured, and so is launched each time; None where it could, or was
+            not tried.
     """
 
     def __init__(
@@ -48,6 +50,7 @@ class Step:
         self._eager_left = WARM if self.device.type == "cuda" else -1  # below zero: always
         self._graph: torch.cuda.CUDAGraph | None = None
         self._inputs: list[Tensor] = []
+        self.capture_error: str | None = None
 
     def __call__(self, batches: Batches) -> None:
         """Leaves the gradients of a step where the optimizer looks for them, and adds to the totals."""
@@ -82,16 +85,19 @@ class Step:
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
     def _capture(self, images: dict[int, Tensor], labels: dict[int, Tensor]) -> None:
+        """Captures the step and replays it; where that fails, launches this step and all later ones."""
         images = {number: tensor.clone() for number, tensor in images.items()}
         labels = {number: tensor.clone() for number, tensor in labels.items()}
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         totals = self.totals.clone()
         self.clear()
         try:
             with torch.cuda.graph(graph):
                 self._run(images, labels)
-        except RuntimeError:  # the backbone asks the device for something in between: it must be launched each time
+        except RuntimeError as error:  # such as a backbone that asks the device for something in between
+            torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own stream as the current one
             self._eager_left = -1
+            self.capture_error = str(error).partition("\n")[0]
             self.totals.copy_(totals)
             self.clear()
             self._run(images, labels)

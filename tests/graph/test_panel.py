@@ -24,7 +24,8 @@ def test_narrowed_is_masked(number, name):
     assert case.error((2,), train) < panel.TOLERANCE
 
 
-def test_the_table_is_of_these_models_and_says_enough_of_them_pass():
+def test_data_check_of_the_stored_table():
+    """A check of the file, not of dvn: it is of today's panel, and what it says is what README says of it."""
     rows = panel.read(panel.TABLE)
     assert sorted(row.name for row in rows) == sorted(panel.chosen())
     check(rows)

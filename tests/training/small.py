@@ -41,10 +41,13 @@ def content(**keys: Any) -> dict[str, Any]:
     }
 
 
-def session(folder: Path, *overrides: str, resume: bool = False, force: bool = False, **keys: Any) -> Session:
+def session(
+    folder: Path, *overrides: str, resume: bool = False, force: bool = False, note: Any = None, **keys: Any
+) -> Session:
     """A session of the small recipe whose checkpoint is `dvn.safetensors` in a folder."""
     read = recipes.resolved(content(**keys), overrides, "small.yaml")
-    return Session(recipes.parse(read, "small.yaml"), folder, folder / "dvn.safetensors", CPU, resume, force=force)
+    output, told = folder / "dvn.safetensors", note or nothing
+    return Session(recipes.parse(read, "small.yaml"), folder, output, CPU, resume, force=force, note=told)
 
 
 def trained(folder: Path, *overrides: str, resume: bool = False, **keys: Any) -> Session:

@@ -12,15 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import small
+import synthetic
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from synthetic import DataSets
 
 from dvn_cli import cli
 from dvn_cli.errors import InputError
@@ -72,72 +71,23 @@ def test_every_scale_setting_and_method(path: Path) -> None:
     assert all(a != b for (of_a, a), (of_b, b) in itertools.combinations(read.items(), 2) if of_a[:2] != of_b[:2])
 
 
-DATA_SETS = {
-    "cifar10": (32, {"label": 10}),
-    "cifar100": (32, {"fine_label": 100, "coarse_label": 20}),
-    "tiny-imagenet": (64, {"label": 200}),
-    "tiny-imagenet-mini": (64, {"label": 200}),
-    "imagenette96-mini": (96, {"label": 10}),
-    "STL10": (96, {"label": 10}),
-}
-"""Pixels, and columns of classes, of what the recipes learn."""
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A folder of a few noisy images in place of a data set, with one at least of each of its classes."""
-
-    @functools.cache
-    def make(name: str) -> Path:
-        size, columns = DATA_SETS[name]
-        folder = tmp_path_factory.mktemp(name)
-        rng = np.random.default_rng(0)
-        images = []
-        for _ in range(max(40, *columns.values())):
-            file = io.BytesIO()
-            Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "bmp")
-            images.append({"bytes": file.getvalue(), "path": None})
-        labels = {column: [n % count for n in range(len(images))] for column, count in columns.items()}
-        for split in ("train", "test"):
-            pq.write_table(pa.table({"img": images, **labels}), folder / f"{split}-00000-of-00001.parquet")
-        return folder
-
-    return make
-
-
-def in_small(path: Path, made: Callable[[str], Path], scale: str) -> list[str]:
-    """Overrides for a narrow backbone, few images and few steps, on what is made here where it may not be there."""
-    content = recipes.resolved(yaml.safe_load(path.read_text()), [f"scale={scale}"], str(path))
-    overrides = [f"scale={scale}", "backbone.name=wrn_10_1", "batch_size=8", "epochs=1", "threads=1"]
-    if content.get("sequential", {}).get("warmup_epochs"):
-        overrides.append("sequential.warmup_epochs=1")
-    for number, task in enumerate(content["tasks"]):
-        data = dict(task["data"])
-        if data["source"] != "digits":
-            name = (data.get("path") or data["name"]).rpartition("/")[2]
-            label = data.get("label", "label")
-            data |= {"source": "hf", "name": None, "path": str(made(name)), "label": label}
-        # 18 of them to learn from
-        overrides.append(f"tasks.{number}.data={json.dumps(data | {'train_images': 20, 'test_images': 10})}")
-    return overrides
-
-
 def session_of(path: Path, folder: Path, *overrides: str) -> Session:
     return Session(recipes.read(path, overrides), path.parent, folder / "dvn.safetensors", small.CPU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "scale"),
     [
-        pytest.param(path, scale, id=f"{path.stem}-{scale}", marks=pytest.mark.slow if scale != "full" else ())
+        pytest.param(path, scale, id=f"{path.stem}-{scale}")
         for path in SHIPPED
         for scale in scales(path)
+        if scale != "full"
     ],
 )
-def test_takes_two_steps(path: Path, scale: str, made: Callable[[str], Path], tmp_path: Path) -> None:
-    """In each of its stages, in which every network has its turn."""
-    setting = "paper" if scale == "full" else "modern"
-    session = session_of(path, tmp_path, *in_small(path, made, scale), f"setting={setting}")
+def test_takes_two_steps(path: Path, scale: str, data_sets: DataSets, tmp_path: Path) -> None:
+    """In each of its stages, in which every network has its turn; at full scale see the stored losses."""
+    session = session_of(path, tmp_path, *synthetic.overrides(path, data_sets, scale), "setting=modern")
     assert session.run.steps == 2
     session.train(small.nothing, small.nothing)
     losses = [np.concatenate(entry["loss"]).astype(float) for entry in session.run.history]
@@ -147,9 +97,9 @@ def test_takes_two_steps(path: Path, scale: str, made: Callable[[str], Path], tm
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("path", SHIPPED, ids=by_name)
-def test_every_method_has_its_networks(path: Path, method: str, made: Callable[[str], Path], tmp_path: Path) -> None:
+def test_every_method_has_its_networks(path: Path, method: str, data_sets: DataSets, tmp_path: Path) -> None:
     """In the order and with the levels of each recipe: none is left out of all stages."""
-    run = session_of(path, tmp_path, *in_small(path, made, "full"), f"method={method}").run
+    run = session_of(path, tmp_path, *synthetic.overrides(path, data_sets), f"method={method}").run
     assert {network for stage in run.stages for network in stage.learn} == set(run.network) - {
         student for stage in run.stages for student, teacher in stage.hold if student != teacher
     }

@@ -7,6 +7,7 @@ import os
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,9 +20,10 @@ from dvn_cli.checkpoint import read_header, slice_file
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.network import DeepVirtualNetwork, load
+from dvn_cli.training import loop, state
 from dvn_cli.training import recipe as recipes
-from dvn_cli.training import state
 from dvn_cli.training.session import Session, complete_run
+from dvn_cli.training.step import Step
 
 STATE = "dvn.state.safetensors"
 
@@ -403,3 +405,53 @@ def test_a_partition_is_not_replaced_by_what_starts_from_it(tmp_path: Path) -> N
     with pytest.raises(InputError, match="is what the recipe starts from: give another output with -o"):
         small.session(tmp_path, backbone=None, units=None, partition="dvn.safetensors")
     assert (tmp_path / "dvn.safetensors").read_bytes() == b"a partition"
+
+
+class BrokenCapture:
+    """In place of `torch.cuda.graph`: what runs within fails and leaves another stream, losses and gradients."""
+
+    def __init__(self, step: Step, streams: list[str]) -> None:
+        self.step, self.streams = step, streams
+
+    def run(self, *_: Any) -> None:
+        self.step.totals += 1000
+        for parameter in self.step.parameters:
+            parameter.grad = torch.ones_like(parameter)
+        raise RuntimeError("operation not permitted when stream is capturing\nCompile with TORCH_USE_CUDA_DSA")
+
+    def __enter__(self) -> None:
+        self.step._run = self.run  # type: ignore[method-assign]
+        self.streams.append("the capture's")
+
+    def __exit__(self, *_: Any) -> None:
+        del self.step._run
+
+
+def test_a_failed_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is said once, recorded, and changes nothing: stages included, of which each tries anew."""
+    words = ("learning=sequential", "tasks.*.data.augment=none")
+    expected = small.history(small.trained(tmp_path, *words).run)
+    told: list[str] = []
+    session = small.session(tmp_path, *words, force=True, note=told.append)
+    streams = ["the first"]
+
+    class Eager(Step):
+        def __init__(self, *words: Any) -> None:
+            super().__init__(*words)
+            self._eager_left = 1  # as on CUDA
+
+    monkeypatch.setattr(loop, "Step", Eager)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "graph", lambda _: BrokenCapture(session.run.step, streams))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    session.run._begin()
+    told.clear()
+    session.train(small.nothing, small.nothing)
+    assert streams == ["the first", *(["the capture's", "the first"] * 2)]
+    assert small.history(session.run) == expected
+    assert len(told) == 1
+    assert "cannot be captured as a CUDA graph" in told[0]
+    assert told[0].endswith("operation not permitted when stream is capturing")
+    record = json.loads(session.files.record.read_text())
+    assert record["capture_error"] == "operation not permitted when stream is capturing"
