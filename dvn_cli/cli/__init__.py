@@ -4,11 +4,11 @@ import contextlib
 import io
 import os
 import sys
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
 
-import dvn_cli
 from dvn_cli.cli.bench import bench_command
 from dvn_cli.cli.eval import eval_command
 from dvn_cli.cli.partition import partition_command
@@ -26,7 +26,7 @@ app.command("bench")(bench_command)
 
 def _version(asked: bool) -> None:
     if asked:
-        typer.echo(f"dvn {dvn_cli.__version__}")
+        typer.echo(f"dvn {version('dvn')}")
         raise typer.Exit
 
 

@@ -22,8 +22,9 @@ WORDS = [
     *("2024-01-01", "2024-13-45", "1:30", "0-4", "5-9", "a, b", "a: b", "a b", " a", "#a", "[a]", "{a: b}", "'a'"),
     *('"a"', "&a", "*a", "!a", "é", "猫", "a\nb", "", "-", "?", "a.b", "classes", "groups", "| a", "%a", "@a"),
 ]  # fmt: skip
-names = st.lists(st.sampled_from(WORDS) | st.text(st.characters(exclude_categories=["Cs"]), max_size=6), min_size=2,
-                 max_size=7, unique=True)  # fmt: skip
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\x85"), max_size=6)
+"""Any but a next line, which PyYAML does not read as it writes it."""
+names = st.lists(st.sampled_from(WORDS) | TEXTS, min_size=2, max_size=7, unique=True)
 TASK = {"name": "t", "data": {"source": "digits"}}
 RECIPE = {"backbone": {"name": "wrn_10_1"}, "units": 2}
 EXAMPLES = settings(max_examples=60, deadline=None)
