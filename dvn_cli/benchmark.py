@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -36,6 +37,9 @@ from dvn_cli.network import VirtualNetwork, read_tensors
 from dvn_cli.partition import Networks, Partition
 from dvn_cli.tasks import Task
 from dvn_cli.units.count import macs, params_and_density
+
+DEPTH = 100_000
+"""Nested calls that it takes to read the graph of a network of thousands of steps in a row, as an LSTM has."""
 
 ROUNDS = 8
 """Turns that each network takes, fewer where there are fewer iterations."""
@@ -277,8 +281,11 @@ def _ask(worker: Connection, job: Job) -> Any:
 
 def _work(parent: Connection, what: str) -> None:
     """Answers its parent: with the peak of memory, or with an empty list once warm and then a list for each number."""
+    sys.setrecursionlimit(DEPTH)
+    job: Job | None = None
     try:
-        job: Job = parent.recv()
+        job = parent.recv()
+        assert job is not None
         if job.settings.threads is not None:
             torch.set_num_threads(job.settings.threads)
         with torch.inference_mode():
@@ -295,7 +302,7 @@ def _work(parent: Connection, what: str) -> None:
     except (EOFError, KeyboardInterrupt, BrokenPipeError):  # the parent has enough
         return
     except Exception as error:
-        size = job.settings.batch_size
+        size = job.settings.batch_size if job else 1
         remedy = f"too little memory: give a smaller --batch-size than {size}" if size > 1 else "too little memory"
         parent.send(remedy if is_out_of_memory(error) else next(iter(str(error).splitlines()), type(error).__name__))
 

@@ -261,6 +261,7 @@ def test_images_that_cannot_be_had_are_one_line(
     message: str,
 ) -> None:
     """And nothing is written."""
+    monkeypatch.setattr("dvn_cli.data.memory.available", lambda: 2**30)
     for split, name in itertools.product(("train", "test"), "ab"):
         (here / split / name).mkdir(parents=True)
         for index in range(6):
