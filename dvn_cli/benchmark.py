@@ -18,7 +18,6 @@ import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,9 +36,6 @@ from dvn_cli.network import VirtualNetwork, read_tensors
 from dvn_cli.partition import Networks, Partition
 from dvn_cli.tasks import Task
 from dvn_cli.units.count import macs, params_and_density
-
-DEPTH = 100_000
-"""Nested calls that it takes to read the graph of a network of thousands of steps in a row, as an LSTM has."""
 
 ROUNDS = 8
 """Turns that each network takes, fewer where there are fewer iterations."""
@@ -281,7 +277,6 @@ def _ask(worker: Connection, job: Job) -> Any:
 
 def _work(parent: Connection, what: str) -> None:
     """Answers its parent: with the peak of memory, or with an empty list once warm and then a list for each number."""
-    sys.setrecursionlimit(DEPTH)
     job: Job | None = None
     try:
         job = parent.recv()
