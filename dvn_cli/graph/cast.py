@@ -31,7 +31,7 @@ def keep_out_of_autocast(graph: fx.Graph) -> None:
     """Makes the nodes that are noted to be outside of autocast calls of `without_autocast`, in place."""
     for node in graph.nodes:
         if node.op == "call_function" and AUTOCAST_OFF in node.meta and node.target is not operator.getitem:
-            device, tensors = node.meta.pop(AUTOCAST_OFF), [n for n in node.all_input_nodes if not _is_size(n)]
+            device, tensors = node.meta.pop(AUTOCAST_OFF), [n for n in node.all_input_nodes if not is_size(n)]
             if tensors:
                 node.args = (tensors[0], device, node.target, *node.args)
                 node.target = without_autocast
@@ -83,11 +83,11 @@ def _is_closed(cast: fx.Node, casts: set[fx.Node]) -> bool:
         if node.op != "call_function":  # the output, a weight or a constant
             return False
         inside.add(node)
-        met = [source for source in node.all_input_nodes if not _is_size(source)]
+        met = [source for source in node.all_input_nodes if not is_size(source)]
         waiting += [near for near in (*node.users, *met) if near not in casts]
     return True
 
 
-def _is_size(node: fx.Node) -> bool:
+def is_size(node: fx.Node) -> bool:
     """Whether a node is a number that follows the batch, and no tensor."""
     return isinstance(node.meta.get("val"), int | torch.SymInt)

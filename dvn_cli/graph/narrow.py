@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.cast import keep_out_of_autocast
+from dvn_cli.graph.cast import is_size, keep_out_of_autocast
 from dvn_cli.graph.labels import Call, Labeller, Labels, base_name, bind
 from dvn_cli.graph.rules import kind_of
 from dvn_cli.graph.trace import Traced, is_inplace, is_view
@@ -61,6 +61,24 @@ def kept_indices(labeller: Labeller, labels: Labels, keep: Tensor) -> Kept:
         if not torch.equal(outer.expand(mask.shape), mask):
             raise NotOuterError
     return [None if mask is None or bool(mask.all()) else mask.nonzero().reshape(-1) for mask in masks]
+
+
+def called(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Calls a function."""
+    return function(*args, **kwargs)
+
+
+def keep_traceable(graph: fx.Graph) -> None:
+    """Makes the nodes that take sizes alone, such as `zeros([batch, 8])`, calls of `called`, in place.
+
+    When a pickled graph is opened, torch.fx traces it again, but an operator of torch does not see that a number within
+    a list stands for a node. Functions that are noted as torch.fx.wrap does it are not run, whatever they are given.
+    """
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if isinstance(node.target, torch._ops.OpOverload) and inputs and all(map(is_size, inputs)):
+            node.args, node.target = (node.target, *node.args), called
+            node.meta["is_wrapped"] = True
 
 
 def on_device(module: fx.GraphModule, device: torch.device | str) -> fx.GraphModule:
@@ -134,6 +152,7 @@ class _Narrower:
         for name, tensor in self.constants.items():
             root.register_buffer(name, tensor, persistent=False)
         keep_out_of_autocast(self.graph)
+        keep_traceable(self.graph)
         self.graph.lint()
         return Narrowed(fx.GraphModule(root, self.graph, "NarrowGraph"), tuple(names))
 

@@ -1,5 +1,7 @@
 """One small module for every operator or pattern that wants care, and what is refused."""
 
+import copy
+import pickle
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor, nn
 from dvn_cli.backbones import BackboneSpec
 from dvn_cli.check import Comparison
 from dvn_cli.errors import InputError
+from dvn_cli.graph.cast import recast
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.narrow import _Narrower, on_device
 from dvn_cli.graph.rules import RULES, kind_of
@@ -225,6 +228,39 @@ def test_a_network_makes_its_tensors_where_it_is():
     assert on_device(net.module, "meta")(x, *tensors).device.type == "meta"
     with pytest.raises(RuntimeError, match="device"):
         net.module(x, *tensors)
+
+
+class Started(nn.Module):
+    """An LSTM that starts from states of its own, one for every image, as in Sequencer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = x.shape[0]
+        state = torch.zeros(1, images, 8, dtype=x.dtype)
+        scale = torch.full((images, 1, 1), 2.0, dtype=x.dtype) + torch.arange(images)[:, None, None]  # of int64
+        y, _ = self.lstm(x[:, :, ::2, ::2].flatten(2).mT * scale, (state, state))
+        return y.mT.unflatten(2, (3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_network_that_makes_tensors_for_every_image_can_be_pickled(dtype):
+    """They are made of the weights' type and for as many images as before, also after a second journey."""
+    comparison = Comparison(Between(lambda x, inner: inner(x), inner=Started()), (3, 6, 6), modes=(False,))
+    comparison.divide(2)
+    assert comparison.error((1,), False) < 1e-8
+    net = comparison.network((1,), False)
+    tensors = [tensor.to(dtype) for tensor in comparison.tensors(net.names, (1,))]
+    module = copy.deepcopy(net.module)
+    recast(module, torch.float64, dtype)
+    for images in (comparison.x.to(dtype), comparison.x[:1].to(dtype)):
+        expected, again = module(images, *tensors), module
+        assert expected.dtype is dtype
+        for _ in range(2):
+            again = pickle.loads(pickle.dumps(again))
+            assert torch.equal(again(images, *tensors), expected)
 
 
 def test_no_gradient_where_the_module_has_none():
