@@ -26,4 +26,5 @@ def test_losses(name: str, data_sets: synthetic.DataSets, tmp_path: Path, reques
         assert found == STORED[name]
     assert len(found) == len(STORED[name])
     for ours, stored in zip(each, STORED[name], strict=True):
-        np.testing.assert_allclose(ours, np.concatenate(stored).astype(float), rtol=1e-3)
+        # The loss of a network that is distilled from itself is rounding alone, which differs by processor.
+        np.testing.assert_allclose(ours, np.concatenate(stored).astype(float), rtol=1e-3, atol=1e-5)
