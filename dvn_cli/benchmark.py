@@ -30,11 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvn_cli import checkpoint
 from dvn_cli.errors import DvnError, is_out_of_memory
 from dvn_cli.network import VirtualNetwork, read_tensors
 from dvn_cli.partition import Networks, Partition
-from dvn_cli.tasks import Task
+from dvn_cli.store.file import AnyHeader, read_header
+from dvn_cli.store.metadata import CheckpointMetadata, Task
+from dvn_cli.store.slicing import slice_file
 from dvn_cli.units.count import macs, params_and_density
 
 ROUNDS = 8
@@ -66,21 +67,20 @@ class Settings:
 class Target:
     """One network to measure: a slice, or a task and level, both from 1, of a checkpoint."""
 
-    header: checkpoint.Header
+    header: AnyHeader
     task: int
     level: int
 
     @property
     def entry(self) -> Task:
-        metadata = self.header.metadata
-        return Task.from_dict(metadata["task"] if self.header.kind == "slice" else metadata["tasks"][self.task - 1])
+        return self.header.metadata.numbered_tasks[self.task]
 
     @property
     def family(self) -> object:
         """What the networks that it is compared with have in common: file and task, of slices backbone and task."""
-        if self.header.kind == "checkpoint":
+        if isinstance(self.header.metadata, CheckpointMetadata):
             return str(self.header.path), self.task
-        return repr(self.header.metadata["backbone"]), self.entry.name
+        return self.header.metadata.backbone, self.entry.name
 
 
 @dataclass(frozen=True)
@@ -219,15 +219,15 @@ class Cost:
 def _prepare(target: Target, file: Path, settings: Settings) -> tuple[Job, Cost]:
     header = target.header
     entry, partition = target.entry, Partition.restore(header.metadata)
-    networks = partition.networks(entry.kept(target.level), len(entry.classes), entry.input_size)
-    if header.kind == "checkpoint":
+    networks = partition.networks(entry.units(target.level), len(entry.classes), entry.input_size)
+    if isinstance(header.metadata, CheckpointMetadata):
         params, density = params_and_density(header, target.task, target.level)
-        checkpoint.slice_file(header, target.task, target.level, file)
-        header = checkpoint.read_header(file)
+        slice_file(header, target.task, target.level, file)
+        header = read_header(file)
     else:
         params, density = params_and_density(header)
     image = (partition.spec.in_chans, *entry.input_size)
-    cost = Cost(params, density, macs(partition, networks, entry.input_size))
+    cost = Cost(params, density, macs(networks.eval, partition.tensors(networks), image))
     title = f"task {target.task}, level {target.level} of '{target.header.path}'"
     return Job(title, settings, networks, partition.parameters, entry, target.level, image, header.path), cost
 
@@ -325,7 +325,7 @@ def seconds(network: nn.Module, images: Tensor, count: int) -> list[float]:
 def _load(job: Job) -> tuple[nn.Module, Tensor]:
     """The network and a batch of random images, on the device."""
     settings = job.settings
-    tensors = read_tensors(checkpoint.read_header(job.file))
+    tensors = read_tensors(read_header(job.file))
     network: nn.Module = VirtualNetwork(job.networks, tensors, job.trainable, job.task, job.level).eval()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(settings.batch_size, *job.image, generator=generator).to(settings.device)

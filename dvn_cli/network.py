@@ -9,13 +9,26 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dvn_cli import checkpoint
-from dvn_cli.backbones import Preprocessing
 from dvn_cli.errors import InputError
 from dvn_cli.graph.cast import recast
-from dvn_cli.graph.narrow import Kept, Narrowed, on_device
-from dvn_cli.partition import Networks, Owner, Partition, check_size
-from dvn_cli.tasks import Task
+from dvn_cli.graph.narrow import Narrowed, on_device
+from dvn_cli.partition import Networks, Partition, check_size
+from dvn_cli.store import shapes
+from dvn_cli.store.file import Header, StoredTensor, TensorData, read_header, write
+from dvn_cli.store.metadata import (
+    CheckpointMetadata,
+    DividedBackbone,
+    Metadata,
+    Owner,
+    Preprocessing,
+    SliceMetadata,
+    Task,
+    TrainingRecord,
+    check_level,
+    find_task,
+)
+from dvn_cli.store.ownership import Run
+from dvn_cli.store.slicing import BLOCK
 
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -107,7 +120,8 @@ class DeepVirtualNetwork(nn.Module):
     """The networks of all tasks and levels in one set of weights (section 3 of the paper).
 
     Its tensors are those of the file: `shared.NAME`, and where they exist `task.T.NAME` and `task.T.level.L.NAME`,
-    NAME being the backbone's own. What a network has no tensor of its own for, it takes a slice of the shared one of.
+    NAME being the backbone's own. A network uses its private tensor where it has one, otherwise a slice of the shared
+    one.
 
     Attributes:
         partition: the backbone and its units.
@@ -121,7 +135,7 @@ class DeepVirtualNetwork(nn.Module):
         partition: Partition,
         tasks: Sequence[Task],
         tensors: Mapping[str, Tensor],
-        training_record: Mapping[str, Any] | None = None,
+        training_record: TrainingRecord | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
         """`tensors` are by their names in the file, such as `shared/conv1.weight`."""
@@ -132,6 +146,7 @@ class DeepVirtualNetwork(nn.Module):
         self._plans: dict[tuple[int, int, bool], tuple[fx.GraphModule, list[tuple[nn.Module, str, Cut]]]] = {}
         for name, tensor in tensors.items():
             self._register(name, tensor)
+        self.metadata()  # what no file can say is refused now, not when it has been trained
 
     @classmethod
     def from_backbone(
@@ -164,12 +179,11 @@ class DeepVirtualNetwork(nn.Module):
 
     def number(self, task: int | str) -> int:
         """The number of a task, from 1, by its number or name; InputError where there is none."""
-        return checkpoint.find_task({"tasks": [t.to_dict() for t in self.tasks]}, task)
+        return find_task(self.tasks, task)
 
     def source(self, name: str, task: int, level: int) -> str:
         """Where a network's tensor comes from: its own, its task's, or the shared one."""
-        own = f"task/{task}/level/{level}/{name}"
-        return next(n for n in (own, f"task/{task}/{name}", f"shared/{name}") if n in self._places)
+        return shapes.source(self._places, name, task, level)
 
     def make_private(self, owners: Mapping[str, Owner] | None = None) -> None:
         """Gives tasks and networks tensors of their own: copies of the slices that they had so far.
@@ -181,13 +195,12 @@ class DeepVirtualNetwork(nn.Module):
         private = {name: owner for name, owner in owners.items() if owner != "shared"}
         new: dict[str, Tensor] = {}
         for number, level in self:
-            kept = self.networks(number, level).kept
             for name, owner in private.items():
                 prefix = f"task/{number}/" if owner == "task" else f"task/{number}/level/{level}/"
                 source = self.source(name, number, level)
                 if prefix + name not in self._places and prefix + name not in new:
                     module, key = self._places[source]
-                    cut = () if owner == "task" else as_cut(kept[name])
+                    cut = () if owner == "task" else self._cut(name, number, level)
                     new[prefix + name] = taken(getattr(module, key), cut).detach().clone()
         for name, tensor in new.items():
             self._register(name, tensor)
@@ -212,16 +225,16 @@ class DeepVirtualNetwork(nn.Module):
             own = self.source(name, task, level)
             if name in head or own in {f"shared/{name}", *(self.source(name, *of) for of in before)}:
                 continue
-            units = self.tasks[task - 1].kept(level)
-            alike = [of for of in before if "/level/" not in own or self.tasks[of[0] - 1].kept(of[1]) == units]
+            units = self.tasks[task - 1].units(level)
+            alike = [of for of in before if "/level/" not in own or self.tasks[of[0] - 1].units(of[1]) == units]
             tensors = self.file_tensors()
             if alike:
                 tensors[own].copy_(tensors[self.source(name, *alike[-1])])
 
     def networks(self, task: int, level: int) -> Networks:
-        """The graphs of a task and level, both by number from 1, and what they take of each tensor."""
+        """The graphs of a task and level, both by number from 1."""
         of = self.tasks[task - 1]
-        return self.partition.networks(of.kept(level), len(of.classes), of.input_size)
+        return self.partition.networks(of.units(level), len(of.classes), of.input_size)
 
     def tensors(self, task: int, level: int) -> dict[str, Tensor]:
         """The tensors of one network by the backbone's names: views of this module's wherever slices are runs."""
@@ -234,8 +247,12 @@ class DeepVirtualNetwork(nn.Module):
         if "/level/" in source:  # narrow already
             return module, key, ()
         device = getattr(module, key).device  # where indices are needed at every step
-        cut = as_cut(self.networks(task, level).kept[name])
+        cut = self._cut(name, task, level)
         return module, key, tuple(part.to(device) if isinstance(part, Tensor) else part for part in cut)
+
+    def _cut(self, name: str, task: int, level: int) -> Cut:
+        entry, shape = self.tasks[task - 1], self.partition.shapes[name]
+        return as_cut(self.partition.assignment.runs(name, shape, entry.units(level), len(entry.classes)), shape)
 
     def forward(self, images: Tensor, task: int, level: int, training: bool | None = None) -> Tensor:
         """The logits (batch, classes) of a task and level, by number from 1; gradients meet in the shared tensors.
@@ -265,7 +282,7 @@ class DeepVirtualNetwork(nn.Module):
             InputError: no such task or level.
         """
         number = self.number(task)
-        checkpoint.check_level({"tasks": [t.to_dict() for t in self.tasks]}, number, level)
+        check_level(self.tasks[number - 1], level)
         tensors = {name: tensor.detach().clone() for name, tensor in self.tensors(number, level).items()}
         networks = self.networks(number, level)
         of, partition = self.tasks[number - 1], self.partition
@@ -278,30 +295,32 @@ class DeepVirtualNetwork(nn.Module):
             for level in range(1, len(task.levels) + 1):
                 yield number, level
 
-    def header(self, path: str | os.PathLike[str]) -> checkpoint.Header:
+    def metadata(self) -> CheckpointMetadata:
+        """Returns what its file says.
+
+        Raises:
+            InputError: something that no file can say.
+        """
+        return CheckpointMetadata(
+            **self.partition.metadata().divided,
+            tasks=tuple(self.tasks),
+            training=self.training_record,
+            preprocessing=self.preprocessing,
+        )
+
+    def header(self, path: str | os.PathLike[str]) -> Header[CheckpointMetadata]:
         """What the header of its file says, before there is one: what counts networks needs no more."""
-        metadata = {
-            "format": checkpoint.FORMAT,
-            "kind": "checkpoint",
-            **self.partition.metadata(),
-            "tasks": [task.to_dict() for task in self.tasks],
-            "training": self.training_record,
-            "preprocessing": self.preprocessing and self.preprocessing.to_dict(),
-        }
-        stored = {
-            name: checkpoint.Stored(DTYPES[tensor.dtype], tuple(tensor.shape), 0, 0)
-            for name, tensor in self.file_tensors().items()
-        }
-        return checkpoint.Header(Path(path), metadata, stored)
+        stored = {name: StoredTensor(DTYPES[t.dtype], tuple(t.shape)) for name, t in self.file_tensors().items()}
+        return Header(Path(path), self.metadata(), stored)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the checkpoint, atomically."""
-        header, own = self.header(path), self.file_tensors()
-        tensors = {
-            name: checkpoint.Tensor(stored.dtype, stored.shape, _bytes(own[name]))
-            for name, stored in header.tensors.items()
-        }
-        checkpoint.write(path, tensors, header.metadata)
+        write(path, to_data(self.file_tensors()), self.metadata())
+
+
+def to_data(tensors: Mapping[str, Tensor]) -> dict[str, TensorData]:
+    """Returns tensors as a file has them; each is copied from its device when it is written."""
+    return {name: TensorData(DTYPES[t.dtype], tuple(t.shape), _bytes(t)) for name, t in tensors.items()}
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -314,18 +333,16 @@ def is_of_other_size(images: Tensor, size: tuple[int, int]) -> bool:
     return images.ndim > 2 and all(isinstance(n, int) for n in sizes) and tuple(sizes) != tuple(size)
 
 
-def as_cut(kept: Kept) -> Cut:
-    """What is kept along each dimension as slices where it is a run, so that what is taken is a view."""
-    if all(indices is None for indices in kept):
+def as_cut(runs: Sequence[Sequence[Run]], shape: Sequence[int]) -> Cut:
+    """Returns what is taken of a tensor of a shape: along a dimension a slice where it can be, which gives a view."""
+    if all(list(along) == [(0, size)] for along, size in zip(runs, shape, strict=True)):
         return ()
     cut: list[slice | Tensor] = []
-    for indices in kept:
-        if indices is None:
-            cut.append(slice(None))
-        elif int(indices[-1]) - int(indices[0]) + 1 == len(indices):
-            cut.append(slice(int(indices[0]), int(indices[-1]) + 1))
+    for along in runs:
+        if len(along) > 1:
+            cut.append(torch.cat([torch.arange(start, stop) for start, stop in along]))
         else:
-            cut.append(indices)
+            cut.append(slice(*along[0]) if along else slice(0))
     return tuple(cut)
 
 
@@ -342,58 +359,45 @@ def taken(tensor: Tensor, cut: Cut) -> Tensor:
 
 def load(path: str | os.PathLike[str]) -> DeepVirtualNetwork | VirtualNetwork:
     """See `dvn_cli.load`."""
-    header = checkpoint.read_header(path)
+    return from_file(read_header(path))
+
+
+def from_file(header: Header[CheckpointMetadata] | Header[SliceMetadata]) -> DeepVirtualNetwork | VirtualNetwork:
+    """Returns what an open file holds, in eval mode on the CPU.
+
+    Raises:
+        InputError: it is damaged, or the installed libraries build another backbone than the one that was divided.
+    """
     metadata = header.metadata
     partition = Partition.restore(metadata)
-    _check(header, partition)
+    try:
+        shapes.check_tensors(metadata, header.tensors, partition.shapes)
+    except InputError as error:
+        raise InputError(f"'{header.path}' is damaged: {error}") from None
     tensors = read_tensors(header)
-    if header.kind == "checkpoint":
-        tasks = [Task.from_dict(entry) for entry in metadata["tasks"]]
-        found = metadata.get("preprocessing")
-        preprocessing = None if found is None else Preprocessing.from_dict(found)
-        return DeepVirtualNetwork(partition, tasks, tensors, metadata["training"], preprocessing).eval()
-    task = Task.from_dict(metadata["task"])
-    networks = partition.networks(metadata["kept"], len(task.classes), task.input_size)
-    level, aliases = metadata["level"], partition.aliases
-    return VirtualNetwork(networks, tensors, partition.parameters, task, level, aliases).eval()
+    if isinstance(metadata, CheckpointMetadata):
+        return DeepVirtualNetwork(partition, metadata.tasks, tensors, metadata.training, metadata.preprocessing).eval()
+    task, level = metadata.task, metadata.level
+    networks = partition.networks(task.units(level), len(task.classes), task.input_size)
+    return VirtualNetwork(networks, tensors, partition.parameters, task, level, partition.aliases).eval()
 
 
-def read_tensors(header: checkpoint.Header) -> dict[str, Tensor]:
-    """All tensors of a file, each once; read and not mapped, so that memory holds them once and the file may go."""
+def read_tensors(header: Header[Metadata]) -> dict[str, Tensor]:
+    """Reads all tensors of a file, each once, and not mapped, so that memory holds them once and the file may go.
+
+    Raises:
+        InputError: they cannot be read, or are not what was written.
+    """
     dtypes = {name: dtype for dtype, name in DTYPES.items()}
+    aliases = header.metadata.aliases if isinstance(header.metadata, DividedBackbone) else {}
     tensors = {}
-    with open(header.path, "rb") as file:
-        for name, stored in header.tensors.items():
-            if name in header.metadata["aliases"]:
-                continue
-            tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
-            file.seek(stored.start)
-            if stored.stop > stored.start:
-                file.readinto(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
+    for name, stored in header.tensors.items():
+        if name in aliases:
+            continue
+        if stored.dtype not in dtypes:
+            raise InputError(f"'{header.path}' cannot be opened: its tensor '{name}' has dtype {stored.dtype}")
+        tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
+        array = tensors[name].reshape(-1).view(torch.uint8).numpy()
+        for start in range(0, stored.nbytes, BLOCK):
+            array[start : start + BLOCK] = header.read(name, start, min(start + BLOCK, stored.nbytes))
     return tensors
-
-
-def _check(header: checkpoint.Header, partition: Partition) -> None:
-    """Raises InputError where a file lacks a tensor of one of its networks, or has one of another shape."""
-    metadata = header.metadata
-    networks: list[tuple[Any, list[int], Mapping[str, Any]]]
-    if header.kind == "slice":
-        networks = [(metadata["task"], metadata["kept"], header.tensors)]
-    else:
-        networks = [
-            (entry, checkpoint.kept_units(entry, level), checkpoint.cut(header, number, level))
-            for number, entry in enumerate(metadata["tasks"], 1)
-            for level in range(1, len(entry["levels"]) + 1)
-        ]
-    axes, classes = partition.assignment.axes, set(partition.assignment.classes)
-    for entry, kept, tensors in networks:
-        for name, full in partition.shapes.items():
-            shape = []
-            for dim, (size, axis) in enumerate(zip(full, partition.assignment.tensors[name], strict=True)):
-                runs = [(0, size)] if axis is None else checkpoint.kept_runs(axes[axis], kept, size)
-                limit = len(entry["classes"]) if (name, dim) in classes else size
-                shape.append(sum(min(stop, limit) - start for start, stop in runs if start < limit))
-            if list(tensors[name].shape) != shape:
-                raise InputError(
-                    f"'{header.path}' is damaged: {name} has shape {list(tensors[name].shape)}, not {shape}"
-                )

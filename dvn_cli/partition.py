@@ -1,11 +1,10 @@
 """A backbone divided into units: given a set of them, the network of that set."""
 
 import functools
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,30 +15,20 @@ from dvn_cli.graph.compare import same_graph
 from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.hollow import hollow
 from dvn_cli.graph.labels import Labeller, base_name, bind
-from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
+from dvn_cli.graph.narrow import Narrowed, narrow
 from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, shape_of, trace
-from dvn_cli.units.assign import (
-    EVEN,
-    Assignment,
-    Bucket,
-    Rule,
-    assign,
-    axes_by_name,
-    kept_labels,
-    owned,
-    undivided,
-    unit_of_labels,
-)
+from dvn_cli.store.metadata import DividedBackbone, Owner, Rule, TensorEntry
+from dvn_cli.store.ownership import Assignment
+from dvn_cli.store.schema import dumps, loads, parse
+from dvn_cli.units.assign import EVEN, Bucket, assign, kept_labels, unit_of_labels
 
 ENOUGH = 0.9
 """Share of the parameters that is divided where nobody asks for more."""
 
-Owner = Literal["shared", "task", "network"]
-
 
 @dataclass(frozen=True)
 class Networks:
-    """The network of a set of units, in both of its forms, and what it takes of each of the backbone's tensors.
+    """The network of a set of units, in both of its forms.
 
     Attributes:
         origin: which network of which partition it is.
@@ -47,7 +36,6 @@ class Networks:
 
     train: Narrowed
     eval: Narrowed
-    kept: Mapping[str, Kept]
     origin: "Origin"
 
 
@@ -116,8 +104,8 @@ def divide(
 
 def share_divided(assignment: Assignment, shapes: Mapping[str, tuple[int, ...]]) -> float:
     """The share of some tensors' elements that belong to a unit or a pair of units."""
-    indices = owned(assignment.axes, range(1, assignment.units + 1))
-    whole = sum(undivided(shape, assignment.tensors[name], indices) for name, shape in shapes.items())
+    owned = assignment.owned_counts(range(1, assignment.units + 1))
+    whole = sum(assignment.shared_elements(name, shape, owned) for name, shape in shapes.items())
     return 1 - whole / sum(map(math.prod, shapes.values()))
 
 
@@ -194,6 +182,8 @@ class Partition:
             )
         first = {id(state[name]): name for name in names}
         assignment = assignment or division.assignment
+        if set(assignment.classes) != set(division.assignment.classes):
+            raise InputError(f"the classes of {spec.name} are in other tensors: {spec.source} may have changed since")
         graphs = {train: _without_data(traced) for train, traced in graphs.items()}
         labeller.traced = graphs[True]
         return cls(
@@ -217,28 +207,28 @@ class Partition:
         return self  # holds no weights, and what it hands out is not changed
 
     @classmethod
-    def restore(cls, metadata: Mapping[str, Any]) -> "Partition":
+    def restore(cls, metadata: DividedBackbone) -> "Partition":
         """Returns the partition that a checkpoint's or a slice's metadata describes; of slices of one, the same.
 
         Raises:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
-        return _restored(_description(metadata))
+        return _restored(dumps(metadata.divided))
 
-    def metadata(self) -> dict[str, Any]:
-        """What `restore` needs, JSON-able."""
-        return {
-            "backbone": self.spec.to_dict(),
-            "units": self.units,
-            "rule": asdict(self.rule),
-            "axes": self.assignment.axes,
-            "class_axis": [list(place) for place in self.assignment.classes],
-            "tensors": {
-                name: {"axes": axes, "owner": self.owners[name], "trainable": name in self.parameters}
+    def metadata(self) -> DividedBackbone:
+        """Returns what `restore` needs."""
+        return DividedBackbone(
+            backbone=self.spec,
+            units=self.units,
+            rule=self.rule,
+            axes=self.assignment.axes,
+            class_axis=self.assignment.classes,
+            tensors={
+                name: TensorEntry(axes, name in self.parameters, self.owners[name])
                 for name, axes in self.assignment.tensors.items()
             },
-            "aliases": self.aliases,
-        }
+            aliases=self.aliases,
+        )
 
     @functools.cached_property
     def head(self) -> set[str]:
@@ -288,13 +278,7 @@ class Partition:
         train, evaluate = (
             narrow(self._graphs[mode], self._labels, self._labeller, keep, strides) for mode in (True, False)
         )
-        indices = {}
-        for traced in self._graphs.values():
-            for node in traced.graph.find_nodes(op="placeholder"):
-                name = traced.names.get(str(node.target))
-                if name is not None and name not in indices:
-                    indices[name] = kept_indices(self._labeller, self._labels[node], keep)
-        networks = Networks(train, evaluate, indices, Origin(self._described, kept, classes, input_size))
+        networks = Networks(train, evaluate, Origin(self._described, kept, classes, input_size))
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
         for narrowed in (train, evaluate):
@@ -305,7 +289,7 @@ class Partition:
 
     @functools.cached_property
     def _described(self) -> str:
-        return _description(self.metadata())
+        return dumps(self.metadata().divided)
 
     def is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
         """Tells whether a network's graph, made for images of one size, is what it would be for those of another.
@@ -343,12 +327,10 @@ class Partition:
 
     def tensors(self, networks: Networks) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each tensor of a network."""
+        units, classes = networks.origin.units, networks.origin.classes
         return {
-            name: (
-                tuple(n if i is None else len(i) for n, i in zip(self.shapes[name], kept, strict=True)),
-                self.dtypes[name],
-            )
-            for name, kept in networks.kept.items()
+            name: (self.assignment.shape(name, shape, units, classes), self.dtypes[name])
+            for name, shape in self.shapes.items()
         }
 
     def check_images(self, input_size: tuple[int, int]) -> None:
@@ -474,11 +456,6 @@ class _StemLayer:
         return [(n + more + 2 * pad - extent) // max(step, 1) + 1 for n, more, pad, extent, step in dims]
 
 
-def _description(metadata: Mapping[str, Any]) -> str:
-    keys = ("backbone", "units", "rule", "axes", "tensors", "class_axis")
-    return json.dumps({key: metadata[key] for key in keys}, sort_keys=True)
-
-
 @torch.compiler.disable
 def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition | None = None) -> None:
     """Raises InputError where a network is given images of a size that its graph is wrong for.
@@ -505,17 +482,10 @@ def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition
 
 @functools.lru_cache(maxsize=2)
 def _restored(description: str) -> Partition:
-    metadata = json.loads(description)
-    spec = BackboneSpec.from_dict(metadata["backbone"])
-    assignment = Assignment(
-        metadata["units"],
-        metadata["axes"],
-        axes_by_name(metadata["tensors"]),
-        [(name, dim) for name, dim in metadata["class_axis"]],
-    )
-    rule = Rule(metadata["rule"]["assign"], metadata["rule"]["round_to"])
-    partition = Partition.create(spec, metadata["units"], assignment=assignment, rule=rule)
-    if set(partition.shapes) != set(metadata["tensors"]):
+    metadata = parse(DividedBackbone, loads(description))
+    spec = BackboneSpec(**vars(metadata.backbone))
+    partition = Partition.create(spec, metadata.units, assignment=metadata.assignment, rule=metadata.rule)
+    if set(partition.shapes) != set(metadata.tensors):
         raise InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")
     return partition
 

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 
 import dvn_cli
 from dvn_cli.backbones import BackboneSpec, resolve
-from dvn_cli.checkpoint import count, read_checkpoint, slice_file
 from dvn_cli.data import Split
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.slicing import count, slice_file
 from dvn_cli.tasks import Task
-from dvn_cli.units.assign import Rule
+from dvn_cli.units.assign import Rule, kept_labels
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
@@ -331,11 +332,12 @@ def test_units_of_scattered_channels(name, units, tmp_path):
     assert all(torch.equal(logits(network, x, *key), expected) for key, expected in before.items())
     whole = module.state_dict()
     for key in network:
-        kept = network.networks(*key).kept
+        keep = kept_labels(partition._labeller, partition._unit, network.tasks[key[0] - 1].units(key[1]), 5)
         for own, tensor in network.tensors(*key).items():
             expected = whole[own]
-            for dim, indices in enumerate(kept[own]):
-                expected = expected if indices is None else expected.index_select(dim, indices)
+            sources = partition._labeller.sources[own]
+            for dim, indices in enumerate(keep[vector].nonzero().flatten() for vector in sources):
+                expected = expected.index_select(dim, indices)
             assert torch.equal(tensor, expected), own
 
     unlike(network, seed=1)
@@ -499,7 +501,8 @@ def slice_tensors(trained, tmp_path) -> tuple[dict[str, Tensor], dict[str, str],
 
 def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
     with safe_open(path, framework="pt") as file:
-        return safetensors.torch.load(path.read_bytes()), file.metadata(), path
+        said = {key: value for key, value in json.loads(file.metadata()["dvn"]).items() if key != "checksums"}
+        return safetensors.torch.load(path.read_bytes()), {"dvn": json.dumps(said)}, path
 
 
 def test_a_tensor_of_another_shape_is_named(slice_tensors):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dvn_cli import checkpoint as checkpoints
 from dvn_cli.errors import InputError
 from dvn_cli.files import atomic, check_folder_writable, check_writable
+from dvn_cli.store.file import AnyHeader, read_header
+from dvn_cli.store.metadata import CheckpointMetadata, SliceMetadata, check_level, find_task
 
 if TYPE_CHECKING:
     from dvn_cli.benchmark import Target
@@ -78,7 +79,7 @@ def bench_command(
     if scenario is not None:
         document, show = _scenario(scenario.lower(), files or [Path()], plots, measure)
     else:
-        headers = [checkpoints.read_header(file) for file in files or [Path("dvn.safetensors")]]
+        headers = [read_header(file) for file in files or [Path("dvn.safetensors")]]
         targets, document = measure(headers, task, level, every)
         show = functools.partial(_print, document, [_name(target, len(headers)) for target in targets])
     text = json.dumps(document, indent=2)
@@ -94,7 +95,7 @@ def bench_command(
 
 
 def _measure(
-    headers: Sequence[checkpoints.Header],
+    headers: Sequence[AnyHeader],
     task: str | None,
     level: int | None,
     every: bool,
@@ -162,9 +163,9 @@ def _scenario(
         times, document = {}, None
         if (network := tables.timed(table)) is not None:
             file, task = network
-            targets, document = measure([checkpoints.read_header(file)], str(task), None, False)
+            targets, document = measure([read_header(file)], str(task), None, False)
             for target, row in zip(targets, document["results"], strict=True):
-                units = len(target.entry.kept(target.level))
+                units = len(target.entry.units(target.level))
                 times[units] = row["latency_ms"]["p50"] / document["batch_size"], row["speedup"]
         costs.append(tables.costs(table, times))
         measured.append(document)
@@ -179,32 +180,28 @@ def _scenario(
     return document | {"plots": [str(path) for path in written]}, show
 
 
-def _targets(header: checkpoints.Header, task: str | None, level: int | None, every: bool) -> list["Target"]:
+def _targets(header: AnyHeader, task: str | None, level: int | None, every: bool) -> list["Target"]:
     from dvn_cli.benchmark import Target
 
     metadata = header.metadata
-    if header.kind == "slice":
-        if task is not None or level is not None:
-            raise InputError(
-                f"'{header.path}' is a slice, of one task and level; --task and --level are for checkpoints"
-            )
-        return [Target(header, metadata["task_number"], metadata["level"])]
-    tasks = range(1, len(metadata["tasks"]) + 1) if every else [checkpoints.find_task(metadata, task or 1)]
-    return [
-        Target(header, number, depth)
-        for number in tasks
-        for depth in (
-            range(1, len(metadata["tasks"][number - 1]["levels"]) + 1)
-            if level is None
-            else [checkpoints.check_level(metadata, number, level)]
-        )
-    ]
+    if isinstance(metadata, SliceMetadata) and (task is not None or level is not None):
+        raise InputError(f"'{header.path}' is a slice, of one task and level; --task and --level are for checkpoints")
+    networks = metadata.networks
+    if isinstance(metadata, CheckpointMetadata):
+        numbers = list(metadata.numbered_tasks) if every else [find_task(metadata.tasks, task or 1)]
+        if level is not None:
+            for number in numbers:
+                check_level(metadata.tasks[number - 1], level)
+        networks = (network for network in networks if network[0] in numbers and level in (None, network[1]))
+    return [Target(header, number, depth) for number, depth in networks]
 
 
 def _name(target: "Target", files: int) -> str:
     """What tells a network's row from others: its task, of several files a slice's name, or a checkpoint's and task."""
     stem = target.header.path.stem
-    return target.entry.name if files == 1 else stem if target.header.kind == "slice" else f"{stem} {target.entry.name}"
+    if files == 1:
+        return target.entry.name
+    return stem if isinstance(target.header.metadata, SliceMetadata) else f"{stem} {target.entry.name}"
 
 
 def _print(document: dict[str, Any], names: list[str]) -> None:

@@ -4,25 +4,27 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dvn_cli import checkpoint as checkpoints
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import check_writable
+from dvn_cli.store import slicing
+from dvn_cli.store.file import lost_with
+from dvn_cli.store.metadata import Preprocessing, Rule
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from dvn_cli.backbones import BackboneSpec, Preprocessing
+    from dvn_cli.backbones import BackboneSpec
     from dvn_cli.check import Check
     from dvn_cli.network import DeepVirtualNetwork
     from dvn_cli.partition import Partition
+    from dvn_cli.undivided import Whole
     from dvn_cli.units.assign import Bucket
-    from dvn_cli.units.count import Whole
 
 MEAN, STD = 0.5, 0.25
 """Of pixels in 0..1, where a backbone has no normalisation of its own."""
@@ -80,7 +82,7 @@ def partition_command(
     """Divide a backbone into units: every task and level is then a network of its own in one set of weights."""
     if pretrained and weights is not None:
         raise InputError("--pretrained or --weights, not both: each says what the weights are")
-    if not force and (lost := checkpoints.lost_with(output)):
+    if not force and (lost := lost_with(output)):
         raise InputError(f"{lost}; --force replaces it, -o writes elsewhere")
     check_writable(output)
     asked = {"mean": mean, "std": std, "interpolation": interpolation, "crop_pct": crop_pct, "crop_mode": crop_mode}
@@ -99,8 +101,8 @@ def partition_command(
         from dvn_cli.network import DeepVirtualNetwork
         from dvn_cli.partition import Partition
         from dvn_cli.tasks import default_tasks
+        from dvn_cli.undivided import whole
         from dvn_cli.units import count
-        from dvn_cli.units.assign import Rule
 
         rule = Rule(assign, round_to)
         spec = backbones.resolve(backbone, num_classes, in_chans, _size(input_size))
@@ -131,19 +133,20 @@ def partition_command(
         for level in range(1, units + 1):
             status.update(f"counting level {level} of {units}")
             params, density = count.params_and_density(header, 1, level)
+            networks = network.networks(1, level)
             levels.append(
                 {
                     "level": level,
                     "units": level,
                     "params": params,
                     "density": density,
-                    "macs": count.macs(partition, network.networks(1, level), spec.input_size),
-                    "bytes": checkpoints.count(header, 1, level).bytes,
+                    "macs": count.macs(networks.eval, partition.tensors(networks), (spec.in_chans, *spec.input_size)),
+                    "bytes": slicing.count(header, 1, level).bytes,
                     "divided": count.divided_share(header, 1, level),
                 }
             )
-        lowest = [checkpoints.count(header, number, 1).params for number in range(1, units + 1)]
-        undivided = count.whole(partition)
+        lowest = [slicing.count(header, number, 1).params for number in range(1, units + 1)]
+        undivided = whole(partition)
         checked = None
         if check:
             from dvn_cli.check import check as check_partition
@@ -160,13 +163,13 @@ def partition_command(
         private = {who: [n for n, o in partition.owners.items() if o == who] for who in ("task", "network")}
         document = {
             "checkpoint": None if differs else str(output),
-            "backbone": spec.to_dict(),
+            "backbone": asdict(spec),
             "units": units,
             "assign": rule.assign,
             "round_to": rule.round_to,
             "mean": mean_std[0],
             "std": mean_std[1],
-            "preprocessing": with_weights and with_weights.to_dict(),
+            "preprocessing": with_weights and asdict(with_weights),
             "notes": said,
             "levels": levels,
             "coupled": [
@@ -241,7 +244,7 @@ def _report_and_save(text: str, network: "DeepVirtualNetwork", output: Path, dif
         raise gone
 
 
-def _preprocessing(spec: "BackboneSpec", given: Mapping[str, Any]) -> "Preprocessing | None":
+def _preprocessing(spec: "BackboneSpec", given: Mapping[str, Any]) -> Preprocessing | None:
     """How images are prepared for a backbone's weights: its own way, but for what is given."""
     from dvn_cli import backbones
 
@@ -250,7 +253,7 @@ def _preprocessing(spec: "BackboneSpec", given: Mapping[str, Any]) -> "Preproces
         return own
     numbers = {key: _per_channel(key, given[key], spec.in_chans) for key in ("mean", "std") if key in given}
     origin = f"{', '.join(given)} as given" + (f", the rest {own.origin}" if own else "")
-    base = own or backbones.Preprocessing(origin, None, None, "bilinear", 1.0, "squash")
+    base = own or Preprocessing(origin, None, None, "bilinear", 1.0, "squash")
     made = replace(base, **{**given, **numbers, "origin": origin})
     if (made.mean is None) != (made.std is None):
         raise InputError(f"give both --mean and --std: {spec.name} has none for images of {spec.in_chans} channels")

@@ -4,13 +4,15 @@ import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from dvn_cli import checkpoint as checkpoints
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import check_folder_writable
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import check_level, find_task
+from dvn_cli.store.slicing import slice_file
 
 FORMATS = ("safetensors",)
 
@@ -37,18 +39,17 @@ def slice_command(
     """Cut the network of a task and level out of a checkpoint, into a file that needs nothing else."""
     if file_format not in FORMATS:
         raise InputError(f"there is no format '{file_format}'; --format takes {', '.join(FORMATS)}")
-    header = checkpoints.read_checkpoint(checkpoint)
-    tasks = header.metadata["tasks"]
+    header = read_checkpoint(checkpoint)
+    tasks = header.metadata.tasks
     files: dict[tuple[int, int], Path] = {}
     if every and task is None and level is None:
         folder = output or Path(f"{checkpoint.stem}-slices")
-        for number, entry in enumerate(tasks, 1):
-            for depth in range(1, len(entry["levels"]) + 1):
-                files[number, depth] = folder / _name(checkpoint, number, depth)
+        for number, depth in header.metadata.networks:
+            files[number, depth] = folder / _name(checkpoint, number, depth)
         check_folder_writable(folder)
     elif not every and task is not None and level is not None:
-        number = checkpoints.find_task(header.metadata, task)
-        depth = checkpoints.check_level(header.metadata, number, level)
+        number = find_task(tasks, task)
+        depth = check_level(tasks[number - 1], level)
         name = _name(checkpoint, number, depth)
         files[number, depth] = Path(name) if output is None else output / name if output.is_dir() else output
     else:
@@ -57,14 +58,14 @@ def slice_command(
     results = []
     for (number, depth), file in files.items():
         with _folder_of(file, every):
-            counts = checkpoints.slice_file(header, number, depth, file)
+            counts = slice_file(header, number, depth, file)
         entry = tasks[number - 1]
-        result = {
+        result: dict[str, Any] = {
             "file": str(file),
             "task": number,
-            "name": entry["name"],
+            "name": entry.name,
             "level": depth,
-            "units": checkpoints.kept_units(entry, depth),
+            "units": entry.units(depth),
             "params": counts.params,
             "bytes": file.stat().st_size,
         }
@@ -72,7 +73,7 @@ def slice_command(
         if not as_json:
             units = ", ".join(map(str, result["units"]))
             typer.echo(
-                f"{file}  {entry['name']}  level {depth} of {len(entry['levels'])}  units {units}  "
+                f"{file}  {entry.name}  level {depth} of {len(entry.levels)}  units {units}  "
                 f"{counts.params:,} parameters  {result['bytes'] / 1e6:,.2f} MB"
             )
     if as_json:

@@ -19,7 +19,7 @@ from dvn_cli.data.classes import corresponding, few, is_range
 from dvn_cli.data.sources import TEST_SPLITS
 from dvn_cli.errors import InputError
 from dvn_cli.overrides import first_problem, override_key, parse_override, read_yaml
-from dvn_cli.tasks import Task
+from dvn_cli.store.metadata import Task
 
 
 def choose_images(
@@ -48,9 +48,9 @@ def choose_images(
                     "--data source=digits"
                 )
             try:
-                spec = DataSpec.model_validate(task.data["spec"])
-                base = None if task.data["base"] is None else Path(task.data["base"])
-            except (ValidationError, KeyError, TypeError):
+                spec = DataSpec.model_validate(task.data.spec)
+                base = None if task.data.base is None else Path(task.data.base)
+            except ValidationError:
                 raise InputError("what it says of its images cannot be read; give them with --data FOLDER") from None
         else:
             spec = data

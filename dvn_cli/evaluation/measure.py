@@ -1,6 +1,5 @@
 """Accuracy and loss of networks on test images."""
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dvn_cli import checkpoint
 from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
 from dvn_cli.errors import InputError, enough_memory
 from dvn_cli.evaluation.images import choose_images, named, prepared
-from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
-from dvn_cli.tasks import Task
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, from_file
+from dvn_cli.store.file import AnyHeader, read_header
+from dvn_cli.store.metadata import SliceMetadata, Task, check_level, find_task, matching_tasks
+from dvn_cli.store.schema import dumps
 from dvn_cli.units.count import params_and_density
 
 Progress = Callable[[int], None]
@@ -151,7 +151,7 @@ def evaluate_all(
 
             result = evaluate(forward, on_device[number], task, batch_size=batch_size, device=device, progress=progress)
             params, top = _params(network, number, level), _params(network, number, len(task.levels))
-            rows.append(Row(number, task.name, level, task.kept(level), params, params / top, result, file))
+            rows.append(Row(number, task.name, level, task.units(level), params, params / top, result, file))
     finally:
         network.train(training)
     return rows
@@ -170,7 +170,7 @@ class Loaded:
     """A checkpoint's or a slice's file, its networks that are asked for, and the images of each of their tasks."""
 
     file: str
-    header: checkpoint.Header
+    header: AnyHeader
     module: DeepVirtualNetwork | VirtualNetwork
     networks: list[tuple[int, int]]
     splits: dict[int, Split]
@@ -202,8 +202,7 @@ class Loaded:
             split = self.splits[number].to(device)
             result = evaluate(module, split, task, batch_size=batch_size, device=device, progress=progress)
         params, density = params_and_density(self.header)
-        units = tuple(self.header.metadata["kept"])
-        return [Row(number, task.name, level, units, params, density, result, self.file)]
+        return [Row(number, task.name, level, task.units(level), params, density, result, self.file)]
 
 
 def open_files(
@@ -228,14 +227,14 @@ def open_files(
         InputError: a file that is missing or broken, no such task or level, or images that are not there or not of
             the tasks' classes.
     """
-    headers = [checkpoint.read_header(path) for path in paths]
+    headers = [read_header(path) for path in paths]
+    slices = [(header.path, header.metadata) for header in headers if isinstance(header.metadata, SliceMetadata)]
     if task is not None:  # of all slices together, a text must not be the number of one and the name of another
-        slices = [header.metadata for header in headers if header.kind == "slice"]
-        checkpoint.matching_tasks({(one["task_number"], one["task"]["name"]) for one in slices}, task)
+        matching_tasks({(one.task_number, one.task.name) for _, one in slices}, task)
     chosen = [_networks(header, task, level) for header in headers]
     if not any(chosen):
         asked = " and ".join([f"task '{task}'"] * (task is not None) + [f"level {level}"] * (level is not None))
-        names = [f"'{h.path}' (task '{h.metadata['task']['name']}', level {h.metadata['level']})" for h in headers]
+        names = [f"'{path}' (task '{one.task.name}', level {one.level})" for path, one in slices]
         raise InputError(f"none of the slices is of {asked}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
     reader = Reader()
     tasks: dict[str, Task] = {}
@@ -243,14 +242,13 @@ def open_files(
     of_files: list[dict[int, str]] = []  # of each file the key of every task's images
     for header, networks in zip(headers, chosen, strict=True):
         of_files.append({})
-        channels = header.metadata["backbone"]["in_chans"]
+        channels = header.metadata.backbone.in_chans
         for number in dict.fromkeys(number for number, _ in networks):
-            entry = header.metadata["task"] if header.kind == "slice" else header.metadata["tasks"][number - 1]
-            of_entry = Task.from_dict(entry)
-            key = json.dumps([entry["classes"], prepared(of_entry), channels, data is None and entry["data"]])
+            entry = header.metadata.numbered_tasks[number]
+            key = dumps([entry.classes, prepared(entry), channels, data is None and entry.data])
             if key not in images:
-                tasks[key] = of_entry
-                images[key] = choose_images(reader, of_entry, channels, data, base, note)
+                tasks[key] = entry
+                images[key] = choose_images(reader, entry, channels, data, base, note)
             of_files[-1][number] = key
     reader.check_memory()
     splits = {}
@@ -261,21 +259,19 @@ def open_files(
         for line in reader.notes:
             note(line)
     return [
-        Loaded(str(path), header, load(path), networks, {number: splits[key] for number, key in of_file.items()})
+        Loaded(str(path), header, from_file(header), networks, {number: splits[key] for number, key in of_file.items()})
         for path, header, networks, of_file in zip(paths, headers, chosen, of_files, strict=True)
         if networks
     ]
 
 
-def _networks(header: checkpoint.Header, task: str | None, level: int | None) -> list[tuple[int, int]]:
+def _networks(header: AnyHeader, task: str | None, level: int | None) -> list[tuple[int, int]]:
     """The networks of a file that are asked for, by number of task and level; none of a slice that is another one."""
     metadata = header.metadata
-    if header.kind == "slice":
-        own, depth = metadata["task_number"], metadata["level"]
-        asked = task is None or checkpoint.matching_tasks([(own, metadata["task"]["name"])], task)
-        return [(own, depth)] if asked and level in (None, depth) else []
-    numbers = [checkpoint.find_task(metadata, task)] if task else list(range(1, len(metadata["tasks"]) + 1))
-    depths = {number: len(metadata["tasks"][number - 1]["levels"]) for number in numbers}
+    if isinstance(metadata, SliceMetadata):
+        asked = task is None or matching_tasks([(metadata.task_number, metadata.task.name)], task)
+        return [network for network in metadata.networks if asked and level in (None, network[1])]
+    numbers = [find_task(metadata.tasks, task)] if task else list(metadata.numbered_tasks)
     if level is not None:
-        checkpoint.check_level(metadata, max(numbers, key=lambda number: depths[number]), level)
-    return [(n, d) for n in numbers for d in range(1, depths[n] + 1) if level in (None, d)]
+        check_level(max((metadata.tasks[number - 1] for number in numbers), key=lambda entry: len(entry.levels)), level)
+    return [(n, depth) for n, depth in metadata.networks if n in numbers and level in (None, depth)]

@@ -18,6 +18,7 @@ from dvn_cli.errors import DvnError, InputError
 from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.store.metadata import StateMetadata
 from dvn_cli.training.methods import METHODS, Network, plan
 from dvn_cli.training.moves import Moves
 from dvn_cli.training.recipe import OptimizerKeys, Recipe
@@ -104,8 +105,8 @@ class Run:
 
     # The state between two epochs
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that changes during a run, as tensors and JSON."""
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that change during a run."""
         tensors = {f"network/{name}": tensor for name, tensor in self.network.file_tensors().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_tensors.items()}
         if self.teacher is not None:
@@ -116,18 +117,18 @@ class Run:
         tensors["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        return tensors, {"epochs_done": self.epochs_done, "history": self.history, "best": json_number(self.best)}
+        return tensors
 
-    def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Goes back to a state."""
+    def restore(self, tensors: Mapping[str, Tensor], metadata: StateMetadata) -> None:
+        """Goes back to a state: what `state` returned, and what else its file says."""
         self._put(self.network, tensors, "network/")
-        self.epochs_done, self.history = metadata["epochs_done"], list(metadata["history"])
+        self.epochs_done, self.history = metadata.epochs_done, [dict(entry) for entry in metadata.history]
         self._begin()
         if self.epochs_done > self._start:
             if self.teacher is not None:
                 self._put(self.teacher, tensors, "teacher/")
             self.best_tensors = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
-            self.best = -math.inf if metadata["best"] is None else metadata["best"]
+            self.best = -math.inf if metadata.best is None else metadata.best
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
                 if name.startswith("optimizer/"):

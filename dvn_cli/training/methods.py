@@ -126,7 +126,7 @@ def plan(
         return [Stage(tuple(range(1, len(tasks) + 1)), tuple(every), (), (), "all", epochs)]
     units = len(tasks[0].order)
     known = max((task for task, _ in before), default=0)
-    used = max((unit for task, level in before for unit in tasks[task - 1].kept(level)), default=units - len(tasks))
+    used = max((unit for task, level in before for unit in tasks[task - 1].units(level)), default=units - len(tasks))
     before = tuple(before)
     stages: list[Stage] = []
     for newest in range(known + 1, len(tasks) + 1):
@@ -134,7 +134,7 @@ def plan(
         there = tuple(
             (task, level)
             for task, level in every
-            if task <= newest and all(unit <= active for unit in tasks[task - 1].kept(level))
+            if task <= newest and all(unit <= active for unit in tasks[task - 1].units(level))
         )
         learn = tuple(network for network in there if network[0] == newest)
         if not learn:

@@ -14,15 +14,17 @@ def elements(network: DeepVirtualNetwork, networks: Iterable[Network]) -> dict[s
     used: dict[str, Tensor] = {}
     tensors = network.file_tensors()
     for task, level in networks:
-        kept = network.networks(task, level).kept
-        for name in network.partition.shapes:
+        entry = network.tasks[task - 1]
+        for name, whole in network.partition.shapes.items():
             source = network.source(name, task, level)
             shape = tensors[source].shape
             mask = torch.ones(shape, dtype=torch.bool)
-            for dim, indices in enumerate(kept[name] if "/level/" not in source else ()):
-                if indices is not None:
+            if "/level/" not in source:
+                assignment, classes = network.partition.assignment, len(entry.classes)
+                for dim, runs in enumerate(assignment.runs(name, whole, entry.units(level), classes)):
                     along = torch.zeros(shape[dim], dtype=torch.bool)
-                    along[indices] = True
+                    for start, stop in runs:
+                        along[start:stop] = True
                     mask &= along.view(-1, *(1,) * (len(shape) - dim - 1))
             used[source] = mask | used[source] if source in used else mask
     return used

@@ -4,25 +4,24 @@ import contextlib
 import json
 import platform
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from dvn_cli import checkpoint
 from dvn_cli.data import DataSpec
 from dvn_cli.data.spec import MAY_DIFFER, locate
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError, enough_memory
 from dvn_cli.files import atomic, check_writable
-from dvn_cli.network import read_tensors
-from dvn_cli.tasks import Task
+from dvn_cli.network import read_tensors, to_data
+from dvn_cli.store.file import Header, is_trained, lost_with, read_checkpoint, write
+from dvn_cli.store.metadata import CheckpointMetadata, StateMetadata, Task, TrainingRecord
 from dvn_cli.training import setup, state
-from dvn_cli.training.loop import Run
+from dvn_cli.training.loop import Run, json_number
 from dvn_cli.training.recipe import Keys, Recipe
 
 LIBRARIES = ("dvn", "torch", "timm", "torchvision", "safetensors")
@@ -102,22 +101,22 @@ class Session:
             check_writable(file)  # now, not after the last epoch
         if not resume and not force:
             refuse_to_lose(self.files)
-        interrupted = state.load(self.files.state) if resume and self.files.state.exists() else None
+        interrupted = state.read(self.files.state) if resume and self.files.state.exists() else None
         finished = Finished.read(self.files) if resume and interrupted is None else None
         if interrupted is not None:
-            _check_recipe(interrupted[1]["recipe"], recipe, "the interrupted run")
+            _check_recipe(interrupted.metadata.recipe, recipe, "the interrupted run")
         elif finished is not None:
             finished.check(recipe)
         data = setup.load_data(recipe, base, note)
         network, before = setup.build(recipe, data, base, note)
         known = len(network.tasks) - len(data)
-        self._images = [[len(d.train), len(d.validation or ())] for d in data]
+        self._images = tuple((len(d.train), len(d.validation or ())) for d in data)
         with self._enough_memory(device):
             self.run = Run(recipe, network, dict(enumerate(data, known + 1)), device, before)
         self.run.check_batches()
         self.restarts: list[int] = []
         if interrupted is not None:
-            self._restore(*interrupted)
+            self._restore(interrupted)
             note(f"going on after epoch {self.run.epochs_done}")
         elif finished is not None:
             self._extend(finished)
@@ -130,14 +129,16 @@ class Session:
         elif resume:
             note("there is nothing to resume: the run starts from its beginning")
 
-    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        if "tasks" in metadata:  # which the first files do not have
-            _check_data(metadata["tasks"], self.run.network.tasks)
+    def _restore(self, interrupted: Header[StateMetadata]) -> None:
+        metadata = interrupted.metadata
+        if metadata.tasks is not None:
+            _check_data(metadata.tasks, self.run.network.tasks)
             learnt = self.run.network.tasks[-len(self._images) :]
-            for task, before, now in zip(learnt, metadata["images"], self._images, strict=False):
+            for task, before, now in zip(learnt, metadata.images, self._images, strict=False):
                 if before != now:
                     raise _other_data(task)
-        self.restarts = metadata.get("restarts", [])
+        self.restarts = list(metadata.restarts)
+        tensors = state.tensors(interrupted)
         try:
             self.run.restore(tensors, metadata)
         except (KeyError, RuntimeError, TypeError, ValueError):
@@ -146,15 +147,16 @@ class Session:
             ) from None
 
     def _extend(self, finished: "Finished") -> None:
-        _check_data(finished.header.metadata["tasks"], self.run.network.tasks)
+        _check_data(finished.header.metadata.tasks, self.run.network.tasks)
+        tensors = read_tensors(finished.header)
         try:
-            self.run.extend(read_tensors(finished.header), finished.history, finished.epochs)
+            self.run.extend(tensors, finished.history, finished.epochs)
         except (KeyError, RuntimeError, TypeError, ValueError):
             raise InputError(
                 f"'{self.files.checkpoint}' does not fit the networks that the recipe gives now: give another output "
                 "with -o"
             ) from None
-        self.restarts = list(finished.training.get("restarts", []))
+        self.restarts = list(finished.training.restarts)
         if finished.epochs < self.run.total_epochs:
             self.restarts.append(finished.epochs)
 
@@ -170,20 +172,28 @@ class Session:
             DvnError: a loss is not a number, the device's memory is too small, or a file cannot be written; an older
                 checkpoint stays what it was, and so does its record.
         """
-        tasks = [task.to_dict() | {"data": None} for task in self.run.network.tasks]
+        tasks = tuple(replace(task, data=None) for task in self.run.network.tasks)
 
         def keep(run: Run) -> None:
             self._note_capture()
-            tensors, metadata = run.state()
-            metadata |= {"recipe": self.record["recipe"], "total_epochs": run.total_epochs, "restarts": self.restarts}
+            metadata = StateMetadata(
+                recipe=self.record["recipe"],
+                epochs_done=run.epochs_done,
+                history=tuple(run.history),
+                best=json_number(run.best),
+                total_epochs=run.total_epochs,
+                restarts=tuple(self.restarts),
+                tasks=tasks,
+                images=self._images,
+            )
             with self._resumable():
-                state.save(self.files.state, tensors, {**metadata, "tasks": tasks, "images": self._images})
+                write(self.files.state, to_data(run.state()), metadata)
             after_epoch(run)
 
         with self._enough_memory(self.run.device):
             self.run.run(keep, after_step)
-        done = {"epochs": self.run.epochs_done} | ({"restarts": self.restarts} if self.restarts else {})
-        self.run.network.training_record = {**self.record, **done}
+        epochs, restarts = self.run.epochs_done, tuple(self.restarts)
+        self.run.network.training_record = TrainingRecord(**self.record, epochs=epochs, restarts=restarts)
         self.record["stored"] = sum(p.numel() for p in self.run.network.parameters())
         with self._resumable():
             self.run.network.save(self.files.checkpoint)
@@ -205,7 +215,7 @@ class Session:
         except DvnError as error:
             if not self.files.state.exists():
                 raise
-            done = state.read_metadata(self.files.state)["epochs_done"]
+            done = state.read(self.files.state).metadata.epochs_done
             kept = f"'{self.files.state}' has all up to epoch {done}"
             raise type(error)(f"{error}; {kept}: the same command with --resume goes on from there") from error
 
@@ -236,7 +246,7 @@ class Finished:
         record: what is beside it; empty where that is lost.
     """
 
-    header: checkpoint.Header
+    header: Header[CheckpointMetadata]
     record: dict[str, Any]
 
     @classmethod
@@ -246,23 +256,25 @@ class Finished:
         Raises:
             InputError: there is something else.
         """
-        if not checkpoint.is_trained(files.checkpoint):
-            if lost := checkpoint.lost_with(files.checkpoint):
+        if not is_trained(files.checkpoint):
+            if lost := lost_with(files.checkpoint):
                 raise InputError(f"{lost}, which is no run to resume: --force replaces it, -o writes elsewhere")
             return None
         record: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(files.record.read_text(encoding="utf-8"))
-        return cls(checkpoint.read_header(files.checkpoint), record if isinstance(record, dict) else {})
+        return cls(read_checkpoint(files.checkpoint), record if isinstance(record, dict) else {})
 
     @property
-    def training(self) -> dict[str, Any]:
-        return self.header.metadata["training"]
+    def training(self) -> TrainingRecord:
+        assert self.header.metadata.training is not None
+        return self.header.metadata.training
 
     @property
     def epochs(self) -> int:
         """Of all stages."""
-        return self.training["epochs"]
+        assert self.training.epochs is not None
+        return self.training.epochs
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -278,15 +290,15 @@ class Finished:
     def check(self, recipe: Recipe) -> None:
         """Raises InputError unless it is of the recipe, but for fewer epochs."""
         path = self.header.path
-        if not isinstance(self.training.get("epochs"), int):
+        if self.training.epochs is None:
             raise InputError(f"'{path}' does not say how many epochs it was trained for: start again with --force")
-        before = _check_recipe(self.training.get("recipe"), recipe, f"'{path}'", {"epochs"}).epochs
+        before = _check_recipe(self.training.recipe, recipe, f"'{path}'", {"epochs"}).epochs
         if before > recipe.epochs:
             raise InputError(f"'{path}' has been trained for {before} epochs: with --resume give as many or more")
 
     def is_complete(self, recipe: Recipe) -> bool:
         """Whether nothing is left to do for a recipe, which it is of (see `check`)."""
-        return self.results is not None and self.training["recipe"]["epochs"] == recipe.epochs
+        return self.results is not None and self.training.recipe.get("epochs") == recipe.epochs
 
 
 def complete_run(recipe: Recipe, output: Path) -> Finished | None:
@@ -308,8 +320,8 @@ def refuse_to_lose(files: Files) -> None:
     elsewhere = "-o writes elsewhere, --force replaces it"
     if lost := state.lost_with(files.state):
         raise InputError(f"{lost}: --resume goes on with it, {elsewhere}")
-    if lost := checkpoint.lost_with(files.checkpoint):
-        more = ", --resume trains it on to more epochs" if checkpoint.is_trained(files.checkpoint) else ""
+    if lost := lost_with(files.checkpoint):
+        more = ", --resume trains it on to more epochs" if is_trained(files.checkpoint) else ""
         raise InputError(f"{lost}: {elsewhere}{more}")
     if files.record.exists():
         raise InputError(f"'{files.record}' is the record of a run: {elsewhere}")
@@ -355,10 +367,9 @@ def _difference(before: Any, now: Any, apart: Collection[str] = (), path: str = 
     return next(filter(None, inner), None)
 
 
-def _check_data(before: Sequence[dict[str, Any]], now: Sequence[Task]) -> None:
+def _check_data(before: Sequence[Task], now: Sequence[Task]) -> None:
     """Raises InputError where tasks are not told apart, or their images not prepared, as they were."""
-    for entry, task in zip(before, now, strict=False):
-        old = Task.from_dict(entry)
+    for old, task in zip(before, now, strict=False):
         if any(getattr(old, key) != getattr(task, key) for key in ("classes", "input_size", "mean", "std")):
             raise _other_data(task)
 

@@ -9,26 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvn_cli import checkpoint
-from dvn_cli.backbones import (
-    BackboneSpec,
-    Preprocessing,
-    default,
-    load_pretrained,
-    load_weights,
-    preprocessing,
-    resolve,
-)
+from dvn_cli.backbones import BackboneSpec, default, load_pretrained, load_weights, preprocessing, resolve
 from dvn_cli.data import DataSpec, Reader, TaskData
 from dvn_cli.data.resize import Resize
 from dvn_cli.data.spec import locate
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork, load
-from dvn_cli.partition import Owner, Partition
-from dvn_cli.tasks import Task
+from dvn_cli.partition import Partition
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import DataSource, Owner, Preprocessing, Rule, Task
 from dvn_cli.training.methods import METHODS, Method, Network, levels_of
 from dvn_cli.training.recipe import Recipe
-from dvn_cli.units.assign import Rule
 from dvn_cli.units.order import paper_order
 
 Note = Callable[[str], None]
@@ -79,8 +70,7 @@ def _preprocessing(recipe: Recipe, base: Path, channels: int) -> Preprocessing |
     """How images were prepared for the weights that a recipe starts from; None where those are random."""
     start = recipe.partition or recipe.continues
     if start is not None:
-        found = checkpoint.read_checkpoint(locate(start, base)).metadata.get("preprocessing")
-        return None if found is None else Preprocessing.from_dict(found)
+        return read_checkpoint(locate(start, base)).metadata.preprocessing
     assert recipe.backbone is not None
     if recipe.backbone.weights is None and not recipe.backbone.pretrained:
         return None
@@ -130,8 +120,7 @@ def _channels(recipe: Recipe, base: Path) -> int:
     """Channels of the images, before any is read."""
     start = recipe.partition or recipe.continues
     if start is not None:
-        header = checkpoint.read_checkpoint(locate(start, base))
-        return BackboneSpec.from_dict(header.metadata["backbone"]).in_chans
+        return read_checkpoint(locate(start, base)).metadata.backbone.in_chans
     assert recipe.backbone is not None
     return recipe.backbone.in_chans or default(recipe.backbone.name).in_chans
 
@@ -204,7 +193,7 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     opened, method = _open(recipe.continues, base), METHODS[recipe.method]
     if opened.training_record is None:
         raise InputError(f"'{recipe.continues}' has not been trained yet: give it as partition")
-    trained = opened.training_record["recipe"].get("method", "dvn")
+    trained = opened.training_record.recipe.get("method", "dvn")
     if trained != recipe.method:
         raise InputError(f"'{recipe.continues}' was trained with method={trained}: continue with the same")
     known, units = opened.tasks, opened.partition.units
@@ -214,7 +203,7 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     before = list(opened)
     tasks = [*known, *_tasks(recipe, data, opened.partition, base, len(known))]
     if method.levels == "all":
-        used = max(unit for of in before for unit in known[of[0] - 1].kept(of[1]))
+        used = max(unit for of in before for unit in known[of[0] - 1].units(of[1]))
         there = min(used + len(data), units) if recipe.sequential.grow else units
         wanted = recipe.levels or range(1, units + 1)
         for place, task in enumerate(tasks):
@@ -267,10 +256,10 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], partition: Partition, base:
                 tuple(images.std),
                 tuple(order),
                 levels_of(method, number, count, levels, keys.name),
-                {
-                    "spec": images.spec.model_dump(mode="json"),
-                    "base": str(base.resolve()) if images.spec.has_relative_path else None,
-                },
+                DataSource(
+                    images.spec.model_dump(mode="json"),
+                    str(base.resolve()) if images.spec.has_relative_path else None,
+                ),
                 resize.interpolation,
                 resize.crop_pct,
                 resize.crop_mode,

@@ -1,48 +1,20 @@
 """Which unit owns which indices of which tensor."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Labeller
-
-Runs = list[list[int]]  # [start, stop) of indices, in order
+from dvn_cli.store.metadata import Rule
+from dvn_cli.store.ownership import Assignment, Axis, Run
 
 SHARED = -1  # in place of a unit's number (from 0): kept by all
 CLASS = -2  # a class of the classifier: kept by the tasks that have it
-
-ASSIGN = ("even", "importance")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How channels are dealt to the units.
-
-    Attributes:
-        assign: `even`: consecutive channels; `importance`: by the L2 norm of all weights of a class of coupled channels
-            (Li et al., ICLR 2017; the group norm of Fang et al., CVPR 2023), so that units are equally strong.
-        round_to: what widths of units are multiples of, wherever every unit then still has channels.
-
-    Raises:
-        InputError: no such `assign`, or `round_to` is below 1.
-    """
-
-    assign: str = "even"
-    round_to: int = 1
-
-    def __post_init__(self) -> None:
-        if self.assign not in ASSIGN:
-            near = did_you_mean(self.assign, ASSIGN)
-            raise InputError(f"channels are assigned {' or '.join(ASSIGN)}, not '{self.assign}'{near}")
-        if self.round_to < 1:
-            raise InputError(f"widths are rounded to multiples of 1 or more (8, say), not {self.round_to}")
-
 
 EVEN = Rule()
 
@@ -60,24 +32,6 @@ class Bucket:
     channels: int
     places: tuple[tuple[str, int], ...]
     sizes: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Assignment:
-    """What each unit owns.
-
-    Attributes:
-        units: how many units there are.
-        axes: distinct ways in which dimensions are divided: for each unit the runs of indices that it owns. Indices in
-            no unit's runs belong to all.
-        tensors: for each tensor of the backbone its dimensions' numbers in `axes`; None: not divided.
-        classes: (name, dimension) that hold the classes of the classifier, one index each.
-    """
-
-    units: int
-    axes: list[list[Runs]]
-    tensors: dict[str, list[int | None]]
-    classes: list[tuple[str, int]]
 
 
 def assign(
@@ -184,7 +138,7 @@ def _dealt(energy: np.ndarray, sizes: np.ndarray, lead: np.ndarray) -> np.ndarra
 
 
 def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray, class_roots: np.ndarray) -> Assignment:
-    axes: list[list[Runs]] = []
+    axes: list[Axis] = []
     number: dict[str, int] = {}
     tensors: dict[str, list[int | None]] = {}
     classes = []
@@ -197,29 +151,19 @@ def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray, class_r
             if (owner == SHARED).all():
                 tensors[name].append(None)
                 continue
-            axis = [_runs(owner == u) for u in range(labeller.units)]
+            axis = tuple(_runs(owner == u) for u in range(labeller.units))
             key = repr(axis) + f"/{len(owner)}"
             if key not in number:
                 number[key] = len(axes)
                 axes.append(axis)
             tensors[name].append(number[key])
-    return Assignment(labeller.units, axes, tensors, classes)
+    by_name = {name: tuple(along) for name, along in tensors.items()}
+    return Assignment(labeller.units, tuple(axes), by_name, tuple(classes))
 
 
-def _runs(mask: np.ndarray) -> Runs:
+def _runs(mask: np.ndarray) -> tuple[Run, ...]:
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
-    return edges.reshape(-1, 2).tolist()
-
-
-def owned(axes: Sequence[Sequence[Runs]], units: Iterable[int]) -> list[int]:
-    """For each axis how many of its indices some units, by number from 1, own."""
-    numbers = list(units)
-    return [sum(stop - start for unit in numbers for start, stop in axis[unit - 1]) for axis in axes]
-
-
-def undivided(shape: Sequence[int], axes: Sequence[int | None], indices: Sequence[int]) -> int:
-    """How many elements of a tensor, divided along some axes, no unit owns; `indices`: of each axis, see `owned`."""
-    return math.prod(n - (0 if axis is None else indices[axis]) for n, axis in zip(shape, axes, strict=True))
+    return tuple((start, stop) for start, stop in edges.reshape(-1, 2).tolist())
 
 
 def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
@@ -232,6 +176,8 @@ def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
     unit = torch.full((len(roots),), SHARED)
     owners = []
     for name, axes in assignment.tensors.items():
+        if len(axes) != len(labeller.sources.get(name, ())):
+            raise InputError(f"the backbone has no such tensor as {name}: its library may have changed since")
         for dim, axis in enumerate(axes):
             found = roots[labeller.sources[name][dim]]
             owner = torch.full((len(found),), SHARED)
@@ -262,7 +208,3 @@ def kept_labels(labeller: Labeller, unit: Tensor, kept: Sequence[int], classes: 
         keep[unit == CLASS] = False
         keep[torch.isin(torch.from_numpy(labeller.classes.roots()), output[:classes])] = True
     return keep
-
-
-def axes_by_name(tensors: Mapping[str, Any]) -> dict[str, list[int | None]]:
-    return {name: list(entry["axes"]) for name, entry in tensors.items()}

@@ -6,9 +6,10 @@ from pictures import COLOURS, MEAN, STD, write_folder
 
 from dvn_cli import cli
 from dvn_cli.backbones import resolve
-from dvn_cli.checkpoint import read_checkpoint, slice_file
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.slicing import slice_file
 from dvn_cli.tasks import Task
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from dvn_cli.backbones import BackboneSpec
-from dvn_cli.checkpoint import kept_runs
 from dvn_cli.data import TaskData
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
@@ -103,16 +102,10 @@ def labels_of(images: Tensor, data: TaskData) -> Tensor:
 
 
 def indices(network: DeepVirtualNetwork, name: str, task: int, level: int) -> list[Tensor]:
-    """Along each dimension of a full tensor what a network keeps, from the runs that the file lists."""
-    assignment = network.partition.assignment
-    kept = network.tasks[task - 1].kept(level)
-    own = []
-    for dim, (size, axis) in enumerate(zip(network.partition.shapes[name], assignment.tensors[name], strict=True)):
-        runs = [(0, size)] if axis is None else kept_runs(assignment.axes[axis], kept, size)
-        index = torch.cat([torch.arange(start, stop) for start, stop in runs])
-        limit = len(network.tasks[task - 1].classes) if (name, dim) in assignment.classes else size
-        own.append(index[index < limit])
-    return own
+    """Along each dimension of a full tensor what a network has, from the runs that the file lists."""
+    entry, shape = network.tasks[task - 1], network.partition.shapes[name]
+    runs = network.partition.assignment.runs(name, shape, entry.units(level), len(entry.classes))
+    return [torch.cat([torch.arange(start, stop) for start, stop in along]) for along in runs]
 
 
 def gathered(network: DeepVirtualNetwork, copies: Mapping[tuple[int, int], nn.Module]) -> dict[str, Tensor]:

@@ -36,9 +36,9 @@ def places(network: DeepVirtualNetwork, name: str) -> tuple[Tensor, dict[int, Pl
     statistic = any(fnmatch.fnmatch(name, pattern) for pattern in STATISTICS)
     metadata, shape = network.partition.metadata(), network.file_tensors()[name].shape
     keys = torch.zeros(shape, dtype=torch.long)
-    for dim, axis in enumerate(metadata["tensors"][parts[-1]]["axes"] if not level else ()):
+    for dim, axis in enumerate(metadata.tensors[parts[-1]].axes if not level else ()):
         along = torch.zeros(shape[dim], dtype=torch.long)
-        for unit, runs in enumerate(metadata["axes"][axis] if axis is not None else (), 1):
+        for unit, runs in enumerate(metadata.axes[axis] if axis is not None else (), 1):
             for start, stop in runs:
                 along[start:stop] = 1 << unit
         keys |= along.view(-1, *(1,) * (len(shape) - dim - 1))

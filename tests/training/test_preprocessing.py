@@ -14,13 +14,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dvn_cli.backbones import Preprocessing
-from dvn_cli.checkpoint import read_checkpoint, read_header, slice_file
 from dvn_cli.cli import main
 from dvn_cli.data import DataSpec, batches
 from dvn_cli.data.resize import Resize
 from dvn_cli.evaluation import measure
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
+from dvn_cli.store.file import read_checkpoint, read_header
+from dvn_cli.store.slicing import slice_file
 from dvn_cli.training import recipe as recipes
 from dvn_cli.training import setup
 from dvn_cli.training.session import Session
@@ -81,11 +81,11 @@ def test_images_are_prepared_as_for_the_weights_and_it_is_said(folder: Path) -> 
     made.train(small.nothing, small.nothing)
     header = read_checkpoint(folder / "dvn.safetensors")
     slice_file(header, 1, 1, folder / "slice.safetensors")
-    of_slice = read_header(folder / "slice.safetensors").metadata["task"]
-    for entry in (header.metadata["tasks"][0], of_slice):
+    of_slice = read_header(folder / "slice.safetensors").metadata.task
+    for entry in (header.metadata.tasks[0], of_slice):
         assert (entry["interpolation"], entry["crop_pct"], entry["crop_mode"]) == ("bicubic", 0.95, "center")
         assert (entry["mean"], entry["std"]) == ([*MEAN], [*STD])
-    assert Preprocessing.from_dict(header.metadata["preprocessing"]).crop_pct == 0.95
+    assert header.metadata.preprocessing.crop_pct == 0.95
     images = DataSpec(source="folder", path=str(folder / "photos"))
     (opened,) = measure.open_files([folder / "slice.safetensors"], data=images)
     assert torch.equal(opened.splits[1].images, made.run.data[1].test.images)

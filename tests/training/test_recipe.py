@@ -8,6 +8,7 @@ import os
 import shlex
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -439,7 +440,7 @@ def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
     network = session.run.network
     return {
         "tensors": {name: tensor.detach().numpy().tobytes() for name, tensor in network.file_tensors().items()},
-        "tasks": [{**task.to_dict(), "data": None} for task in network.tasks],
+        "tasks": [replace(task, data=None) for task in network.tasks],
         "history": small.history(session.run),
         "best": session.run.best,
         "threads": threads,
@@ -536,7 +537,7 @@ def test_partition(tmp_path: Path, classes: int) -> None:
 
 def replaced(session: Session, classes: int) -> Any:
     spec = session.run.network.partition.spec
-    return type(spec).from_dict({**spec.to_dict(), "num_classes": classes})
+    return replace(spec, num_classes=classes)
 
 
 def test_no_partition(tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dvn_cli.checkpoint import read_header, slice_file
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError
-from dvn_cli.network import DeepVirtualNetwork, load
+from dvn_cli.network import DeepVirtualNetwork, load, to_data
+from dvn_cli.store.file import read_header, write
+from dvn_cli.store.slicing import slice_file
 from dvn_cli.training import loop, state
 from dvn_cli.training import recipe as recipes
 from dvn_cli.training.session import Session, complete_run
@@ -59,8 +60,8 @@ def test_files(whole: tuple[Path, Session]) -> None:
         assert all(0 <= value <= 100 for levels in entry["validation"] for value in levels)
         assert entry["seconds"] > 0
     header = read_header(folder / "dvn.safetensors")
-    assert header.metadata["training"]["recipe"] == record["recipe"]
-    assert header.metadata["training"]["epochs"] == 2
+    assert header.metadata.training.recipe == record["recipe"]
+    assert header.metadata.training.epochs == 2
     loaded = load(folder / "dvn.safetensors")
     assert isinstance(loaded, DeepVirtualNetwork)
     own = session.run.network.file_tensors()
@@ -138,11 +139,12 @@ def test_state_goes_round(tmp_path: Path, more: list[str], epoch: int) -> None:
     session = small.session(tmp_path, *words)
     with pytest.raises(small.Stopped):
         session.train(*small.stop_after(epoch))
-    tensors, metadata = session.run.state()
+    tensors = session.run.state()
     parts = {name.split("/")[0] for name in tensors}
     assert parts == {"network", "best", "optimizer", "generator", "random"} | ({"teacher"} if epoch > 1 else set())
-    again, metadata_again = small.session(tmp_path, *words, resume=True).run.state()
-    assert metadata_again == metadata
+    resumed = small.session(tmp_path, *words, resume=True).run
+    assert all(getattr(resumed, key) == getattr(session.run, key) for key in ("epochs_done", "history", "best"))
+    again = resumed.state()
     assert again.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == again[name].dtype
@@ -201,7 +203,7 @@ def test_more_epochs(tmp_path: Path) -> None:
         assert ("going on at its place in the schedule of 4 epochs" in noted[0]) == (name == "a")
     a, b = (tmp_path / name / "dvn.safetensors" for name in ("a", "b"))
     assert a.read_bytes() == b.read_bytes()
-    assert read_header(a).metadata["training"]["restarts"] == [2]
+    assert read_header(a).metadata.training.restarts == (2,)
     record = json.loads((tmp_path / "a" / "dvn.run.json").read_text())
     assert record["restarts"] == [2]
     assert [entry["epoch"] for entry in record["epochs"]] == [1, 2, 3, 4]
@@ -327,13 +329,14 @@ def test_damaged_state(whole: tuple[Path, Session], tmp_path: Path, damage: str)
     elif damage == "foreign":
         save_file({"x": torch.zeros(3)}, path)
     else:
-        tensors, metadata = state.load(path)
+        header = state.read(path)
+        tensors = state.tensors(header)
         name = "network/shared/layer1.0.conv1.weight"
         if damage == "lacking":
             del tensors[name]
         else:
             tensors[name] = tensors[name][:-1].clone()
-        state.save(path, tensors, metadata)
+        write(path, to_data(tensors), header.metadata)
     told = "does not fit the networks" if damage in ("lacking", "narrower") else "is damaged, or not the state of a run"
     with pytest.raises(InputError, match=f"{STATE}' {told}.*start again with --force"):
         small.session(tmp_path, resume=True)

@@ -28,4 +28,5 @@ def test_integer_tables_of_the_state_keep_their_type():
     partition = Partition.create(BackboneSpec("timm", "small", 4, 3, (4, 4)), 2, Tables())
     assert partition.dtypes["order"] == torch.int32
     for units, width in (((1,), 4), ((1, 2), 8)):
-        assert macs(partition, partition.networks(units, 4), (4, 4)) == 16 * 3 * width + 4 * width
+        networks = partition.networks(units, 4)
+        assert macs(networks.eval, partition.tensors(networks), (3, 4, 4)) == 16 * 3 * width + 4 * width
