@@ -24,8 +24,8 @@ from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import Task, TrainingRecord
 from dvn_cli.store.slicing import count, slice_file
-from dvn_cli.tasks import Task
 from dvn_cli.units.assign import Rule, kept_labels
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
@@ -297,12 +297,12 @@ def test_slices_equal_the_supernet_and_hold_nothing_else(trained, tmp_path, monk
 
 
 def test_a_checkpoint_comes_back_as_it_was(trained, tmp_path):
-    trained.training_record = {"epochs": 3}
+    trained.training_record = TrainingRecord({"method": "dvn"}, epochs=3)
     trained.save(tmp_path / "a.safetensors")
     loaded = dvn_cli.load(tmp_path / "a.safetensors")
     assert isinstance(loaded, DeepVirtualNetwork)
     assert not loaded.training
-    assert (loaded.tasks, loaded.training_record) == (TASKS, {"epochs": 3})
+    assert (loaded.tasks, loaded.training_record) == (TASKS, trained.training_record)
     for number, level in loaded:
         assert torch.equal(
             logits(loaded, images(number), number, level), logits(trained, images(number), number, level)

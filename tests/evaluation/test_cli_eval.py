@@ -4,7 +4,7 @@ import pytest
 from pictures import MEAN, STD
 
 from dvn_cli.errors import InputError
-from dvn_cli.tasks import Task
+from dvn_cli.store.metadata import DataSource, Task
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -62,6 +62,6 @@ def test_metadata_of_images_that_cannot_be_read(made):
     from dvn_cli.data import Reader
     from dvn_cli.evaluation.images import choose_images
 
-    task = Task("t", ("a", "b"), (8, 8), MEAN, STD, (1,), (1,), {"spec": {"source": "film"}, "base": "."})
+    task = Task("t", ("a", "b"), (8, 8), MEAN, STD, (1,), (1,), DataSource({"source": "film"}, "."))
     with pytest.raises(InputError, match="task 't': what it says of its images cannot be read; give them with --data"):
         choose_images(Reader(), task, 1)

@@ -182,7 +182,7 @@ def test_the_tasks_own_classes_whatever_has_which_index_by_now(made, tmp_path):
     recipe = parse({**content, "tasks": keys}, "r")
     session = Session(recipe, tmp_path / "all", tmp_path / "d.safetensors", torch.device("cpu"))
     tasks = session.run.network.tasks
-    assert tasks[1].data["spec"]["groups"] == {"low": ["a", "b", "c"], "high": ["e", "f", "d"]}
+    assert tasks[1].data.spec["groups"] == {"low": ["a", "b", "c"], "high": ["e", "f", "d"]}
     for left_out in ((), ("train",), ("train", "test/b")):
         now = tmp_path / "-".join(("now", *left_out)).replace("/", "")
         shutil.copytree(tmp_path / "all", now)

@@ -242,7 +242,7 @@ def test_the_classes_are_told_and_recorded(
     assert record["recipe"]["tasks"][0]["data"]["classes"] == ["yes", 2, 10]
     trained = dvn_cli.load("dvn.safetensors").tasks
     assert [task.classes for task in trained] == [("yes", "2", "10"), ("no", "0")]
-    assert trained[1].data["spec"]["groups"] == {"no": ["10", "yes"], "0": ["1", "2"]}
+    assert trained[1].data.spec["groups"] == {"no": ["10", "yes"], "0": ["1", "2"]}
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,7 @@ def test_units_are_even_and_contiguous():
     assert by_place["stem.weight", 0].sizes == (6, 5, 6, 5)
     assert by_place["stem.weight", 0] == by_place["block.weight", 1] == by_place["norm.running_var", 0]
     assert by_place["narrow.weight", 0].sizes == ()  # fewer channels than units
-    assert assignment.tensors["narrow.weight"] == [None, assignment.tensors["stem.weight"][0], None, None]
+    assert assignment.tensors["narrow.weight"] == (None, assignment.tensors["stem.weight"][0], None, None)
     assert assignment.tensors["stem.weight"][1] is None
     assert assignment.tensors["fc.weight"][0] is None
     assert set(assignment.classes) == {("fc.weight", 0), ("fc.bias", 0)}
