@@ -28,6 +28,7 @@ from dvn_cli.store.metadata import (
     find_task,
 )
 from dvn_cli.store.ownership import Run
+from dvn_cli.store.schema import checked
 from dvn_cli.store.slicing import BLOCK
 
 DTYPES = {
@@ -146,7 +147,7 @@ class DeepVirtualNetwork(nn.Module):
         self._plans: dict[tuple[int, int, bool], tuple[fx.GraphModule, list[tuple[nn.Module, str, Cut]]]] = {}
         for name, tensor in tensors.items():
             self._register(name, tensor)
-        self.metadata()  # what no file can say is refused now, not when it has been trained
+        checked(self.metadata())  # what no file can say is refused now, not when it has been trained
 
     @classmethod
     def from_backbone(

@@ -18,7 +18,7 @@ import os
 import stat
 import weakref
 import zlib
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Generic, TypeVar
@@ -27,8 +27,8 @@ import numpy as np
 
 from dvn_cli.errors import InputError, did_you_mean
 from dvn_cli.files import atomic, reason, written_at
-from dvn_cli.store.metadata import KINDS, CheckpointMetadata, Metadata, SliceMetadata, StateMetadata
-from dvn_cli.store.schema import dumps, loads, parse
+from dvn_cli.store.metadata import KINDS, CheckpointMetadata, Index, Metadata, SliceMetadata, StateMetadata
+from dvn_cli.store.schema import checked, dumps, loads, parse
 from dvn_cli.store.shapes import check_tensors
 
 FORMAT = 1
@@ -181,14 +181,23 @@ def _open(path: str | os.PathLike[str], kinds: Collection[str]) -> Any:
         raise InputError(f"there is no checkpoint '{path}'{hint}") from None
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read '{path}': {reason(error)}") from None
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(file)
+        try:
+            header = _read(path, file, kinds)
+        except OSError as error:
+            raise InputError(f"cannot read '{path}': {reason(error)}") from None
+        stack.pop_all()  # it stays open
+        return header
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Says of which file it is that something is wrong in it."""
     try:
-        return _read(path, file, kinds)
-    except OSError as error:
-        file.close()
-        raise InputError(f"cannot read '{path}': {reason(error)}") from None
-    except BaseException:
-        file.close()
-        raise
+        yield
+    except (InputError, ValueError) as error:  # ValueError: it is no JSON
+        raise InputError(f"'{path}' is damaged: {reason(error)}") from None
 
 
 def _read(path: Path, file: BinaryIO, kinds: Collection[str]) -> Header[Metadata]:
@@ -202,46 +211,33 @@ def _read(path: Path, file: BinaryIO, kinds: Collection[str]) -> Header[Metadata
     start = 8 + int.from_bytes(lead[:8], "little")
     if start > size:
         raise InputError(f"'{path}' is truncated: it ends within its header, after {size} bytes")
-    try:
+    with _named(path):
         if start > MOST_HEADER:
             raise InputError(f"its header has more than {MOST_HEADER:,} bytes")
-        file.seek(8)
-        entries = loads(file.read(start - 8).decode())
+        entries = loads((lead[8:] + file.read(start - 9)).decode())
         texts = parse(_Texts, {"texts": entries.pop("__metadata__", {})}).texts
         tensors = _tensors(entries, start)
-    except (InputError, ValueError) as error:  # ValueError: it is no JSON
-        raise InputError(f"'{path}' is damaged: {reason(error)}") from None
     end = max((tensor.start + tensor.nbytes for tensor in tensors.values()), default=start)
     if end > size:
         raise InputError(f"'{path}' is truncated: it has {size} of {end} bytes")
-    if end < size:
-        raise InputError(f"'{path}' is damaged: it has {size} bytes, its header speaks of {end}")
     if "dvn" not in texts:
         raise InputError(
             f"'{path}' holds plain weights, no checkpoint; `dvn partition BACKBONE --weights {path}` makes one"
         )
-    try:
+    with _named(path):
+        if end < size:
+            raise InputError(f"it has {size} bytes, its header speaks of {end}")
         content = loads(texts["dvn"])
-    except ValueError as error:
-        raise InputError(f"'{path}' is damaged: its metadata is not JSON: {reason(error)}") from None
-    try:
         envelope = parse(_Envelope, content)
-    except InputError as error:
-        raise InputError(f"'{path}' is damaged: in its metadata {error}") from None
     if envelope.format > FORMAT:
         raise InputError(f"'{path}' has format {envelope.format}, this dvn reads up to {FORMAT}: update dvn")
     if envelope.kind not in kinds:
-        raise InputError(f"'{path}' has kind '{envelope.kind}', not {' or '.join(kinds)}")
-    try:
+        raise InputError(f"'{path}' has kind {envelope.kind!r:.40}, not {' or '.join(kinds)}")
+    with _named(path):
         checksums = {} if envelope.checksums is None else _by_tensor(envelope.checksums, content, tensors)
         metadata = parse(KINDS[envelope.kind], content)
-    except InputError as error:
-        raise InputError(f"'{path}' is damaged: in its metadata {error}") from None
-    try:
         if not isinstance(metadata, StateMetadata):
             check_tensors(metadata, tensors)
-    except InputError as error:
-        raise InputError(f"'{path}' is damaged: {error}") from None
     return Header(path, metadata, tensors, file, checksums)
 
 
@@ -256,7 +252,7 @@ class _Texts:
 class _Envelope:
     """What every kind of dvn's metadata says besides its own."""
 
-    format: int
+    format: Index
     kind: str
     checksums: str | None = None
 
@@ -305,11 +301,8 @@ def _by_tensor(text: str, content: Mapping[str, Any], tensors: Mapping[str, Stor
     Raises:
         InputError: they are not of this metadata and these tensors.
     """
-    try:
-        if text[:8] != crc(_described(content, tensors)):
-            raise ValueError
-    except ValueError:  # or it holds something that no JSON has, such as NaN
-        raise InputError("what the file says is not what was written: its checksum is another one") from None
+    if text[:8] != crc(_described(content, tensors)):
+        raise InputError("what it says is not what was written: its checksum is another one")
     found, position = {}, 8
     for name, tensor in sorted(tensors.items()):
         found[name] = text[position : position + 8 * _block_count(tensor.nbytes)]
@@ -337,11 +330,17 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorData], metad
         InputError, DvnError: as `atomic`; InputError as well for metadata that no file may have.
         ValueError: data that does not fit its shape and dtype, or metadata that is not JSON (NaN is not).
     """
-    content = loads(dumps(metadata)) | {"format": FORMAT, "kind": metadata.kind}
+    try:
+        content = checked(metadata) | {"format": FORMAT, "kind": metadata.kind}
+        if not isinstance(metadata, StateMetadata):
+            check_tensors(metadata, tensors)
+    except InputError as error:
+        raise InputError(f"cannot write '{path}': {error}") from None
     # Larger items first keeps every tensor aligned to its item size.
     ordered = dict(sorted(tensors.items(), key=lambda item: (-ITEM_SIZE[item[1].dtype], item[0])))
-    checksums = dict.fromkeys(ordered, "")
     first = crc(_described(content, ordered))
+    # Zeros are as long as the checksums will be.
+    checksums = {name: "0" * 8 * _block_count(tensor.nbytes) for name, tensor in ordered.items()}
 
     def header() -> bytes:
         text = dumps(content | {"checksums": first + "".join(checksums[name] for name in sorted(checksums))})
@@ -354,17 +353,9 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorData], metad
         packed += b" " * (-len(packed) % 8)
         return len(packed).to_bytes(8, "little") + packed
 
-    for name, tensor in ordered.items():
-        checksums[name] = "0" * 8 * _block_count(tensor.nbytes)  # as long as they will be
     before = header()
-    try:
-        parse(type(metadata), content)
-        if not isinstance(metadata, StateMetadata):
-            check_tensors(metadata, tensors)
-        if len(before) > MOST_HEADER:
-            raise InputError(f"its header would have more than {MOST_HEADER:,} bytes")
-    except InputError as error:
-        raise InputError(f"cannot write '{path}': {error}") from None
+    if len(before) > MOST_HEADER:
+        raise InputError(f"cannot write '{path}': its header would have more than {MOST_HEADER:,} bytes")
     with atomic(path) as file:
         file.write(before)
         for name, tensor in ordered.items():

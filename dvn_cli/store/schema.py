@@ -3,6 +3,7 @@
 import functools
 import itertools
 import json
+import math
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
@@ -12,17 +13,22 @@ from dvn_cli.errors import InputError
 
 T = TypeVar("T")
 
+MOST_NESTED = 100
+"""How deep a value is nested at most of which nothing is known."""
 
-class _WrongError(Exception):
+
+class _WrongError(InputError):
     """A value that is not as its annotation says, and the keys that lead to it, the innermost first."""
 
     def __init__(self, problem: str) -> None:
         super().__init__(problem)
         self.keys: list[object] = []
 
-    def within(self, key: object) -> "_WrongError":
-        self.keys.append(key)
-        return self
+
+def _within(key: object, error: InputError) -> _WrongError:
+    wrong = error if isinstance(error, _WrongError) else _WrongError(f"is not usable: {error}")
+    wrong.keys.append(key)
+    return wrong
 
 
 def omitted(default: Any) -> Any:
@@ -34,12 +40,32 @@ def loads(text: str | bytes) -> Any:
     """Parses JSON.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or an object has a key twice.
+        ValueError: it is no JSON (nor is NaN), nested too deeply, or an object has a key twice.
     """
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=_object, parse_float=_number, parse_constant=_number)
+    except ValueError as error:
+        raise ValueError(f"it is no JSON: {error}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def checked(value: Any) -> dict[str, Any]:
+    """Returns a dataclass as parsed JSON, from which `parse` makes it again.
+
+    Raises:
+        InputError: `parse` would refuse it.
+        ValueError: as `dumps`.
+    """
+    content = loads(dumps(value))
+    parse(type(value), content)
+    return content
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text:.20} is no number")
+    return float(text)
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -53,9 +79,12 @@ def dumps(value: Any) -> str:
     """Returns the compact JSON of dataclasses, mappings and sequences, with sorted keys.
 
     Raises:
-        ValueError: there is something that JSON does not have, such as NaN.
+        ValueError: there is something that JSON does not have, such as NaN, or it is nested too deeply.
     """
-    return json.dumps(value, default=_fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    try:
+        return json.dumps(value, default=_fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -79,7 +108,7 @@ def parse(kind: type[T], value: Any) -> T:
         return _reader(kind)(value)  # type: ignore[arg-type]
     except _WrongError as wrong:
         key = ".".join(map(str, reversed(wrong.keys)))
-        raise InputError(f"{key!r:.200} {wrong}" if key else str(wrong)) from None
+        raise InputError(f"{key!r:.200} {wrong}" if key else f"it {wrong}") from None
 
 
 @functools.cache
@@ -87,7 +116,7 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
     """Returns the function that checks and converts a value of an annotated type."""
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
-        return lambda value: value
+        return _any
     if is_dataclass(kind):
         return _dataclass(kind)
     if origin is Annotated:
@@ -107,6 +136,14 @@ def _reader(kind: Any) -> Callable[[Any], Any]:
 def _wrong(value: Any, expected: str) -> _WrongError:
     shown = "a list" if isinstance(value, list) else "an object" if isinstance(value, dict) else f"{value!r:.40}"
     return _WrongError(f"is {shown}, not {expected}")
+
+
+def _any(value: Any, depth: int = 0) -> Any:
+    if depth > MOST_NESTED:
+        raise _WrongError(f"is nested more than {MOST_NESTED} deep")
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _any(inner, depth + 1)
+    return value
 
 
 def _plain(kind: type) -> Callable[[Any], Any]:
@@ -141,8 +178,8 @@ def _tuple(arguments: tuple[Any, ...]) -> Callable[[Any], tuple[Any, ...]]:
         try:
             for item, reader in zip(value, inner, strict=False):
                 items.append(reader(item))
-        except _WrongError as wrong:
-            raise wrong.within(len(items)) from None
+        except InputError as error:
+            raise _within(len(items), error) from None
         return tuple(items)
 
     return read
@@ -156,8 +193,8 @@ def _mapping(inner: Callable[[Any], Any]) -> Callable[[Any], dict[str, Any]]:
         try:
             for key, item in value.items():
                 items[key] = inner(item)
-        except _WrongError as wrong:
-            raise wrong.within(key) from None
+        except InputError as error:
+            raise _within(key, error) from None
         return items
 
     return read
@@ -173,17 +210,14 @@ def _dataclass(kind: Any) -> Callable[[Any], Any]:
             raise _wrong(value, "an object")
         for name in required:
             if name not in value:
-                raise _WrongError("is missing").within(name)
+                raise _within(name, _WrongError("is missing"))
         items, name = {}, ""
         try:
             for name, reader in readers.items():
                 if name in value:
                     items[name] = reader(value[name])
-        except _WrongError as wrong:
-            raise wrong.within(name) from None
-        try:
-            return kind(**items)
         except InputError as error:
-            raise _WrongError(f"is not usable: {error}") from None
+            raise _within(name, error) from None
+        return kind(**items)
 
     return read

@@ -189,7 +189,7 @@ def test_the_tasks_own_classes_whatever_has_which_index_by_now(made, tmp_path):
         for folder in left_out:
             shutil.rmtree(now / folder)
         notes: list[str] = []
-        moved = [replace(task, data={**task.data, "base": str(now)}) for task in tasks]
+        moved = [replace(task, data=replace(task.data, base=str(now))) for task in tasks]
         some, two = labels_by_grey(made, moved, notes)
         b = {} if "test/b" in left_out else {1: 0}
         assert some == {**b, 2: 1, 3: 2, 4: 3}

@@ -4,7 +4,7 @@ from torch import nn
 from dvn_cli.backbones import BackboneSpec
 from dvn_cli.errors import InputError
 from dvn_cli.partition import Partition
-from dvn_cli.units.count import whole
+from dvn_cli.undivided import whole
 
 SPEC = BackboneSpec("timm", "small", 4, 3, (8, 8))
 
@@ -32,10 +32,10 @@ def test_groups_are_divided_so_that_more_is(units):
             return self.head(sum(self.groups(self.stem(x)).chunk(4, 1)).mean((2, 3)))
 
     partition = Partition.create(SPEC, units, Summed())
-    assert partition.assignment.axes[partition.assignment.tensors["stem.weight"][0]] == [
-        [[8 * group + 8 // units * unit, 8 * group + 8 // units * (unit + 1)] for group in range(4)]
+    assert partition.assignment.axes[partition.assignment.tensors["stem.weight"][0]] == tuple(
+        tuple((8 * group + 8 // units * unit, 8 * group + 8 // units * (unit + 1)) for group in range(4))
         for unit in range(units)
-    ]
+    )
 
 
 class Repeated(nn.Module):

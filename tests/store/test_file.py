@@ -193,11 +193,11 @@ def test_write_where_there_is_no_writing(file):
         ),
         (
             lambda whole: safetensors.numpy.save({"a": np.zeros(2)}, {"dvn": "{"}),
-            "is damaged: its metadata is not JSON",
+            "is damaged: it is no JSON",
         ),
         (
             lambda whole: safetensors.numpy.save({"a": np.zeros(2)}, {"dvn": "[]"}),
-            "in its metadata .* not an object",
+            "is damaged: it is a list, not an object",
         ),
     ],
 )
@@ -218,12 +218,14 @@ DEEP = "[" * 100_000 + "]" * 100_000
         ({"format": 2}, "has format 2, this dvn reads up to 1: update dvn"),
         ({"kind": "optimizer"}, "has kind 'optimizer', not checkpoint or slice"),
         ({"kind": "training state"}, "has kind 'training state', not checkpoint or slice"),
-        ({"format": None}, "in its metadata 'format' is None, not an integer"),
-        (DEEP, "is damaged: its metadata is not JSON: it is nested too deeply"),
-        (f'{{"format":{"9" * 5000}}}', "is damaged: its metadata is not JSON: Exceeds the limit"),
-        ('{"format":1,"format":1}', "is damaged: its metadata is not JSON: an object has a key twice"),
-        ({"checksums": "00000000"}, "in its metadata what the file says is not what was written"),
-        ({"checksums": 7}, "in its metadata 'checksums' is 7, not a text"),
+        ({"format": None}, "is damaged: 'format' is None, not an integer"),
+        (DEEP, "is damaged: it is nested too deeply"),
+        (f'{{"format":{"9" * 5000}}}', "is damaged: it is no JSON: Exceeds the limit"),
+        ('{"format":NaN}', "is damaged: it is no JSON: NaN is no number"),
+        ('{"format":1e999}', "is damaged: it is no JSON: 1e999 is no number"),
+        ('{"format":1,"format":1}', "is damaged: it is no JSON: an object has a key twice"),
+        ({"checksums": "00000000"}, "is damaged: what it says is not what was written"),
+        ({"checksums": 7}, "is damaged: 'checksums' is 7, not a text"),
     ],
 )
 def test_bad_metadata(file, dvn, message):
