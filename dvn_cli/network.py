@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from dvn_cli import checkpoint
 from dvn_cli.backbones import Preprocessing
 from dvn_cli.errors import InputError
-from dvn_cli.graph.cast import recast
+from dvn_cli.graph.dtype import recast
 from dvn_cli.graph.narrow import Kept, Narrowed, on_device
 from dvn_cli.partition import Networks, Owner, Partition, check_size
 from dvn_cli.tasks import Task

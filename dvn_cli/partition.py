@@ -13,10 +13,10 @@ from torch import Tensor, fx, nn
 from dvn_cli.backbones import BackboneSpec, head
 from dvn_cli.errors import InputError
 from dvn_cli.graph.compare import same_graph
-from dvn_cli.graph.dry import dry_run
-from dvn_cli.graph.hollow import hollow
+from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.labels import Labeller, base_name, bind
 from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
+from dvn_cli.graph.shape_check import shape_check
 from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, shape_of, trace
 from dvn_cli.units.assign import (
     EVEN,
@@ -179,7 +179,7 @@ class Partition:
         """
         if units < 1:
             raise InputError(f"a backbone has at least 1 unit, not {units}")
-        module = hollow(spec.build) if module is None else module
+        module = empty_init(spec.build) if module is None else module
         input_shape = (spec.in_chans, *spec.input_size)
         graphs = {train: trace(module, input_shape, train) for train in (False, True)}
         state = module.state_dict(keep_vars=True)
@@ -298,7 +298,7 @@ class Partition:
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
         for narrowed in (train, evaluate):
-            logits = dry_run(narrowed, self.tensors(networks), image)
+            logits = shape_check(narrowed, self.tensors(networks), image)
             if logits.shape != (batch, classes):
                 raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
         return networks
@@ -326,7 +326,7 @@ class Partition:
     def _is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
         try:
             if size not in self._resized:
-                module = hollow(self.spec.build)
+                module = empty_init(self.spec.build)
                 spec = replace(self.spec, input_size=size)
                 self._resized.clear()
                 self._resized[size] = Partition.create(spec, self.units, module, self.assignment, self.rule)

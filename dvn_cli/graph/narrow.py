@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.cast import is_size, keep_out_of_autocast
+from dvn_cli.graph.dtype import is_size, keep_out_of_autocast
 from dvn_cli.graph.labels import Call, Labeller, Labels, base_name, bind
 from dvn_cli.graph.rules import kind_of
 from dvn_cli.graph.trace import Traced, is_inplace, is_view

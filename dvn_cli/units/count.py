@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvn_cli import checkpoint
-from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.labels import located
+from dvn_cli.graph.shape_check import shape_check
 from dvn_cli.units.assign import owned, undivided
 
 if TYPE_CHECKING:
@@ -135,5 +135,5 @@ def macs(partition: "Partition", networks: "Networks", input_size: tuple[int, in
     """
     image = torch.empty(1, partition.spec.in_chans, *input_size, device="meta")
     with FlopCounterMode(display=False) as counter:
-        dry_run(networks.eval, partition.tensors(networks), image)
+        shape_check(networks.eval, partition.tensors(networks), image)
     return counter.get_total_flops() // 2

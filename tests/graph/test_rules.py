@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dvn_cli.backbones import BackboneSpec
 from dvn_cli.check import Comparison
 from dvn_cli.errors import InputError
-from dvn_cli.graph.cast import recast
+from dvn_cli.graph.dtype import recast
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.narrow import _Narrower, on_device
 from dvn_cli.graph.rules import RULES, kind_of
