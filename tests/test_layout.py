@@ -43,7 +43,6 @@ LONG = {
     "data/sources.py": "all sources of images in one file",
     "graph/narrow.py": "the rewrites of all operators beside what applies them",
     "graph/rules.py": "the label rules of all operators",
-    "partition.py": "the division of a backbone, its input layers, and what is kept of it in a file",
 }
 """Files that are longer than `LINES`, until they are split."""
 

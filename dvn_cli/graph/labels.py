@@ -208,11 +208,17 @@ def base_name(target: object) -> str:
     return name if name.startswith("_") and name.endswith("__") else name.rstrip("_")
 
 
+def arguments_of(node: fx.Node) -> list[Any]:
+    """Returns the arguments in the schema of a node's operator; none where it is no operator of torch."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.arguments if schema else []
+
+
 def bind(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an aten call by the names of its schema, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    given = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
-    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments}
+    """Returns what an operator is called with, by the names of its schema, defaults filled in."""
+    schema = arguments_of(node)
+    given = {**dict(zip((a.name for a in schema), node.args, strict=False)), **node.kwargs}
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """From a module to an aten graph whose parameters are inputs (`torch.export`, training IR)."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -33,6 +33,18 @@ class Traced:
     input: str
     sources: Mapping[str, Tensor]
     names: Mapping[str, str]
+
+    def names_of(self, nodes: Iterable[fx.Node]) -> set[str]:
+        """Returns the names of those of some nodes that stand for the module's tensors."""
+        return {self.names[str(n.target)] for n in nodes if n.op == "placeholder" and str(n.target) in self.names}
+
+    def without_data(self) -> "Traced":
+        """Returns the graph with its constants, but without the module's weights."""
+        sources = {
+            key: tensor.detach().to("meta") if key in self.names and tensor.is_floating_point() else tensor
+            for key, tensor in self.sources.items()
+        }
+        return replace(self, sources=sources)
 
 
 def hint(value: object) -> int:
