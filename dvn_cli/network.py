@@ -13,7 +13,7 @@ from dvn_cli import checkpoint
 from dvn_cli.backbones import Preprocessing
 from dvn_cli.errors import InputError
 from dvn_cli.graph.dtype import recast
-from dvn_cli.graph.narrow import Kept, Narrowed, on_device
+from dvn_cli.graph.narrow import Indices, Narrowed, on_device
 from dvn_cli.partition import Networks, Owner, Partition, check_size
 from dvn_cli.tasks import Task
 
@@ -314,7 +314,7 @@ def is_of_other_size(images: Tensor, size: tuple[int, int]) -> bool:
     return images.ndim > 2 and all(isinstance(n, int) for n in sizes) and tuple(sizes) != tuple(size)
 
 
-def as_cut(kept: Kept) -> Cut:
+def as_cut(kept: Indices) -> Cut:
     """What is kept along each dimension as slices where it is a run, so that what is taken is a view."""
     if all(indices is None for indices in kept):
         return ()

@@ -15,7 +15,7 @@ from dvn_cli.errors import InputError
 from dvn_cli.graph.compare import same_graph
 from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.labels import Labeller
-from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
+from dvn_cli.graph.narrow import Indices, Narrowed, indices_of, narrow
 from dvn_cli.graph.shape_check import shape_check
 from dvn_cli.graph.statistics import running_tensors
 from dvn_cli.graph.stem import Stem, dims, stem_tensors
@@ -49,7 +49,7 @@ class Networks:
 
     train: Narrowed
     eval: Narrowed
-    kept: Mapping[str, Kept]
+    kept: Mapping[str, Indices]
     origin: "Origin"
 
 
@@ -295,7 +295,7 @@ class Partition:
             for node in traced.graph.find_nodes(op="placeholder"):
                 name = traced.names.get(str(node.target))
                 if name is not None and name not in indices:
-                    indices[name] = kept_indices(self._labeller, self._labels[node], keep)
+                    indices[name] = indices_of(self._labeller, self._labels[node], keep)
         networks = Networks(train, evaluate, indices, Origin(self._described, kept, classes, input_size))
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")

@@ -2,8 +2,8 @@
 
 A graph is run on integers instead of numbers. Each index of each dimension of each parameter gets a label of its own;
 operators that move data are run on the labels as they are, pointwise operators unite the labels of their operands, and
-contractions and normalisations have a rule each (`rules`). What is united in the end is one class: channels that can
-only be kept or dropped together.
+contractions and normalisations have a rule each (`graph.ops`). What is united in the end is one class: channels that
+can only be kept or dropped together.
 
 An activation carries *layers* of labels. A layer is an integer tensor with as many dimensions as the activation, of
 size 1 wherever the label does not vary, so that an image of any size costs no more than its channels. An element is
@@ -11,7 +11,7 @@ kept when its labels in all layers are kept; almost everything has one layer, we
 Label 0 is kept always.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.trace import Traced, hint, shape_of, writers
+from dvn_cli.graph.registry import entry_of
+from dvn_cli.graph.trace import Traced, bind, hint, refusal, shape_of, writers
 
 
 class Classes:
@@ -30,7 +31,7 @@ class Classes:
     def __init__(self) -> None:
         self._parent = np.zeros(1, dtype=np.int64)
         self._produced: list[np.ndarray] = []
-        self.at: fx.Node | None = None  # whose rule is at work
+        self.at: fx.Node | None = None  # the node whose rule is at work
         self._pinned: list[tuple[np.ndarray, np.ndarray, fx.Node | None]] = []
 
     def __len__(self) -> int:
@@ -132,93 +133,70 @@ class Labels:
     shape: tuple[int, ...]
     layers: tuple[Tensor, ...] = ()
 
-    def vary(self, layer: Tensor) -> tuple[int, ...]:
-        return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
-
 
 @dataclass
 class Call:
-    """One operator of a graph, as its rule sees it.
-
-    Attributes:
-        name: the operator's base name: `aten.add_.Tensor` is `add`.
-        args: the arguments by the names of the operator's schema, defaults filled in.
-    """
+    """One operator of a graph, as its label rule sees it."""
 
     node: fx.Node
-    name: str
-    args: dict[str, Any]
     labeller: "Labeller"
+
+    @cached_property
+    def args(self) -> dict[str, Any]:
+        """The arguments by the names of the operator's schema, defaults filled in."""
+        return bind(self.node)
+
+    @cached_property
+    def has_several_outputs(self) -> bool:
+        return isinstance(self.node.meta["val"], tuple | list)
 
     @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of the outputs."""
         value = self.node.meta["val"]
-        return [shape_of(v) for v in (value if isinstance(value, tuple | list) else [value])]
+        return [shape_of(output) for output in (value if self.has_several_outputs else [value])]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.shapes[0]
 
+    def outputs(self, label: Callable[[tuple[int, ...]], Labels]) -> Labels | list[Labels]:
+        """The labels of the output, a list where there are several, made of their shapes."""
+        outputs = [label(shape) for shape in self.shapes]
+        return outputs if self.has_several_outputs else outputs[0]
+
     def labels(self, argument: str) -> Labels:
-        found = self.optional(argument)
-        if found is None:
-            raise self.refuse(f"without its argument {argument}")
-        return found
+        """The labels of a tensor argument."""
+        labels = self.optional(argument)
+        if labels is None:
+            raise refusal(self.node, f"without its argument {argument}")
+        return labels
 
     def optional(self, argument: str) -> Labels | None:
         """The labels of a tensor argument, None where it is absent."""
         node = self.args.get(argument)
         return self.labeller.env[node] if isinstance(node, fx.Node) else None
 
+    def several(self, argument: str) -> list[Labels]:
+        """The labels of an argument that is a list of tensors, or one tensor."""
+        nodes = self.args[argument]
+        return [self.labeller.env[node] for node in (nodes if isinstance(nodes, list | tuple) else [nodes])]
+
     def tensors(self) -> list[Labels]:
         """The labels of all tensor arguments, in order, lists of tensors included."""
         nodes = [n for n in torch.utils._pytree.tree_leaves(list(self.args.values())) if isinstance(n, fx.Node)]
         return [v for v in (self.labeller.env[n] for n in nodes) if isinstance(v, Labels)]
 
-    def number(self, argument: str) -> Any:
+    def plain(self, argument: str) -> Any:
         """An argument that is no tensor: integers, lists of integers (symbolic ones are replaced by numbers)."""
         return fx.node.map_arg(self.args[argument], lambda node: self.labeller.env[node])
 
-    def dims(self, argument: str = "dim", of: str = "self") -> list[int]:
-        """A `dim` argument as a list of numbers from 0; None means all."""
-        value, rank = self.number(argument), len(self.labels(of).shape)
+    def dims(self) -> list[int]:
+        """The dimensions of `self` that the argument `dim` names, from 0; all where it is None, empty or missing."""
+        value, rank = self.plain("dim") if "dim" in self.args else None, len(self.labels("self").shape)
         if value is None or value == []:
             return list(range(rank))
         return [dim % rank for dim in ([value] if isinstance(value, int) else value)]
-
-    def refuse(self, why: str = "") -> InputError:
-        """The refusal of a model, by the operator and the module that stands in the way."""
-        return InputError(f"operator {located(self.node)} is not supported{' ' + why if why else ''}")
-
-
-def located(node: fx.Node) -> str:
-    """A node's operator, and in which module it is."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path, kind = list(stack.values())[-1] if stack else ("", "")
-    kind = kind if isinstance(kind, str) else kind.__name__
-    where = f" in {path.removeprefix('L__self__.').removeprefix('L[self].') or 'the model'}" if path else ""
-    return f"{node.target}{where}" + (f" ({kind.rpartition('.')[2]})" if kind else "")
-
-
-def base_name(target: object) -> str:
-    """`aten.add_.Tensor` -> `add`: the operator without its overload, in-place or not."""
-    packet = getattr(target, "overloadpacket", None)
-    name = packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
-    return name if name.startswith("_") and name.endswith("__") else name.rstrip("_")
-
-
-def arguments_of(node: fx.Node) -> list[Any]:
-    """Returns the arguments in the schema of a node's operator; none where it is no operator of torch."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.arguments if schema else []
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """Returns what an operator is called with, by the names of its schema, defaults filled in."""
-    schema = arguments_of(node)
-    given = {**dict(zip((a.name for a in schema), node.args, strict=False)), **node.kwargs}
-    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}
 
 
 @dataclass
@@ -254,8 +232,6 @@ class Labeller:
         Raises:
             InputError: an operator has no rule, or its rule cannot tell which channels belong together.
         """
-        from dvn_cli.graph.rules import apply
-
         self.traced, env = traced, self.env
         self.depends: set[fx.Node] = set()
         for node in traced.graph.nodes:
@@ -270,29 +246,27 @@ class Labeller:
             elif node.op == "call_function":
                 if any(n in self.depends for n in node.all_input_nodes):
                     self.depends.add(node)
-                env[node] = self._call(node, apply)
+                env[node] = self._call(node)
             else:
                 raise InputError(f"the graph has a node that is not supported: {node.format_node()}")
         return {node: env[node] for node in traced.graph.nodes if node.op != "output"}
 
-    def _call(self, node: fx.Node, apply: Any) -> Any:
+    def _call(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
         if isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
             return hint(value) if isinstance(value, int | torch.SymInt) else value
-        if base_name(node.target) == "getitem":
-            source, index = node.args
-            return self.env[source][index]  # type: ignore[index]
-        if not hasattr(node.target, "_schema"):
-            raise Call(node, str(node.target), {}, self).refuse()
-        call = Call(node, base_name(node.target), bind(node), self)
+        entry, call = entry_of(node.target), Call(node, self)
+        if entry is None:
+            raise refusal(node)
         self.classes.at = node
         try:
-            result = apply(self, call)
+            result = entry.label(self, call)
         except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
-            raise call.refuse(f"as it stands ({next(iter(str(error).splitlines()), '')[:100]})") from error
+            reason = next(iter(str(error).splitlines()), "")[:100]
+            raise refusal(node, f"as it stands ({reason})") from error
         for labels, shape in zip(result if isinstance(result, list) else [result], call.shapes, strict=True):
             if labels.shape != shape:  # a rule that is wrong must not go unseen
-                raise call.refuse(f"(its rule gives shape {labels.shape}, the graph {shape})")
+                raise refusal(node, f"(its rule gives shape {labels.shape}, the graph {shape})")
         return result
 
     def _source(self, name: str, shape: tuple[int, ...]) -> Labels:
@@ -321,17 +295,17 @@ class Labeller:
             return node
         if (node, reader) not in self._values:
             needed: set[fx.Node] = set()
-            found = [node]
-            while found:
-                n = found.pop()
+            waiting = [node]
+            while waiting:
+                n = waiting.pop()
                 if n in self.depends:
-                    raise Call(n, str(n.target), {}, self).refuse("as an index: it depends on the input")
+                    raise refusal(n, "as an index: it depends on the input")
                 if n.op == "placeholder" and isinstance(self.traced.sources[str(n.target)], torch.nn.Parameter):
-                    raise Call(reader, str(reader.target), {}, self).refuse("with an index that depends on a parameter")
+                    raise refusal(reader, "with an index that depends on a parameter")
                 if n not in needed:
                     needed.add(n)
-                    found += [] if isinstance(self.env[n], int) else n.all_input_nodes
-                    found += [user for user in writers(n) if user < reader]
+                    waiting += [] if isinstance(self.env[n], int) else n.all_input_nodes
+                    waiting += [user for user in writers(n) if user < reader]
             values: dict[fx.Node, Any] = {}
             for n in sorted(needed):
                 if n.op == "placeholder":
@@ -343,6 +317,10 @@ class Labeller:
                     values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
             self._values[node, reader] = values[node]
         return self._values[node, reader]
+
+    def looked_up(self, node: fx.Node, reader: fx.Node) -> Tensor | None:
+        """Returns what `value` found when the reader was labelled; None where it was not asked."""
+        return self._values.get((node, reader))
 
     def pin(self, labels: Tensor) -> None:
         """Keeps these always."""
@@ -378,7 +356,7 @@ class Labeller:
         """
         vectors: dict[int, Tensor] = {}
         for layer in self.refresh(labels).layers:
-            varying = labels.vary(layer)
+            varying = varying_dims(layer)
             if len(varying) == 1 and varying[0] not in vectors:
                 vectors[varying[0]] = layer.reshape(-1)
                 continue
@@ -394,9 +372,47 @@ class Labeller:
             vectors[stay] = least
         return {dim: self.classes.find(vector) for dim, vector in vectors.items()}
 
+    def split_groups(self, groups: int, sides: Sequence[Tensor]) -> bool:
+        """Unites channels so that groups stay groups: whole groups are divided, or every group alike.
+
+        Where both can be, `whole_groups` says which.
+
+        Args:
+            sides: labels of the channels, a vector for each side of the operator (input, output), all in `groups` runs.
+
+        Returns:
+            Whether groups are divided among the units; otherwise the channels of each group are, at the same places.
+        """
+        sizes = [len(side) // groups for side in sides]
+        whole, alike = groups % self.units == 0, not any(n % self.units for n in sizes)
+        if whole and alike:
+            self.had_choice = True
+            whole = self.whole_groups
+        whole = whole or max(sizes) == 1 or (groups >= self.units and not alike)
+        for side in sides:
+            table = side.reshape(groups, -1)
+            self.classes.unite(table, table[:, :1] if whole else table[:1])
+        if whole:
+            self.unite_all([side.reshape(groups, -1)[:, 0] for side in sides])
+        return whole
+
+    def unite_parameters(
+        self, vectors: Mapping[int, Tensor], parameters: Iterable[Labels | None], first: int = 1
+    ) -> None:
+        """Unites parameters with the dimensions of a tensor, from `first` on, that each index of theirs is for."""
+        for parameter in parameters:
+            if parameter is not None:
+                for dim, vector in self.separate(parameter).items():
+                    self.classes.unite(vector, vectors.get(first + dim, torch.zeros(1, dtype=torch.int64)))
+
     def unite_all(self, vectors: Sequence[Tensor]) -> None:
         for vector in vectors[1:]:
             self.classes.unite(vectors[0], vector)
+
+
+def varying_dims(layer: Tensor) -> tuple[int, ...]:
+    """Returns the dimensions along which a layer varies."""
+    return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
 
 
 def from_vectors(shape: tuple[int, ...], vectors: Mapping[int, Tensor]) -> Labels:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.labels import located
 from dvn_cli.graph.narrow import Narrowed, on_device
+from dvn_cli.graph.trace import located
 
 
 class _Interpreter(fx.Interpreter):

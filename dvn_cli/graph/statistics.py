@@ -6,9 +6,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from dvn_cli.graph.labels import arguments_of, bind
 from dvn_cli.graph.narrow import Narrowed, on_device
-from dvn_cli.graph.trace import Traced, is_inplace
+from dvn_cli.graph.trace import Traced, arguments_of, bind, is_inplace
 
 Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 

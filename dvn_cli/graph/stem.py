@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.labels import base_name, bind
-from dvn_cli.graph.trace import Traced, shape_of
+from dvn_cli.graph.registry import entry_of
+from dvn_cli.graph.trace import Traced, bind, shape_of
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _nodes(traced: Traced) -> Iterator[fx.Node]:
     for node in traced.graph.nodes:
         if node.op == "placeholder" and str(node.target) == traced.input:
             raw.add(node)
-        elif _is_contraction(node):
+        elif node.op == "call_function" and (entry := entry_of(node.target)) is not None and entry.is_layer:
             if node.args[0] in raw:
                 yield node
         elif any(n in raw for n in node.all_input_nodes) and isinstance(node.meta.get("val"), Tensor):
@@ -191,17 +191,12 @@ def _ancestors(node: fx.Node) -> set[fx.Node]:
     return seen
 
 
-def _is_contraction(node: fx.Node) -> bool:
-    return node.op == "call_function" and hasattr(node.target, "_schema") and "weight" in bind(node) and (
-        base_name(node.target) == "linear" or base_name(node.target).startswith("conv")
-    )  # fmt: skip
-
-
 def _keeps_pixels(node: fx.Node) -> bool:
     """Tells whether an operator gives an image as large as it was, or with a margin of so many pixels."""
     if node.op != "call_function" or not node.all_input_nodes:
         return False
-    if base_name(node.target) in ("pad", "constant_pad_nd"):
+    entry = entry_of(node.target)
+    if entry is not None and entry.adds_margin:
         return True
     after, before = (n.meta.get("val") for n in (node, node.all_input_nodes[0]))
     return isinstance(after, Tensor) and isinstance(before, Tensor) and shape_of(after)[2:] == shape_of(before)[2:]

@@ -9,8 +9,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from dvn_cli import checkpoint
-from dvn_cli.graph.labels import located
 from dvn_cli.graph.shape_check import shape_check
+from dvn_cli.graph.trace import located
 from dvn_cli.units.assign import owned, undivided
 
 if TYPE_CHECKING:

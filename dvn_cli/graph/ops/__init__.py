@@ -1,0 +1,29 @@
+"""The entries of all operators, by kind; importing this package enters them."""
+
+from dvn_cli.graph.ops import (
+    attention,
+    contractions,
+    convolutions,
+    factories,
+    joins,
+    moves,
+    norms,
+    pointwise,
+    recurrent,
+    reductions,
+    spatial,
+)
+
+__all__ = [
+    "attention",
+    "contractions",
+    "convolutions",
+    "factories",
+    "joins",
+    "moves",
+    "norms",
+    "pointwise",
+    "recurrent",
+    "reductions",
+    "spatial",
+]
