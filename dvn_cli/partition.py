@@ -250,13 +250,13 @@ class Partition:
 
     def kept_whole_by(self, name: str) -> fx.Node | None:
         """Returns the operator for which all units have channels of a tensor, where there is one."""
-        pinned = self._labeller.classes.pinned_by
+        pinned = self._labeller.coupled.pinned_by
         found = (pinned(int(label)) for vector in self._labeller.sources[name] for label in vector[:1])
         return next((node for node in found if node is not None), None)
 
     def is_tied(self, name: str, dim: int) -> bool:
         """Tells whether some of a dimension's indices can be kept or dropped only together, as those of a head."""
-        roots = self._labeller.classes.find(self._labeller.sources[name][dim])
+        roots = self._labeller.coupled.find(self._labeller.sources[name][dim])
         roots = roots[roots > 0]
         return len(torch.unique(roots)) < len(roots)
 

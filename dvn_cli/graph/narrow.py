@@ -4,7 +4,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,7 +49,7 @@ def indices_of(labeller: Labeller, labels: Labels, mask: Tensor) -> Indices:
     """
     masks: list[Tensor | None] = [None] * len(labels.shape)
     for layer in labels.layers:
-        left = mask[labeller.classes.find(layer)]
+        left = mask[labeller.coupled.find(layer)]
         if bool(left.all()):
             continue
         outer = torch.ones((1,) * left.ndim, dtype=torch.bool)
@@ -109,11 +109,7 @@ def on_device(module: fx.GraphModule, device: torch.device | str) -> fx.GraphMod
 
 
 def narrow(
-    traced: Traced,
-    labels: Mapping[fx.Node, Any],
-    labeller: Labeller,
-    mask: Tensor,
-    strides: Mapping[str, list[int]],
+    traced: Traced, labels: Mapping[fx.Node, Any], labeller: Labeller, mask: Tensor, strides: Mapping[str, list[int]]
 ) -> Narrowed:
     """Returns the network that has only a part of the channels.
 
@@ -129,35 +125,33 @@ def narrow(
     return Narrower(traced, labels, labeller, mask, strides).run()
 
 
+@dataclass(eq=False)
 class Narrower:
     """Writes the graph of a part of the channels, one node after the other, as the operators' entries say.
 
     Attributes:
+        traced, labels, labeller, mask, strides: see `narrow`. Shapes of labels are those before anything is dropped.
         graph: the new graph.
-        labels: of the nodes of the whole graph: their shapes are those before anything is dropped.
-        new: the node of the new graph that stands for one of the whole.
+        new: for nodes of the whole graph those of the new one that stand for them.
+        pending: nodes that cannot be expressed: elements on their way from a node `root` to one that can be. The value
+            tells for each of them (at the full size) which element of the root it is.
+        constants: of the new graph.
     """
 
-    def __init__(
-        self,
-        traced: Traced,
-        labels: Mapping[fx.Node, Any],
-        labeller: Labeller,
-        mask: Tensor,
-        strides: Mapping[str, list[int]],
-    ) -> None:
-        self.graph, self.labels = fx.Graph(), labels
-        self.new: dict[fx.Node, fx.Node] = {}
-        self._traced, self._labeller, self._mask, self._strides = traced, labeller, mask, strides
-        # Nodes that cannot be expressed: elements on their way from the node `root` to one that can be. The value tells
-        # for each of them (at the full size) which element of the root it is.
-        self._pending: dict[fx.Node, tuple[fx.Node, Any]] = {}
-        self._constants: dict[str, Tensor] = {}
-        self._indices: dict[int, Indices] = {}
+    traced: Traced
+    labels: Mapping[fx.Node, Any]
+    labeller: Labeller
+    mask: Tensor
+    strides: Mapping[str, list[int]]
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    new: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    pending: dict[fx.Node, tuple[fx.Node, Any]] = field(default_factory=dict)
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    _indices: dict[int, Indices] = field(default_factory=dict)
 
     def run(self) -> Narrowed:
         """Returns the network."""
-        traced, placeholders = self._traced, self._traced.graph.find_nodes(op="placeholder")
+        traced, placeholders = self.traced, self.traced.graph.find_nodes(op="placeholder")
         weights = [node for node in placeholders if str(node.target) in traced.names]
         for node in [node for node in placeholders if str(node.target) == traced.input] + weights:
             self.new[node] = self.graph.node_copy(node)
@@ -169,7 +163,7 @@ class Narrower:
             elif node.op == "output":
                 self.graph.output(self.new[node.args[0]])
         root = torch.nn.Module()
-        for name, tensor in self._constants.items():
+        for name, tensor in self.constants.items():
             root.register_buffer(name, tensor, persistent=False)
         keep_out_of_autocast(self.graph)
         keep_traceable(self.graph)
@@ -190,7 +184,7 @@ class Narrower:
         Raises:
             InputError: it would read what cannot be expressed, or write to a copy of what it should write to.
         """
-        if any(n in self._pending for n in node.all_input_nodes) or (is_inplace(node) and self._writes_to_a_copy(node)):
+        if any(n in self.pending for n in node.all_input_nodes) or (is_inplace(node) and self._writes_to_a_copy(node)):
             raise refusal(node, ONLY_A_PART)
         if args is None:
             return self.graph.node_copy(node, lambda n: self.new[n])
@@ -205,8 +199,8 @@ class Narrower:
 
     def constant(self, tensor: Tensor) -> fx.Node:
         """Enters a constant, which is a buffer of the network."""
-        name = f"constant_{len(self._constants)}"
-        self._constants[name] = tensor
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = tensor
         return self.graph.get_attr(name)
 
     def pick(self, new: fx.Node, dim: int, index: Tensor) -> fx.Node:
@@ -281,25 +275,26 @@ class Narrower:
 
     def _stride(self, node: fx.Node) -> list[int] | None:
         weight = bind(node).get("weight")
-        return (
-            self._strides.get(self._traced.names.get(str(weight.target), "")) if isinstance(weight, fx.Node) else None
-        )
+        name = self.traced.names.get(str(weight.target), "") if isinstance(weight, fx.Node) else ""
+        return self.strides.get(name)
 
     def _indices_of(self, labels: Labels) -> Indices:
         if id(labels) not in self._indices:
-            self._indices[id(labels)] = indices_of(self._labeller, labels, self._mask)
+            self._indices[id(labels)] = indices_of(self.labeller, labels, self.mask)
         return self._indices[id(labels)]
 
     def _is_changed(self, value: Any) -> bool:
         """Whether anything of the tensor (of one of several) is dropped."""
         layers = [layer for labels in _tensors(value) for layer in labels.layers]
-        return any(not bool(self._mask[self._labeller.classes.find(layer)].all()) for layer in layers)
+        return any(not bool(self.mask[self.labeller.coupled.find(layer)].all()) for layer in layers)
 
     def _is_outer(self, value: Any) -> bool:
         try:
-            return all(self._indices_of(labels) is not None for labels in _tensors(value))
+            for labels in _tensors(value):
+                self._indices_of(labels)
         except NotOuterError:
             return False
+        return True
 
     def _is_empty(self, value: Any) -> bool:
         return any(index is not None and not len(index) for x in _tensors(value) for index in self._indices_of(x))
@@ -319,13 +314,13 @@ class Narrower:
 
     def _move(self, node: fx.Node, entry: Entry) -> None:
         source = node.all_input_nodes[0]
-        if source not in self._pending and self._is_outer(self.labels[source]) and self._is_outer(self.labels[node]):
+        if source not in self.pending and self._is_outer(self.labels[source]) and self._is_outer(self.labels[node]):
             new = entry.rewrite(self, node, bind(node))
             if new is not None:
                 self.new[node] = new
                 return
-        if source in self._pending:
-            root, positions = self._pending[source]
+        if source in self.pending:
+            root, positions = self.pending[source]
         elif self._is_outer(self.labels[source]):
             root, positions = source, self._numbers(source)
         else:
@@ -334,7 +329,7 @@ class Narrower:
         if isinstance(positions, Tensor) and self._is_outer(self.labels[node]):
             self.new[node] = self._gathered(node, root, positions)
         else:
-            self._pending[node] = (root, positions)
+            self.pending[node] = (root, positions)
 
     def _numbers(self, node: fx.Node) -> Tensor:
         """Numbers the elements of a node's tensor."""
@@ -346,7 +341,7 @@ class Narrower:
         numbers = {n: self.labels[n] for n in node.all_input_nodes} | {node.all_input_nodes[0]: source}
         for n in node.all_input_nodes[1:]:
             if isinstance(numbers[n], Labels):  # a table of indices, or one whose shape alone matters
-                known = self._labeller.looked_up(n, node)
+                known = self.labeller.looked_up(n, node)
                 numbers[n] = torch.empty(numbers[n].shape) if known is None else known
         args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: numbers[n])
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,6 +1,6 @@
 """The entries of all operators, by kind; importing this package enters them."""
 
-from dvn_cli.graph.ops import (
+from dvn_cli.graph.ops import (  # noqa: F401
     attention,
     contractions,
     convolutions,
@@ -13,17 +13,3 @@ from dvn_cli.graph.ops import (
     reductions,
     spatial,
 )
-
-__all__ = [
-    "attention",
-    "contractions",
-    "convolutions",
-    "factories",
-    "joins",
-    "moves",
-    "norms",
-    "pointwise",
-    "recurrent",
-    "reductions",
-    "spatial",
-]

@@ -32,14 +32,14 @@ def contract(
     for same in by_letter.values():
         labeller.unite_all(same)
     ends = {dim: by_letter[letter][0] for dim, letter in enumerate(output) if letter in by_letter}
-    return from_vectors(shape, {dim: labeller.classes.find(vector) for dim, vector in ends.items()})
+    return from_vectors(shape, {dim: labeller.coupled.find(vector) for dim, vector in ends.items()})
 
 
 def unite_bias(labeller: Labeller, call: Call, outputs: torch.Tensor) -> None:
     """Unites the output channels of a layer with its bias, where it has one."""
     bias = call.optional("bias")
     if bias is not None:
-        labeller.classes.unite(outputs, labeller.separate(bias).get(0, torch.zeros(1, dtype=torch.int64)))
+        labeller.coupled.unite(outputs, labeller.separate(bias).get(0, torch.zeros(1, dtype=torch.int64)))
 
 
 def _linear(labeller: Labeller, call: Call) -> Labels:
@@ -47,7 +47,7 @@ def _linear(labeller: Labeller, call: Call) -> Labels:
     batch = [f"b{d}" for d in range(len(x.shape) - 1)]
     out = labeller.separate(weight).get(0)
     if out is not None:
-        labeller.classes.mark_produced(out)
+        labeller.coupled.mark_produced(out)
         unite_bias(labeller, call, out)
     return contract(labeller, [(x, [*batch, "k"]), (weight, ["j", "k"])], [*batch, "j"], call.shape, prefer="k")
 

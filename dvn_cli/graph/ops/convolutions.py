@@ -34,20 +34,20 @@ def _convolution(labeller: Labeller, call: Call, transposed: bool = False) -> La
     sides = _all_alike(labeller, vector(weight, rows, 0), images), vector(weight, rows, 1)
     w_in, w_out = sides[weight_in], sides[weight_out]
     if groups == images:
-        labeller.classes.unite(channels, w_in)
+        labeller.coupled.unite(channels, w_in)
         out = w_out
     else:
         out = _grouped(labeller, groups // images, channels, w_in, w_out, transposed)
-    labeller.classes.mark_produced(w_out)
+    labeller.coupled.mark_produced(w_out)
     out = out.repeat(images)
     unite_bias(labeller, call, out)
-    return from_vectors(call.shape, {**vectors, 1: labeller.classes.find(out)})
+    return from_vectors(call.shape, {**vectors, 1: labeller.coupled.find(out)})
 
 
 def _all_alike(labeller: Labeller, vector: Tensor, times: int) -> Tensor:
     """The first of so many equal parts, which are united."""
     table = vector.reshape(times, -1)
-    labeller.classes.unite(table, table[:1])
+    labeller.coupled.unite(table, table[:1])
     return table[0]
 
 
@@ -64,15 +64,15 @@ def _grouped(
     """The weight has all channels of one side, and those of one group on the other. Returns the output's labels."""
     inside = w_out if transposed else w_in  # the dimension that counts within a group
     repeated = inside.repeat(groups)
-    out = labeller.classes.fresh(len(repeated)) if transposed else w_out
+    out = labeller.coupled.fresh(len(repeated)) if transposed else w_out
     side = out if transposed else channels
     if labeller.split_groups(groups, [channels, out]):
         labeller.pin(inside)
     else:
-        labeller.classes.unite(side, repeated)
+        labeller.coupled.unite(side, repeated)
     if transposed:
-        labeller.classes.unite(channels, w_in)
-        labeller.classes.mark_produced(out)
+        labeller.coupled.unite(channels, w_in)
+        labeller.coupled.mark_produced(out)
     return out
 
 

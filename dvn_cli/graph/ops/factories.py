@@ -10,7 +10,7 @@ from dvn_cli.graph.registry import enter
 
 
 def _fresh(labeller: Labeller, call: Call) -> Labels:
-    return from_vectors(call.shape, {d: labeller.classes.fresh(n) for d, n in enumerate(call.shape) if n > 1})
+    return from_vectors(call.shape, {d: labeller.coupled.fresh(n) for d, n in enumerate(call.shape) if n > 1})
 
 
 def _made_whole(narrower: Narrower, node: fx.Node, args: dict[str, Any]) -> fx.Node:

@@ -22,7 +22,7 @@ def _joined(labeller: Labeller, parts: Sequence[Labels], dim: int, shape: tuple[
             result[d] = torch.cat(each)
         else:
             labeller.unite_all(each)
-            result[d] = labeller.classes.find(each[0])
+            result[d] = labeller.coupled.find(each[0])
     return from_vectors(shape, result)
 
 
@@ -52,7 +52,7 @@ def _padded(labeller: Labeller, call: Call) -> Labels:
         if call.args.get("mode", "constant") != "constant" or min(amounts[i : i + 2]) < 0:
             labeller.pin(vectors.pop(dim))
         else:
-            before, after = (labeller.classes.fresh(n) for n in amounts[i : i + 2])
+            before, after = (labeller.coupled.fresh(n) for n in amounts[i : i + 2])
             vectors[dim] = torch.cat([before, vectors[dim], after])
     return from_vectors(call.shape, vectors)
 

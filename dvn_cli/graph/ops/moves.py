@@ -42,8 +42,13 @@ def _is_view(target: Any) -> bool:
     return getattr(target, "is_view", False) and torch.Tag.pointwise not in target.tags
 
 
-enter("alias", "contiguous", "flatten", "ravel", "squeeze", "unsqueeze", label=_moved, rewrite=as_it_is, moves=True)
-enter(*("permute", "transpose", "t", "movedim", "moveaxis", "swapaxes"), label=_moved, rewrite=as_it_is, moves=True)
+enter(
+    *("alias", "contiguous", "flatten", "movedim", "moveaxis", "permute", "ravel", "squeeze", "swapaxes", "t"),
+    *("transpose", "unsqueeze"),
+    label=_moved,
+    rewrite=as_it_is,
+    moves=True,
+)
 enter(
     *("flip", "narrow", "roll", "rot90", "tile", "repeat", "repeat_interleave", "select", "unbind", "unfold"),
     *("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", _is_view),

@@ -49,7 +49,7 @@ def pointwise(labeller: Labeller, operands: Sequence[Labels], shape: tuple[int, 
         ]  # fmt: skip
         present.sort(key=len, reverse=True)
         labeller.unite_all(present)
-        result[dim] = labeller.classes.find(present[0])
+        result[dim] = labeller.coupled.find(present[0])
     single = from_vectors(shape, result)
     return labeller.refresh(Labels(shape, (*layers, *single.layers)))
 

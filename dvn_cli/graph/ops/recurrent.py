@@ -31,16 +31,16 @@ def _recurrent(labeller: Labeller, call: Call, gates: int) -> list[Labels]:
             hidden = along(weights[start + 1], 1)
             for matrix in weights[start : start + each]:
                 rows = along(matrix, 0)
-                labeller.classes.mark_produced(rows)
-                labeller.classes.unite(rows.reshape(gates, -1), hidden)
-            labeller.classes.unite(inputs, along(weights[start], 1))
+                labeller.coupled.mark_produced(rows)
+                labeller.coupled.unite(rows.reshape(gates, -1), hidden)
+            labeller.coupled.unite(inputs, along(weights[start], 1))
             for state in states:
-                labeller.classes.unite(along(state, 2), hidden)
+                labeller.coupled.unite(along(state, 2), hidden)
             outputs.append(hidden)
         inputs = torch.cat(outputs)
-    last = {2: labeller.classes.find(outputs[0])}
+    last = {2: labeller.coupled.find(outputs[0])}
     batch = {d: v for d, v in vectors.items() if d < 2}
-    sequence = from_vectors(call.shape, {**batch, 2: labeller.classes.find(inputs)})
+    sequence = from_vectors(call.shape, {**batch, 2: labeller.coupled.find(inputs)})
     return [sequence, *(from_vectors(shape, last) for shape in call.shapes[1:])]
 
 

@@ -39,7 +39,7 @@ def _grid_sampler(labeller: Labeller, call: Call) -> Labels:
         labeller.pin(grid.pop(dim))
     vectors = _channels_alone(labeller, call.labels("input"))
     if 0 in grid:
-        labeller.classes.unite(grid[0], vectors.setdefault(0, torch.zeros_like(grid[0])))
+        labeller.coupled.unite(grid[0], vectors.setdefault(0, torch.zeros_like(grid[0])))
     return from_vectors(call.shape, vectors)
 
 
@@ -58,7 +58,7 @@ def _col2im(labeller: Labeller, call: Call) -> Labels:
     vectors = _channels_alone(labeller, call.labels("self"))
     if 1 in vectors:
         table = vectors[1].reshape(call.shape[1], -1)
-        labeller.classes.unite(table, table[:, :1])
+        labeller.coupled.unite(table, table[:, :1])
         vectors[1] = table[:, 0]
     return from_vectors(call.shape, vectors)
 
