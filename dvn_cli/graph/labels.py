@@ -37,6 +37,10 @@ class Labels:
     shape: tuple[int, ...]
     layers: tuple[Tensor, ...] = ()
 
+    def zeros(self, dim: int) -> Tensor:
+        """Returns the labels of a dimension's indices where all units have all of them."""
+        return torch.zeros(self.shape[dim], dtype=torch.int64)
+
 
 @dataclass
 class Call:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-import torch
+from torch import Tensor
 
 from dvn_cli.graph.labels import Call, Labeller, Labels, from_vectors
 from dvn_cli.graph.narrow import as_it_is
@@ -22,24 +22,23 @@ def contract(
     A letter is one dimension wherever it stands. Where labels vary along several dimensions, `prefer` is the one that
     stays.
     """
-    by_letter: dict[str, list[torch.Tensor]] = {}
+    by_letter: dict[str, list[Tensor]] = {}
     for labels, letters in operands:
         vectors = labeller.separate(labels, prefer=[dim for dim, letter in enumerate(letters) if letter == prefer])
         for dim, letter in enumerate(letters):
             if labels.shape[dim] > 1:
-                zeros = torch.zeros(labels.shape[dim], dtype=torch.int64)
-                by_letter.setdefault(letter, []).append(vectors.get(dim, zeros))
+                by_letter.setdefault(letter, []).append(vectors.get(dim, labels.zeros(dim)))
     for same in by_letter.values():
         labeller.unite_all(same)
     ends = {dim: by_letter[letter][0] for dim, letter in enumerate(output) if letter in by_letter}
     return from_vectors(shape, {dim: labeller.coupled.find(vector) for dim, vector in ends.items()})
 
 
-def unite_bias(labeller: Labeller, call: Call, outputs: torch.Tensor) -> None:
+def unite_bias(labeller: Labeller, call: Call, outputs: Tensor) -> None:
     """Unites the output channels of a layer with its bias, where it has one."""
     bias = call.optional("bias")
     if bias is not None:
-        labeller.coupled.unite(outputs, labeller.separate(bias).get(0, torch.zeros(1, dtype=torch.int64)))
+        labeller.coupled.unite(outputs, labeller.separate(bias).get(0, bias.zeros(0)))
 
 
 def _linear(labeller: Labeller, call: Call) -> Labels:

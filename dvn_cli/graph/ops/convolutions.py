@@ -25,13 +25,10 @@ def _convolution(labeller: Labeller, call: Call, transposed: bool = False) -> La
     for dim in [d for d in rows if d > 1]:  # the places of a kernel cannot be dropped
         labeller.pin(rows.pop(dim))
 
-    def vector(labels: Labels, separate: dict[int, Tensor], dim: int) -> Tensor:
-        return separate.get(dim, torch.zeros(labels.shape[dim], dtype=torch.int64))
-
     # Where every image has a filter of its own, the batch lies along the channels: images are all alike.
     images = EXAMPLE_BATCH if isinstance(call.args["groups"], fx.Node) else 1
-    channels = _all_alike(labeller, vector(x, vectors, 1), images)
-    sides = _all_alike(labeller, vector(weight, rows, 0), images), vector(weight, rows, 1)
+    channels = _all_alike(labeller, vectors.get(1, x.zeros(1)), images)
+    sides = _all_alike(labeller, rows.get(0, weight.zeros(0)), images), rows.get(1, weight.zeros(1))
     w_in, w_out = sides[weight_in], sides[weight_out]
     if groups == images:
         labeller.coupled.unite(channels, w_in)

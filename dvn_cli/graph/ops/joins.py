@@ -17,7 +17,7 @@ def _joined(labeller: Labeller, parts: Sequence[Labels], dim: int, shape: tuple[
     vectors = [labeller.separate(part) for part in parts]
     result = {}
     for d in {d for v in vectors for d in v}:
-        each = [v.get(d, torch.zeros(p.shape[d], dtype=torch.int64)) for v, p in zip(vectors, parts, strict=True)]
+        each = [v.get(d, p.zeros(d)) for v, p in zip(vectors, parts, strict=True)]
         if d == dim:
             result[d] = torch.cat(each)
         else:

@@ -20,10 +20,10 @@ def _recurrent(labeller: Labeller, call: Call, gates: int) -> list[Labels]:
         raise refusal(call.node, "with projections")
 
     def along(labels: Labels, dim: int) -> Tensor:
-        return labeller.separate(labels, prefer=[dim]).get(dim, torch.zeros(labels.shape[dim], dtype=torch.int64))
+        return labeller.separate(labels, prefer=[dim]).get(dim, labels.zeros(dim))
 
     vectors = labeller.separate(call.labels("input"), prefer=[2])
-    inputs = vectors.get(2, torch.zeros(call.labels("input").shape[2], dtype=torch.int64))
+    inputs = vectors.get(2, call.labels("input").zeros(2))
     for layer in range(layers):
         outputs = []
         for direction in range(directions):
