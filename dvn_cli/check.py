@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvn_cli.graph.hollow import hollow
+from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.narrow import Narrowed, narrow, on_device
 from dvn_cli.graph.trace import Traced, trace
 from dvn_cli.partition import Partition, divide
@@ -73,7 +73,7 @@ def check(partition: Partition, progress: Callable[[str], None] = lambda what: N
     sets = list(dict.fromkeys([*((unit,) for unit in units), units]))
     for gain in GAINS:
         progress("tracing the backbone once more")
-        comparison = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), gain=gain)
+        comparison = Comparison(empty_init(spec.build), (spec.in_chans, *spec.input_size), gain=gain)
         comparison.divide(partition.units, partition.rule, partition.assignment)
         worst, differing, unstable = 0.0, [], False
         for kept in sets:

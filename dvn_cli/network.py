@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.cast import recast
+from dvn_cli.graph.dtype import recast
 from dvn_cli.graph.narrow import Narrowed, on_device
 from dvn_cli.partition import Networks, Partition, check_size
 from dvn_cli.store import shapes

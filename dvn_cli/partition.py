@@ -12,11 +12,13 @@ from torch import Tensor, fx, nn
 from dvn_cli.backbones import BackboneSpec, head
 from dvn_cli.errors import InputError
 from dvn_cli.graph.compare import same_graph
-from dvn_cli.graph.dry import dry_run
-from dvn_cli.graph.hollow import hollow
-from dvn_cli.graph.labels import Labeller, base_name, bind
+from dvn_cli.graph.empty_init import empty_init
+from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.narrow import Narrowed, narrow
-from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, shape_of, trace
+from dvn_cli.graph.shape_check import shape_check
+from dvn_cli.graph.statistics import running_tensors
+from dvn_cli.graph.stem import Stem, dims, stem_tensors
+from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, trace
 from dvn_cli.store.metadata import DividedBackbone, Owner, Rule, TensorEntry
 from dvn_cli.store.ownership import Assignment
 from dvn_cli.store.schema import dumps, loads, parse
@@ -167,7 +169,7 @@ class Partition:
         """
         if units < 1:
             raise InputError(f"a backbone has at least 1 unit, not {units}")
-        module = hollow(spec.build) if module is None else module
+        module = empty_init(spec.build) if module is None else module
         input_shape = (spec.in_chans, *spec.input_size)
         graphs = {train: trace(module, input_shape, train) for train in (False, True)}
         state = module.state_dict(keep_vars=True)
@@ -184,7 +186,7 @@ class Partition:
         assignment = assignment or division.assignment
         if set(assignment.classes) != set(division.assignment.classes):
             raise InputError(f"the classes of {spec.name} are in other tensors: {spec.source} may have changed since")
-        graphs = {train: _without_data(traced) for train, traced in graphs.items()}
+        graphs = {train: traced.without_data() for train, traced in graphs.items()}
         labeller.traced = graphs[True]
         return cls(
             spec=spec,
@@ -192,7 +194,7 @@ class Partition:
             rule=rule,
             assignment=assignment,
             buckets=buckets,
-            owners=_owners(graphs, names, assignment),
+            owners=_owners(graphs.values(), names, assignment),
             shapes={name: tuple(state[name].shape) for name in names},
             dtypes={name: state[name].dtype for name in names},
             parameters={name for name in names if isinstance(state[name], nn.Parameter)},
@@ -238,13 +240,13 @@ class Partition:
 
     def kept_whole_by(self, name: str) -> fx.Node | None:
         """Returns the operator for which all units have channels of a tensor, where there is one."""
-        pinned = self._labeller.classes.pinned_by
+        pinned = self._labeller.coupled.pinned_by
         found = (pinned(int(label)) for vector in self._labeller.sources[name] for label in vector[:1])
         return next((node for node in found if node is not None), None)
 
     def is_tied(self, name: str, dim: int) -> bool:
         """Tells whether some of a dimension's indices can be kept or dropped only together, as those of a head."""
-        roots = self._labeller.classes.find(self._labeller.sources[name][dim])
+        roots = self._labeller.coupled.find(self._labeller.sources[name][dim])
         roots = roots[roots > 0]
         return len(torch.unique(roots)) < len(roots)
 
@@ -274,7 +276,7 @@ class Partition:
         strides: dict[str, list[int]] | None = None,
     ) -> Networks:
         keep = kept_labels(self._labeller, self._unit, kept, classes)
-        strides = self._strides(input_size) if strides is None else strides
+        strides = self._stem.strides(input_size) if strides is None else strides
         train, evaluate = (
             narrow(self._graphs[mode], self._labels, self._labeller, keep, strides) for mode in (True, False)
         )
@@ -282,7 +284,7 @@ class Partition:
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
         for narrowed in (train, evaluate):
-            logits = dry_run(narrowed, self.tensors(networks), image)
+            logits = shape_check(narrowed, self.tensors(networks), image)
             if logits.shape != (batch, classes):
                 raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
         return networks
@@ -310,12 +312,12 @@ class Partition:
     def _is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
         try:
             if size not in self._resized:
-                module = hollow(self.spec.build)
+                module = empty_init(self.spec.build)
                 spec = replace(self.spec, input_size=size)
                 self._resized.clear()
                 self._resized[size] = Partition.create(spec, self.units, module, self.assignment, self.rule)
             here = self.networks(origin.units, origin.classes, origin.input_size)
-            strides = self._strides(origin.input_size)
+            strides = self._stem.strides(origin.input_size)
             there = self._resized[size]._networks(origin.units, origin.classes, size, strides)
         except InputError:  # the backbone takes no such images
             return False
@@ -334,126 +336,12 @@ class Partition:
         }
 
     def check_images(self, input_size: tuple[int, int]) -> None:
-        """Raises InputError where the stem cannot take images of a size, or would look at a part of them only.
-
-        The message says which sizes would do.
-        """
-        strides = self._strides(input_size)
-        for conv in self._stem:
-            stride = strides.get(conv.weight, conv.stride)
-            if not conv.sees_all(stride):
-                seen = math.prod(min(extent / now, 1.0) for now, extent in zip(stride, conv.extent, strict=True))
-                raise InputError(
-                    f"{self.spec.name} would see {100 * seen:.0f} % of the pixels of images of {_size(input_size)}: "
-                    f"against {_size(self.spec.input_size)} its first layer {conv.weight.rpartition('.')[0]} has a "
-                    f"stride of {_size(stride)}, its kernel {_size(conv.extent)} pixels; {self._advice(input_size)}"
-                )
-
-    def _strides(self, input_size: tuple[int, int]) -> dict[str, list[int]]:
-        """The stem's strides, by the name of the weight, with which images of a size meet those of the backbone's."""
-        if input_size == self.spec.input_size:
-            return {}
-        if not self._stem or any(not conv.weight for conv in self._stem):
-            raise InputError(
-                f"{self.spec.name} takes images of {_size(self.spec.input_size)} only, not of {_size(input_size)}, "
-                f"since the weights or the images of its first layer are computed: {self._advice(input_size)}"
-            )
-        if problem := self._mismatch(input_size):
-            raise InputError(f"{problem}: {self._advice(input_size)}")
-        return {conv.weight: conv.scaled(self.spec.input_size, input_size) for conv in self._stem}
-
-    def _mismatch(self, input_size: tuple[int, int]) -> str:
-        """Why images of a size do not have the backbone's resolution after the stem; empty where they do."""
-        own = self.spec.input_size
-        for conv in self._stem:
-            stride = conv.scaled(own, input_size)
-            if min(stride) < 1 or conv.resolution(input_size, stride) != conv.resolution(own, conv.stride):
-                fixed = " and whose padding is a constant of its graph" if any(conv.added) else ""
-                return (
-                    f"images of {_size(input_size)} cannot meet those of {_size(own)} after the first layer of "
-                    f"{self.spec.name}, whose stride is {_size(conv.stride)} at {_size(own)}{fixed}"
-                )
-        return ""
-
-    def _advice(self, input_size: tuple[int, int]) -> str:
-        """What to set in place of a size of images that the stem does not take."""
-        own, sizes = self.spec.input_size, {self.spec.input_size}
-        convs = self._stem if all(conv.weight for conv in self._stem) else []
-        for step in range(1, max((n for conv in convs for n in conv.extent), default=0) + 1):
-            size = (own[0] * step // convs[0].stride[0], own[1] * step // convs[0].stride[1])
-            if min(size) and not self._mismatch(size) and all(conv.sees_all(conv.scaled(own, size)) for conv in convs):
-                sizes.add(size)
-        nearest = sorted(sizes, key=lambda size: (abs(size[0] - input_size[0]), size))[:4]
-        shown = [str(h) if h == w else f"[{h}, {w}]" for h, w in sorted(nearest)]
-        others = f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
-        backwards = [
-            [n * old // new for n, old, new in zip(conv.stride, own, input_size, strict=True)] for conv in convs
-        ]
-        both = bool(convs) and all(
-            conv.sees_all(stride) and conv.resolution(own, stride) == conv.resolution(input_size, conv.stride)
-            for conv, stride in zip(convs, backwards, strict=True)
-        )
-        made = f", or make the backbone for {_size(input_size)} (`backbone.input_size`, of a partition `--input-size`)"
-        return f"set `size` in the task's data to {others}{made if both else ''}"
+        """Raises InputError where the stem cannot take images of a size, or would look at a part of them only."""
+        self._stem.check_images(input_size)
 
     @functools.cached_property
-    def _stem(self) -> list["_StemLayer"]:
-        traced = self._graphs[False]
-        return [_StemLayer.of(traced, node, self.spec.input_size) for node in _stem_nodes(traced)]
-
-
-@dataclass(frozen=True)
-class _StemLayer:
-    """A first layer, all along height and width.
-
-    Attributes:
-        weight: its name; empty for what is no convolution of the image with a parameter.
-        extent: pixels from one end of the kernel to the other.
-        stride: at the backbone's own image size.
-        padding: on each side, by the convolution.
-        added: pixels by which its input is larger than the image, as by a padding before it.
-    """
-
-    weight: str
-    extent: list[int]
-    stride: list[int]
-    padding: list[int]
-    added: list[int]
-
-    @classmethod
-    def of(cls, traced: Traced, node: fx.Node, input_size: tuple[int, int]) -> "_StemLayer":
-        """Reads a contraction of the backbone's graph."""
-        arguments = bind(node)
-        name = traced.names.get(str(arguments["weight"].target), "")
-        before, ok = arguments["input"], "stride" in arguments
-        while ok and not (before.op == "placeholder" and str(before.target) == traced.input):
-            ok = _keeps_pixels(before)
-            before = before.all_input_nodes[0] if ok else before
-        if not ok or not name:
-            return cls("", [], [], [], [])
-        kernel = shape_of(traced.sources[str(arguments["weight"].target)])[2:]
-        size = shape_of(arguments["input"].meta["val"])[2:]
-        return cls(
-            name,
-            [d * (k - 1) + 1 for d, k in zip(arguments["dilation"], kernel, strict=True)],
-            list(arguments["stride"]),
-            list(arguments["padding"]),
-            [there - own for there, own in zip(size, input_size, strict=True)],
-        )
-
-    def scaled(self, own: tuple[int, int], size: tuple[int, int]) -> list[int]:
-        """The stride that grows with the images."""
-        return [round(s * new / old) for s, new, old in zip(self.stride, size, own, strict=True)]
-
-    def sees_all(self, stride: Sequence[int]) -> bool:
-        """Tells whether with a stride no pixel is passed over, or none that is not at the backbone's own size."""
-        dims = zip(stride, self.extent, self.stride, strict=True)
-        return all(0 < step <= max(extent, own) for step, extent, own in dims)
-
-    def resolution(self, size: Sequence[int], stride: Sequence[int]) -> list[int]:
-        """Height and width of what it makes of images."""
-        dims = zip(size, self.added, self.padding, self.extent, stride, strict=True)
-        return [(n + more + 2 * pad - extent) // max(step, 1) + 1 for n, more, pad, extent, step in dims]
+    def _stem(self) -> Stem:
+        return Stem.read(self._graphs[False], self.spec.name, self.spec.input_size)
 
 
 @torch.compiler.disable
@@ -467,16 +355,16 @@ def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition
         partition: that the network is of; restored from the origin by default.
     """
     size = (int(images.shape[-2]), int(images.shape[-1]))
-    own = _size(origin.input_size)
+    own = dims(origin.input_size)
     partition = _restored(origin.partition) if partition is None else partition
     if torch.compiler.is_compiling() and (size, *astuple(origin)[1:], train) not in partition._right:
         raise InputError(
-            f"the network is made for images of {own}: export it for these, or call it once with {_size(size)}"
+            f"the network is made for images of {own}: export it for these, or call it once with {dims(size)}"
         )
     if not partition.is_right_at(size, origin, train):
         raise InputError(
-            f"the network is made for images of {own}, and its graph is not right for those of {_size(size)}: resize "
-            f"them to {own}, or make a partition with an input size of {_size(size)}"
+            f"the network is made for images of {own}, and its graph is not right for those of {dims(size)}: resize "
+            f"them to {own}, or make a partition with an input size of {dims(size)}"
         )
 
 
@@ -490,86 +378,15 @@ def _restored(description: str) -> Partition:
     return partition
 
 
-def _size(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
+def _owners(graphs: Iterable[Traced], names: Sequence[str], assignment: Assignment) -> dict[str, Owner]:
+    """Says who has a copy of its own of each tensor; see the design's table.
 
-
-def _without_data(traced: Traced) -> Traced:
-    """The graph keeps its constants, but not the backbone's weights."""
-    sources = {
-        key: tensor.detach().to("meta") if key in traced.names and tensor.is_floating_point() else tensor
-        for key, tensor in traced.sources.items()
-    }
-    return Traced(traced.graph, traced.input, sources, traced.names)
-
-
-def _parameters_of(node: fx.Node) -> set[fx.Node]:
-    """The placeholders that a node's value comes from, through any computation."""
-    seen, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return {n for n in seen if n.op == "placeholder"}
-
-
-def _is_contraction(node: fx.Node) -> bool:
-    return node.op == "call_function" and hasattr(node.target, "_schema") and "weight" in bind(node) and (
-        base_name(node.target) == "linear" or base_name(node.target).startswith("conv")
-    )  # fmt: skip
-
-
-def _keeps_pixels(node: fx.Node) -> bool:
-    """Tells whether an operator gives an image as large as it was, or with a margin of so many pixels."""
-    if node.op != "call_function" or not node.all_input_nodes:
-        return False
-    if base_name(node.target) in ("pad", "constant_pad_nd"):
-        return True
-    after, before = (n.meta.get("val") for n in (node, node.all_input_nodes[0]))
-    return isinstance(after, Tensor) and isinstance(before, Tensor) and shape_of(after)[2:] == shape_of(before)[2:]
-
-
-def _stem_nodes(traced: Traced) -> list[fx.Node]:
-    """The first layers with weights that the image meets."""
-    raw: set[fx.Node] = set()
-    stem = []
-    for node in traced.graph.nodes:
-        if node.op == "placeholder" and str(node.target) == traced.input:
-            raw.add(node)
-        elif _is_contraction(node):
-            if node.args[0] in raw:
-                stem.append(node)
-        elif any(n in raw for n in node.all_input_nodes) and isinstance(node.meta.get("val"), Tensor):
-            raw.add(node)
-    return stem
-
-
-def _owners(graphs: Mapping[bool, Traced], names: Sequence[str], assignment: Assignment) -> dict[str, Owner]:
-    """Who has a copy of its own of each tensor; see the design's table.
-
-    Private to the network are the tensors with a dimension of classes, and those of normalisations with running
-    statistics: whatever an operator with a `running_mean` takes besides its input, and what is written to in place.
+    Private to the network are the tensors with a dimension of classes and those of norms with running statistics.
     """
     owners: dict[str, Owner] = dict.fromkeys(names, "shared")
-    for traced in graphs.values():
-        for node in _stem_nodes(traced):
-            for weight in (n for n in node.all_input_nodes if n is not node.args[0]):
-                owners.update(dict.fromkeys(_names(traced, _parameters_of(weight)), "task"))
-    written: set[str] = set()
-    for traced in graphs.values():
-        for node in traced.graph.nodes:
-            if node.op != "call_function" or not hasattr(node.target, "_schema"):
-                continue
-            arguments = bind(node)
-            if isinstance(arguments.get("running_mean"), fx.Node):
-                written |= _names(traced, {n for n in node.all_input_nodes if n is not node.args[0]})
-            elif is_inplace(node):
-                written |= _names(traced, {node.all_input_nodes[0]})
-    owners.update(dict.fromkeys(written, "network"))
+    for traced in graphs:
+        owners.update(dict.fromkeys(stem_tensors(traced), "task"))
+    for traced in graphs:
+        owners.update(dict.fromkeys(running_tensors(traced), "network"))
     owners.update(dict.fromkeys((name for name, _ in assignment.classes), "network"))
     return owners
-
-
-def _names(traced: Traced, nodes: set[fx.Node]) -> set[str]:
-    return {traced.names[str(n.target)] for n in nodes if n.op == "placeholder" and str(n.target) in traced.names}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dvn_cli.graph.labels import located
+from dvn_cli.graph.trace import located
 from dvn_cli.partition import Partition
 
 

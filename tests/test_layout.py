@@ -30,15 +30,11 @@ ROWS = (
 
 CIRCLES = {
     ("data.sources", "data.parquet"): "parquet files are one of the sources, and take what all sources have in common",
-    ("graph.labels", "graph.rules"): "labels are made by an operator's rule, which makes them of its operands' labels",
 }
 """Pairs of modules that import each other."""
 
 LONG = {
     "data/sources.py": "all sources of images in one file",
-    "graph/narrow.py": "the rewrites of all operators beside what applies them",
-    "graph/rules.py": "the label rules of all operators",
-    "partition.py": "the division of a backbone, its input layers, and what is kept of it in a file",
 }
 """Files that are longer than `LINES`, until they are split."""
 

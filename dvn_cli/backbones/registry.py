@@ -60,10 +60,10 @@ class BackboneSpec(Backbone):
         """
         import torch
 
-        from dvn_cli.graph.hollow import hollow
+        from dvn_cli.graph.empty_init import empty_init
 
         if device is not None and torch.device(device).type == "meta":
-            return hollow(self.build, "meta")  # few models can be built there: some read tensors that they make
+            return empty_init(self.build, "meta")  # few models can be built there: some read tensors that they make
         library = LIBRARIES[self.source]
         if not library.has(self.name):
             raise InputError(f"the installed {self.source} has no model '{self.name}'")

@@ -48,8 +48,8 @@ def assign(
         rule: how classes are dealt.
         weights: the parameters, by name: what importance is measured by. Without them runs are consecutive.
     """
-    roots = labeller.classes.roots()
-    eligible = labeller.classes.produced()
+    roots = labeller.coupled.roots()
+    eligible = labeller.coupled.produced()
     eligible[0] = False
     class_roots = np.unique(roots[labeller.output.numpy()]) if labeller.output is not None else np.zeros(0, np.int64)
     eligible[class_roots] = False
@@ -146,7 +146,7 @@ def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray, class_r
         tensors[name] = []
         for dim, vector in enumerate(labeller.sources[name]):
             owner = unit[vector.numpy()]
-            if np.isin(labeller.classes.find(vector).numpy(), class_roots).any():
+            if np.isin(labeller.coupled.find(vector).numpy(), class_roots).any():
                 classes.append((name, dim))
             if (owner == SHARED).all():
                 tensors[name].append(None)
@@ -172,7 +172,7 @@ def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
     Raises:
         InputError: the assignment does not fit the graph, as when a library's new version built another backbone.
     """
-    roots = torch.from_numpy(labeller.classes.roots())
+    roots = torch.from_numpy(labeller.coupled.roots())
     unit = torch.full((len(roots),), SHARED)
     owners = []
     for name, axes in assignment.tensors.items():
@@ -204,7 +204,7 @@ def kept_labels(labeller: Labeller, unit: Tensor, kept: Sequence[int], classes: 
     """
     keep = torch.isin(unit, torch.tensor([SHARED, *(u - 1 for u in kept)]))
     if labeller.output is not None:
-        output = labeller.classes.find(labeller.output)
+        output = labeller.coupled.find(labeller.output)
         keep[unit == CLASS] = False
-        keep[torch.isin(torch.from_numpy(labeller.classes.roots()), output[:classes])] = True
+        keep[torch.isin(torch.from_numpy(labeller.coupled.roots()), output[:classes])] = True
     return keep

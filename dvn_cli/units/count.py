@@ -6,8 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from dvn_cli.graph.dry import dry_run
 from dvn_cli.graph.narrow import Narrowed
+from dvn_cli.graph.shape_check import shape_check
 from dvn_cli.store.file import Header
 from dvn_cli.store.metadata import CheckpointMetadata, SliceMetadata
 from dvn_cli.store.slicing import count, cut
@@ -72,5 +72,5 @@ def macs(
     """
     image = torch.empty(1, *image_shape, device="meta")
     with FlopCounterMode(display=False) as counter:
-        dry_run(network, tensors, image)
+        shape_check(network, tensors, image)
     return counter.get_total_flops() // 2

@@ -34,7 +34,7 @@ from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.backbones.registry import classifier_tensors
 from dvn_cli.check import GAINS, TOLERANCE, Comparison, networks
 from dvn_cli.errors import InputError
-from dvn_cli.graph.hollow import hollow
+from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.partition import ENOUGH, Partition, share_divided
 from dvn_cli.units.assign import Assignment
 
@@ -153,7 +153,7 @@ def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str, largest: fl
 def _is_rounding(row: Row, partition: Partition, quick: bool, device: str, gain: float) -> bool:
     """Compares all networks, up to the first that is wrong. Returns whether that may be for rounding errors alone."""
     spec, modes = partition.spec, (False,) if quick else (False, True)
-    comparison = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), modes, device=device, gain=gain)
+    comparison = Comparison(empty_init(spec.build), (spec.in_chans, *spec.input_size), modes, device=device, gain=gain)
     for units in (4, 2):
         assignment = comparison.divide(units)
         if not quick and units == 4 and assignment != partition.assignment:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvn_cli.backbones import resolve
-from dvn_cli.graph.narrow import kept_indices
+from dvn_cli.graph.narrow import indices_of
 from dvn_cli.partition import Partition
 from dvn_cli.store.metadata import Rule
 from dvn_cli.store.ownership import Assignment
@@ -54,7 +54,7 @@ def test_indices_are_those_of_the_labelled_graph(name: str, size: int, assign: s
         for traced in partition._graphs.values():
             nodes = {str(node.target): node for node in traced.graph.find_nodes(op="placeholder")}
             for target, tensor in traced.names.items():
-                expected = kept_indices(labeller, partition._labels[nodes[target]], keep)
+                expected = indices_of(labeller, partition._labels[nodes[target]], keep)
                 shape = partition.shapes[tensor]
                 runs = partition.assignment.runs(tensor, shape, units, classes)
                 for along, indices, size in zip(runs, expected, shape, strict=True):
