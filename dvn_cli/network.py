@@ -23,9 +23,11 @@ from dvn_cli.store.metadata import (
     Preprocessing,
     SliceMetadata,
     Task,
+    TaskLevel,
     TrainingRecord,
     check_level,
     find_task,
+    task_levels,
 )
 from dvn_cli.store.ownership import Run
 from dvn_cli.store.schema import checked
@@ -212,7 +214,7 @@ class DeepVirtualNetwork(nn.Module):
         self._plans.clear()
 
     @torch.no_grad()
-    def inherit(self, task: int, level: int, before: Sequence[tuple[int, int]]) -> None:
+    def inherit(self, task: int, level: int, before: Sequence[TaskLevel]) -> None:
         """Starts what a network has of its own from what others have learnt: all but its classifier.
 
         Its norms from the latest network of the same units, where there is one; the stem of a task that has no other
@@ -290,11 +292,9 @@ class DeepVirtualNetwork(nn.Module):
         network = VirtualNetwork(networks, tensors, partition.parameters, of, level, partition.aliases)
         return network.train(self.training)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """All networks: numbers of task and level."""
-        for number, task in enumerate(self.tasks, 1):
-            for level in range(1, len(task.levels) + 1):
-                yield number, level
+    def __iter__(self) -> Iterator[TaskLevel]:
+        """Yields which networks there are."""
+        yield from task_levels(self.tasks)
 
     def metadata(self) -> CheckpointMetadata:
         """Returns what its file says.

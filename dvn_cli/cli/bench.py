@@ -192,7 +192,7 @@ def _targets(header: AnyHeader, task: str | None, level: int | None, every: bool
         if level is not None:
             for number in numbers:
                 check_level(metadata.tasks[number - 1], level)
-        networks = (network for network in networks if network[0] in numbers and level in (None, network[1]))
+        networks = [each for each in networks if each.task in numbers and level in (None, each.level)]
     return [Target(header, number, depth) for number, depth in networks]
 
 

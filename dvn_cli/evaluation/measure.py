@@ -14,7 +14,7 @@ from dvn_cli.errors import InputError, enough_memory
 from dvn_cli.evaluation.images import choose_images, named, prepared
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, from_file
 from dvn_cli.store.file import AnyHeader, read_header
-from dvn_cli.store.metadata import SliceMetadata, Task, check_level, find_task, matching_tasks
+from dvn_cli.store.metadata import SliceMetadata, Task, TaskLevel, check_level, find_task, matching_tasks
 from dvn_cli.store.schema import dumps
 from dvn_cli.units.count import params_and_density
 
@@ -120,7 +120,7 @@ def evaluate_all(
     network: DeepVirtualNetwork,
     splits: Mapping[int, Split],
     *,
-    networks: Iterable[tuple[int, int]] | None = None,
+    networks: Iterable[TaskLevel] | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
@@ -134,7 +134,7 @@ def evaluate_all(
         batch_size, device, progress: as `evaluate`.
         file: that the checkpoint came from, to be noted.
     """
-    chosen = [(task, level) for task, level in network if task in splits] if networks is None else list(networks)
+    chosen = [one for one in network if one.task in splits] if networks is None else list(networks)
     training = network.training
     network.eval()
     on_device: dict[int, Split] = {}
@@ -172,7 +172,7 @@ class Loaded:
     file: str
     header: AnyHeader
     module: DeepVirtualNetwork | VirtualNetwork
-    networks: list[tuple[int, int]]
+    networks: list[TaskLevel]
     splits: dict[int, Split]
 
     @property
@@ -265,7 +265,7 @@ def open_files(
     ]
 
 
-def _networks(header: AnyHeader, task: str | None, level: int | None) -> list[tuple[int, int]]:
+def _networks(header: AnyHeader, task: str | None, level: int | None) -> list[TaskLevel]:
     """The networks of a file that are asked for, by number of task and level; none of a slice that is another one."""
     metadata = header.metadata
     if isinstance(metadata, SliceMetadata):
@@ -274,4 +274,4 @@ def _networks(header: AnyHeader, task: str | None, level: int | None) -> list[tu
     numbers = [find_task(metadata.tasks, task)] if task else list(metadata.numbered_tasks)
     if level is not None:
         check_level(max((metadata.tasks[number - 1] for number in numbers), key=lambda entry: len(entry.levels)), level)
-    return [(n, depth) for n, depth in metadata.networks if n in numbers and level in (None, depth)]
+    return [each for each in metadata.networks if each.task in numbers and level in (None, each.level)]

@@ -5,10 +5,10 @@ Names of fields are keys of the files' JSON, and so are stable. Keys that are no
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
 from dvn_cli.errors import InputError, did_you_mean
 from dvn_cli.store.ownership import Assignment, Run
@@ -184,6 +184,20 @@ class Task:
         return tuple(sorted(self.order[: self.levels[level - 1]]))
 
 
+class TaskLevel(NamedTuple):
+    """Which network: the numbers of its task and of its level, both from 1."""
+
+    task: int
+    level: int
+
+
+def task_levels(tasks: Sequence[Task]) -> list[TaskLevel]:
+    """Returns all networks of some tasks, the first of which is task 1."""
+    return [
+        TaskLevel(number, level) for number, task in enumerate(tasks, 1) for level in range(1, len(task.levels) + 1)
+    ]
+
+
 @dataclass(frozen=True)
 class TensorEntry:
     """One of the backbone's tensors.
@@ -315,11 +329,9 @@ class CheckpointMetadata(DividedBackbone):
         return dict(enumerate(self.tasks, 1))
 
     @property
-    def networks(self) -> Iterator[tuple[int, int]]:
-        """The numbers of task and level, both from 1, of all networks."""
-        for number, task in enumerate(self.tasks, 1):
-            for level in range(1, len(task.levels) + 1):
-                yield number, level
+    def networks(self) -> list[TaskLevel]:
+        """All of its networks."""
+        return task_levels(self.tasks)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -352,9 +364,9 @@ class SliceMetadata(DividedBackbone):
         return {self.task_number: self.task}
 
     @property
-    def networks(self) -> Iterator[tuple[int, int]]:
-        """The numbers of task and level, both from 1, of its only network."""
-        yield self.task_number, self.level
+    def networks(self) -> list[TaskLevel]:
+        """Its only network."""
+        return [TaskLevel(self.task_number, self.level)]
 
 
 @dataclass(frozen=True)

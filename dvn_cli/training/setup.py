@@ -17,8 +17,8 @@ from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork, load
 from dvn_cli.partition import Partition
 from dvn_cli.store.file import read_checkpoint
-from dvn_cli.store.metadata import DataSource, Owner, Preprocessing, Rule, Task
-from dvn_cli.training.methods import METHODS, Method, Network, levels_of
+from dvn_cli.store.metadata import DataSource, Owner, Preprocessing, Rule, Task, TaskLevel
+from dvn_cli.training.methods import METHODS, Method, levels_of
 from dvn_cli.training.recipe import Recipe
 from dvn_cli.units.order import paper_order
 
@@ -88,7 +88,7 @@ def _prepared(spec: DataSpec, weights: Preprocessing | None) -> DataSpec:
 
 def build(
     recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note = _silent
-) -> tuple[DeepVirtualNetwork, list[Network]]:
+) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
     """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
 
     Returns:
@@ -187,7 +187,7 @@ def _opened(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Parti
     return opened.partition, opened.file_tensors()
 
 
-def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[Network]]:
+def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
     """A trained checkpoint, with new tasks and, where a new unit makes them possible, new levels of the old tasks."""
     assert recipe.continues is not None
     opened, method = _open(recipe.continues, base), METHODS[recipe.method]

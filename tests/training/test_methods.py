@@ -89,7 +89,7 @@ def test_more_units_than_tasks() -> None:
     first, second, third = stages("dvn", of, grow=True)
     assert first.learn == ((1, 1),)
     assert second.learn == ((2, 1), (2, 2))
-    assert second.hold == (((1, 1), (1, 1)), ((1, 2), (1, 1)))
+    assert second.distilled == (((1, 1), (1, 1)), ((1, 2), (1, 1)))
     assert third.learn == ((3, 1), (3, 2), (3, 3))
     assert third.before == ((1, 1), (1, 2), (2, 1), (2, 2))
 

@@ -102,7 +102,7 @@ def test_every_method_has_its_networks(path: Path, method: str, data_sets: DataS
     """In the order and with the levels of each recipe: none is left out of all stages."""
     run = session_of(path, tmp_path, *synthetic.overrides(path, data_sets), f"method={method}").run
     assert {network for stage in run.stages for network in stage.learn} == set(run.network) - {
-        student for stage in run.stages for student, teacher in stage.hold if student != teacher
+        student for stage in run.stages for student, teacher in stage.distilled if student != teacher
     }
 
 

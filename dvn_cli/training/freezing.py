@@ -1,4 +1,4 @@
-"""Which elements of which tensors a stage of a run moves. What it does not move is bit-identical afterwards."""
+"""Which elements of which tensors a stage of a run trains. The others are frozen: bit-identical afterwards."""
 
 from collections.abc import Iterable
 
@@ -6,11 +6,12 @@ import torch
 from torch import Tensor
 
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.training.methods import Network, Stage
+from dvn_cli.store.metadata import TaskLevel
+from dvn_cli.training.methods import Stage
 
 
-def elements(network: DeepVirtualNetwork, networks: Iterable[Network]) -> dict[str, Tensor]:
-    """Of each tensor that any of some networks uses, by its name in the file, a bool mask of the elements they use."""
+def elements(network: DeepVirtualNetwork, networks: Iterable[TaskLevel]) -> dict[str, Tensor]:
+    """Returns bool masks of the elements that any of some networks uses, by the names of their tensors in the file."""
     used: dict[str, Tensor] = {}
     tensors = network.file_tensors()
     for task, level in networks:
@@ -30,15 +31,15 @@ def elements(network: DeepVirtualNetwork, networks: Iterable[Network]) -> dict[s
     return used
 
 
-def statistics(network: DeepVirtualNetwork, of: Network) -> set[str]:
-    """The names in the file of the running statistics that a network would write to in train mode."""
+def statistics(network: DeepVirtualNetwork, task: int, level: int) -> set[str]:
+    """Returns the names in the file of the running statistics that a network writes to in train mode."""
     partition = network.partition
     names = (name for name, owner in partition.owners.items() if owner == "network")
-    return {network.source(name, *of) for name in names if name not in partition.parameters}
+    return {network.source(name, task, level) for name in names if name not in partition.parameters}
 
 
-class Moves:
-    """What one stage moves.
+class Freezing:
+    """Freezes what one stage does not train.
 
     Attributes:
         train_mode: networks that run on each batch's own statistics and keep a running mean of them. Those whose
@@ -48,20 +49,20 @@ class Moves:
     def __init__(self, network: DeepVirtualNetwork, stage: Stage) -> None:
         """Sets `requires_grad` of every parameter."""
         used, before = elements(network, stage.trained), elements(network, stage.before)
-        self.train_mode = {of for of in stage.trained if statistics(network, of).isdisjoint(before)}
-        self._still: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.train_mode = {each for each in stage.trained if statistics(network, *each).isdisjoint(before)}
+        self._frozen: list[tuple[Tensor, Tensor, Tensor]] = []
         for name, tensor in network.file_tensors().items():
             if name.rpartition("/")[2] not in network.partition.parameters:
                 continue
-            moved = used.get(name, torch.zeros(tensor.shape, dtype=torch.bool))
-            if stage.moves == "new" and name in before:
-                moved &= ~before[name]
-            tensor.requires_grad_(bool(moved.any()))
-            if moved.any() and not moved.all():
-                self._still.append((tensor, moved.to(tensor.device), tensor.detach().clone()))
+            trainable = used.get(name, torch.zeros(tensor.shape, dtype=torch.bool))
+            if stage.trainable == "new" and name in before:
+                trainable &= ~before[name]
+            tensor.requires_grad_(bool(trainable.any()))
+            if trainable.any() and not trainable.all():
+                self._frozen.append((tensor, trainable.to(tensor.device), tensor.detach().clone()))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Puts back the elements that are not moved: weight decay and momentum move what is merely without gradient."""
-        for tensor, moved, before in self._still:
-            tensor.copy_(torch.where(moved, tensor, before))
+        """Puts the frozen elements back: weight decay and momentum change what merely has no gradient."""
+        for tensor, trainable, before in self._frozen:
+            tensor.copy_(torch.where(trainable, tensor, before))
