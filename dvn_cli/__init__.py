@@ -36,6 +36,6 @@ def load(path: "str | os.PathLike[str]") -> "DeepVirtualNetwork | VirtualNetwork
         >>> network = dvn_cli.load("dvn-task2-level1.safetensors")  # doctest: +SKIP
         >>> logits = network(images)  # doctest: +SKIP
     """
-    from dvn_cli import network  # torch and timm, only when there is something to load
+    from dvn_cli import loading  # torch and timm, only when there is something to load
 
-    return network.load(path)
+    return loading.load(path)

@@ -1,24 +1,20 @@
 """All networks in one: the shared store, what is private to tasks and levels, and every network as a view of it."""
 
-import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dvn_cli.errors import InputError
 from dvn_cli.graph.dtype import recast
 from dvn_cli.graph.narrow import Narrowed, on_device
-from dvn_cli.partition import Networks, Partition, check_size
+from dvn_cli.partition import Origin, Partition, check_size
 from dvn_cli.store import shapes
-from dvn_cli.store.file import Header, StoredTensor, TensorData, read_header, write
+from dvn_cli.store.file import Header, StoredTensor, TensorData, write
 from dvn_cli.store.metadata import (
     CheckpointMetadata,
-    DividedBackbone,
-    Metadata,
     Owner,
     Preprocessing,
     SliceMetadata,
@@ -31,7 +27,6 @@ from dvn_cli.store.metadata import (
 )
 from dvn_cli.store.ownership import Run
 from dvn_cli.store.schema import checked
-from dvn_cli.store.slicing import BLOCK
 
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -70,47 +65,86 @@ class VirtualNetwork(nn.Module):
     classes), in train mode with dropout and batch statistics as the backbone's.
 
     Attributes:
-        task: the task that it solves.
-        level: its level, from 1.
+        metadata: what its file says.
     """
 
     def __init__(
         self,
-        networks: Networks,
+        metadata: SliceMetadata,
         tensors: Mapping[str, Tensor],
-        trainable: set[str],
-        task: Task,
-        level: int,
-        aliases: Mapping[str, str] | None = None,
+        narrowed: Narrowed,
+        origin: Origin,
+        training: bool = False,
     ) -> None:
-        """`aliases`: other names for some of the tensors, which stay one tensor."""
+        """Puts tensors and a graph together.
+
+        Args:
+            metadata: what its file says.
+            tensors: by the backbone's names; those with several stay one.
+            narrowed: the graph of the mode that the network is in at first.
+            origin: what the graph of the other mode is made by, once that is asked for.
+            training: the mode.
+        """
         super().__init__()
-        self.task, self.level, self._origin = task, level, networks.origin
-        places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
-        for name, first in (aliases or {}).items():
-            module, key = places[first]
+        self.metadata, self._origin = metadata, origin
+        trainable = {name for name, entry in metadata.tensors.items() if entry.trainable}
+        self._places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
+        for name, first in metadata.aliases.items():
+            module, key = self._places[first]
             register(self, name, getattr(module, key), first in trainable)
         self._where = device_and_dtype(self)
-        # Copies: the constants in them move and change their type with this module.
-        self.train_graph, self.eval_graph = copy.deepcopy(networks.train.module), copy.deepcopy(networks.eval.module)
-        self._places = {
-            mode: [places[name] for name in narrowed.names]
-            for mode, narrowed in ((True, networks.train), (False, networks.eval))
-        }
+        self._dtype = self._where[1]  # which the graphs are made for
+        self._names: dict[bool, tuple[str, ...]] = {}
+        self.train_graph: fx.GraphModule | None = None
+        self.eval_graph: fx.GraphModule | None = None
+        self._add_graph(narrowed, training)
+        super().train(training)
+
+    @property
+    def task(self) -> Task:
+        """The task that it solves."""
+        return self.metadata.task
+
+    @property
+    def level(self) -> int:
+        """Its level, from 1."""
+        return self.metadata.level
+
+    def header(self, path: str | os.PathLike[str]) -> Header[SliceMetadata]:
+        """What the header of its file says."""
+        tensors = {name: getattr(module, key) for name, (module, key) in self._places.items()}
+        return Header(Path(path), self.metadata, _stored(tensors))
+
+    def _add_graph(self, narrowed: Narrowed, training: bool) -> None:
+        device, dtype = self._where
+        with torch.inference_mode(False):
+            graph = on_device(narrowed.module, device)  # a copy: its constants move and change their type with this one
+            recast(graph, self._dtype, dtype)
+        self._names[training] = narrowed.names
+        setattr(self, "train_graph" if training else "eval_graph", graph)
+
+    def train(self, mode: bool = True) -> "VirtualNetwork":
+        """Sets the mode; the graph of the other mode is made when that is first set."""
+        if mode not in self._names:
+            self._add_graph(self._origin.network(mode), mode)
+        return super().train(mode)
 
     def forward(self, images: Tensor) -> Tensor:
         if is_of_other_size(images, self.task.input_size):
             check_size(images, self._origin, self.training)
         graph = self.train_graph if self.training else self.eval_graph
-        return graph(images, *[getattr(module, key) for module, key in self._places[self.training]])
+        assert graph is not None
+        places = [self._places[name] for name in self._names[self.training]]
+        return graph(images, *[getattr(module, key) for module, key in places])
 
     def _apply(self, *args: Any, **kwargs: Any) -> "VirtualNetwork":
         super()._apply(*args, **kwargs)
         (device, dtype), (_, before) = device_and_dtype(self), self._where
         if (device, dtype) != self._where:
-            self.train_graph, self.eval_graph = (on_device(g, device) for g in (self.train_graph, self.eval_graph))
-            for graph in (self.train_graph, self.eval_graph):
-                recast(graph, before, dtype)
+            for name in ("train_graph", "eval_graph"):
+                if (graph := getattr(self, name)) is not None:
+                    setattr(self, name, moved := on_device(graph, device))
+                    recast(moved, before, dtype)
             self._where = device, dtype
         return self
 
@@ -131,6 +165,7 @@ class DeepVirtualNetwork(nn.Module):
         tasks: the tasks, number 1 first.
         training_record: how it was trained; None for a fresh partition.
         preprocessing: how images were prepared for the weights that it started from; None where those were random.
+        random: names of the backbone's tensors that those weights lack, such as a classifier of other classes.
     """
 
     def __init__(
@@ -143,7 +178,7 @@ class DeepVirtualNetwork(nn.Module):
     ) -> None:
         """`tensors` are by their names in the file, such as `shared/conv1.weight`."""
         super().__init__()
-        self.preprocessing = preprocessing
+        self.preprocessing, self.random = preprocessing, list[str]()
         self.partition, self.tasks, self.training_record = partition, list(tasks), training_record
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._plans: dict[tuple[int, int, bool], tuple[fx.GraphModule, list[tuple[nn.Module, str, Cut]]]] = {}
@@ -221,23 +256,42 @@ class DeepVirtualNetwork(nn.Module):
         network yet from the latest task.
 
         Args:
-            before: numbers of task and level of the others, the latest last.
+            before: the others, the latest last.
         """
         head = self.partition.head
         for name in self.partition.shapes:
             own = self.source(name, task, level)
-            if name in head or own in {f"shared/{name}", *(self.source(name, *of) for of in before)}:
+            if name in head or own in {f"shared/{name}", *(self.source(name, *other) for other in before)}:
                 continue
             units = self.tasks[task - 1].units(level)
-            alike = [of for of in before if "/level/" not in own or self.tasks[of[0] - 1].units(of[1]) == units]
+            alike = [
+                other
+                for other in before
+                if "/level/" not in own or self.tasks[other.task - 1].units(other.level) == units
+            ]
             tensors = self.file_tensors()
             if alike:
                 tensors[own].copy_(tensors[self.source(name, *alike[-1])])
 
-    def networks(self, task: int, level: int) -> Networks:
-        """The graphs of a task and level, both by number from 1."""
-        of = self.tasks[task - 1]
-        return self.partition.networks(of.units(level), len(of.classes), of.input_size)
+    def narrowed(self, task: int, level: int, training: bool) -> Narrowed:
+        """The graph of a network, by the numbers of its task and level from 1, in train or eval mode."""
+        own = self.tasks[task - 1]
+        return self.partition.network(own.units(level), len(own.classes), own.input_size, training)
+
+    def check(self, networks: Iterable[TaskLevel] | None = None) -> None:
+        """Makes the graphs of networks, all by default, in both modes.
+
+        Raises:
+            InputError: a network cannot be narrowed, or does not take its task's images.
+        """
+        for task, level in self if networks is None else networks:
+            for training in (True, False):
+                self.narrowed(task, level, training)
+
+    def origin(self, task: int, level: int) -> Origin:
+        """What it takes to make a network's graphs later."""
+        own = self.tasks[task - 1]
+        return self.partition.origin(own.units(level), len(own.classes), own.input_size)
 
     def tensors(self, task: int, level: int) -> dict[str, Tensor]:
         """The tensors of one network by the backbone's names: views of this module's wherever slices are runs."""
@@ -264,10 +318,9 @@ class DeepVirtualNetwork(nn.Module):
         """
         key = (task, level, self.training if training is None else training)
         if is_of_other_size(images, self.tasks[task - 1].input_size):
-            check_size(images, self.networks(task, level).origin, key[2], self.partition)
+            check_size(images, self.origin(task, level), key[2], self.partition)
         if key not in self._plans:
-            networks = self.networks(task, level)
-            narrowed: Narrowed = networks.train if key[2] else networks.eval
+            narrowed = self.narrowed(*key)
             with torch.inference_mode(False):  # what is evaluated first may be trained later
                 module = on_device(narrowed.module, images.device)
                 self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])
@@ -287,10 +340,10 @@ class DeepVirtualNetwork(nn.Module):
         number = self.number(task)
         check_level(self.tasks[number - 1], level)
         tensors = {name: tensor.detach().clone() for name, tensor in self.tensors(number, level).items()}
-        networks = self.networks(number, level)
-        of, partition = self.tasks[number - 1], self.partition
-        network = VirtualNetwork(networks, tensors, partition.parameters, of, level, partition.aliases)
-        return network.train(self.training)
+        own, divided = self.tasks[number - 1], self.partition.metadata().divided
+        metadata = SliceMetadata(**divided, task=own, task_number=number, level=level, kept=own.units(level))
+        narrowed, origin = self.narrowed(number, level, self.training), self.origin(number, level)
+        return VirtualNetwork(metadata, tensors, narrowed, origin, self.training)
 
     def __iter__(self) -> Iterator[TaskLevel]:
         """Yields which networks there are."""
@@ -311,12 +364,15 @@ class DeepVirtualNetwork(nn.Module):
 
     def header(self, path: str | os.PathLike[str]) -> Header[CheckpointMetadata]:
         """What the header of its file says, before there is one: what counts networks needs no more."""
-        stored = {name: StoredTensor(DTYPES[t.dtype], tuple(t.shape)) for name, t in self.file_tensors().items()}
-        return Header(Path(path), self.metadata(), stored)
+        return Header(Path(path), self.metadata(), _stored(self.file_tensors()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the checkpoint, atomically."""
         write(path, to_data(self.file_tensors()), self.metadata())
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    return {name: StoredTensor(DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
 
 
 def to_data(tensors: Mapping[str, Tensor]) -> dict[str, TensorData]:
@@ -356,49 +412,3 @@ def taken(tensor: Tensor, cut: Cut) -> Tensor:
         if isinstance(part, Tensor):
             tensor = tensor.index_select(dim, part.to(tensor.device))
     return tensor
-
-
-def load(path: str | os.PathLike[str]) -> DeepVirtualNetwork | VirtualNetwork:
-    """See `dvn_cli.load`."""
-    return from_file(read_header(path))
-
-
-def from_file(header: Header[CheckpointMetadata] | Header[SliceMetadata]) -> DeepVirtualNetwork | VirtualNetwork:
-    """Returns what an open file holds, in eval mode on the CPU.
-
-    Raises:
-        InputError: it is damaged, or the installed libraries build another backbone than the one that was divided.
-    """
-    metadata = header.metadata
-    partition = Partition.restore(metadata)
-    try:
-        shapes.check_tensors(metadata, header.tensors, partition.shapes)
-    except InputError as error:
-        raise InputError(f"'{header.path}' is damaged: {error}") from None
-    tensors = read_tensors(header)
-    if isinstance(metadata, CheckpointMetadata):
-        return DeepVirtualNetwork(partition, metadata.tasks, tensors, metadata.training, metadata.preprocessing).eval()
-    task, level = metadata.task, metadata.level
-    networks = partition.networks(task.units(level), len(task.classes), task.input_size)
-    return VirtualNetwork(networks, tensors, partition.parameters, task, level, partition.aliases).eval()
-
-
-def read_tensors(header: Header[Metadata]) -> dict[str, Tensor]:
-    """Reads all tensors of a file, each once, and not mapped, so that memory holds them once and the file may go.
-
-    Raises:
-        InputError: they cannot be read, or are not what was written.
-    """
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
-    aliases = header.metadata.aliases if isinstance(header.metadata, DividedBackbone) else {}
-    tensors = {}
-    for name, stored in header.tensors.items():
-        if name in aliases:
-            continue
-        if stored.dtype not in dtypes:
-            raise InputError(f"'{header.path}' cannot be opened: its tensor '{name}' has dtype {stored.dtype}")
-        tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
-        array = tensors[name].reshape(-1).view(torch.uint8).numpy()
-        for start in range(0, stored.nbytes, BLOCK):
-            array[start : start + BLOCK] = header.read(name, start, min(start + BLOCK, stored.nbytes))
-    return tensors

@@ -1,8 +1,8 @@
 """A backbone divided into units: given a set of them, the network of that set."""
 
 import functools
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
@@ -16,193 +16,126 @@ from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.narrow import Narrowed, narrow
 from dvn_cli.graph.shape_check import shape_check
-from dvn_cli.graph.statistics import running_tensors
-from dvn_cli.graph.stem import Stem, dims, stem_tensors
+from dvn_cli.graph.stem import Stem, dims
 from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, trace
 from dvn_cli.store.metadata import DividedBackbone, Owner, Rule, TensorEntry
 from dvn_cli.store.ownership import Assignment
 from dvn_cli.store.schema import dumps, loads, parse
-from dvn_cli.units.assign import EVEN, Bucket, assign, kept_labels, unit_of_labels
-
-ENOUGH = 0.9
-"""Share of the parameters that is divided where nobody asks for more."""
+from dvn_cli.units.assign import Bucket, class_dimensions, kept_labels, unit_of_labels
 
 
 @dataclass(frozen=True)
-class Networks:
-    """The network of a set of units, in both of its forms.
+class Labelled:
+    """A backbone's graph in one mode, labelled, and the unit of each label (see `unit_of_labels`)."""
 
-    Attributes:
-        origin: which network of which partition it is.
-    """
+    traced: Traced
+    labeller: Labeller
+    labels: dict[fx.Node, Any]
+    unit: Tensor
 
-    train: Narrowed
-    eval: Narrowed
-    origin: "Origin"
+    @classmethod
+    def by_assignment(cls, traced: Traced, assignment: Assignment) -> "Labelled":
+        """Labels a graph so that an assignment, made earlier, fits it.
+
+        Raises:
+            InputError: it does not, as when a library's new version built another backbone.
+        """
+        for whole_groups in (True, False):
+            labeller = Labeller(assignment.units, whole_groups)
+            labels = labeller.run(traced)
+            try:
+                unit = unit_of_labels(labeller, assignment)
+                break
+            except InputError:
+                if not (whole_groups and labeller.had_choice):
+                    raise
+        used = [name for name in assignment.tensors if name in labeller.sources]
+        if set(class_dimensions(labeller, used)) != {place for place in assignment.classes if place[0] in used}:
+            raise InputError("the classes are in other tensors than when the backbone was divided")
+        labeller.traced = traced.without_data()
+        return cls(labeller.traced, labeller, labels, unit)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What it takes to make a network's graphs again, as for images of another size; plain data.
+    """What it takes to make a network's graphs, as for the other mode or for images of another size; plain data.
 
     Attributes:
-        partition: JSON of what `Partition.restore` needs.
+        description: JSON of what `Partition.restore` needs.
         units: numbers of the network's units, from 1.
         classes: outputs of its classifier.
         input_size: height and width of its images.
     """
 
-    partition: str
+    description: str
     units: tuple[int, ...]
     classes: int
     input_size: tuple[int, int]
 
+    @property
+    def partition(self) -> "Partition":
+        """The partition that it is of, restored where it is not in memory any more."""
+        return _ALIVE.get(self.description) or _restored(self.description)
 
-@dataclass(frozen=True)
-class Division:
-    """Labelled graphs, and how the units divide what the labels tell apart."""
-
-    labeller: Labeller
-    labels: dict[fx.Node, Any]
-    assignment: Assignment
-    buckets: list[Bucket]
-
-
-def divide(
-    graphs: Iterable[Traced],
-    units: int,
-    state: Mapping[str, Tensor],
-    rule: Rule = EVEN,
-    by_weights: bool = True,
-) -> Division:
-    """Labels a backbone's graphs and divides it.
-
-    Units get whole groups of grouped convolutions and norms where they can. Where too little is divided so (as when
-    groups are summed), every group is divided alike if that divides more.
-
-    Args:
-        state: the backbone's `state_dict`, parameters among its tensors.
-        by_weights: whether the weights are there, to be asked where the rule asks for them.
-
-    Raises:
-        InputError: an operator stands in the way; the message names it and its module.
-    """
-    graphs, best, most = list(graphs), None, -1.0
-    for whole_groups in (True, False):
-        labeller = Labeller(units, whole_groups)
-        labels = {node: value for traced in graphs for node, value in labeller.run(traced).items()}
-        names = [name for name in state if name in labeller.sources]
-        parameters = {name: state[name] for name in names if isinstance(state[name], nn.Parameter)}
-        weights = parameters if by_weights and rule.assign == "importance" else None
-        assignment, buckets = assign(labeller, names, rule, weights)
-        share = share_divided(assignment, {name: tuple(p.shape) for name, p in parameters.items()})
-        if share > most:
-            best, most = Division(labeller, labels, assignment, buckets), share
-        if most >= ENOUGH or not labeller.had_choice:
-            break
-    assert best is not None
-    return best
+    def network(self, train: bool) -> Narrowed:
+        """Returns the network in one of its modes."""
+        return self.partition.network(self.units, self.classes, self.input_size, train)
 
 
-def share_divided(assignment: Assignment, shapes: Mapping[str, tuple[int, ...]]) -> float:
-    """The share of some tensors' elements that belong to a unit or a pair of units."""
-    owned = assignment.owned_counts(range(1, assignment.units + 1))
-    whole = sum(assignment.shared_elements(name, shape, owned) for name, shape in shapes.items())
-    return 1 - whole / sum(map(math.prod, shapes.values()))
-
-
-@dataclass
+@dataclass(eq=False)
 class Partition:
-    """A backbone's graphs, labelled, and which unit owns what of them.
+    """Which unit owns what of a backbone. The backbone's graph of a mode is made when it is first asked for.
 
     Attributes:
         spec: how to build the backbone.
-        units: how many units there are.
-        rule: how channels were dealt to them.
+        rule: how channels were assigned to the units.
         assignment: which unit owns which indices of which tensor.
-        buckets: the classes of coupled channels that were divided together (or stayed shared).
         owners: for each tensor who has one of its own: nobody (`shared`), each `task`, or each `network`, that is task
             and level.
         shapes: of the backbone's tensors.
         dtypes: of the backbone's tensors.
         parameters: names of the tensors that are trained; the rest are buffers.
         aliases: other names in the backbone's `state_dict` of tensors that it holds under several, and the first.
+        groups: the coupled groups that were divided, or stayed shared; empty where it was read from a file.
     """
 
     spec: BackboneSpec
-    units: int
     rule: Rule
     assignment: Assignment
-    buckets: list[Bucket]
     owners: dict[str, Owner]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     parameters: set[str]
     aliases: dict[str, str]
-    _graphs: dict[bool, Traced] = field(repr=False)
-    _labels: dict[fx.Node, Any] = field(repr=False)
-    _labeller: Labeller = field(repr=False)
-    _unit: Tensor = field(repr=False)
-    _cache: dict[Any, Networks] = field(default_factory=dict, repr=False)
+    groups: Sequence[Bucket] = ()
+    _graphs: dict[bool, Labelled] = field(default_factory=dict, repr=False)
+    _networks: dict[Any, Narrowed] = field(default_factory=dict, repr=False)
     _resized: dict[tuple[int, int], "Partition"] = field(default_factory=dict, repr=False)
     _right: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def create(
-        cls,
-        spec: BackboneSpec,
-        units: int,
-        module: nn.Module | None = None,
-        assignment: Assignment | None = None,
-        rule: Rule = EVEN,
+    def of_module(
+        cls, module: nn.Module, spec: BackboneSpec, rule: Rule, assignment: Assignment, owners: dict[str, Owner]
     ) -> "Partition":
-        """Divides a backbone into units.
-
-        Args:
-            units: how many, at least 1.
-            module: the backbone, built from `spec`; by default one without weights is built here. It is not changed.
-            assignment: which unit owns what, where that is known already.
-            rule: how channels are dealt to units; importance is that of the module's weights.
+        """Returns the partition of a backbone, built from `spec`, as an assignment says.
 
         Raises:
-            InputError: the backbone cannot be divided; the message names the operator and module, or the limit.
+            InputError: the backbone lacks tensors that were assigned.
         """
-        if units < 1:
-            raise InputError(f"a backbone has at least 1 unit, not {units}")
-        module = empty_init(spec.build) if module is None else module
-        input_shape = (spec.in_chans, *spec.input_size)
-        graphs = {train: trace(module, input_shape, train) for train in (False, True)}
         state = module.state_dict(keep_vars=True)
-        division = divide(graphs.values(), units, state, rule, by_weights=assignment is None)
-        labeller, names, buckets = division.labeller, list(division.assignment.tensors), division.buckets
-        if labeller.output is None or len(labeller.output) != spec.num_classes:
-            raise InputError(f"{spec.name} has no classifier of {spec.num_classes} classes: it gives something else")
-        if units > 1 and not any(bucket.sizes for bucket in buckets):
-            widest = max((bucket.channels for bucket in buckets), default=0)
-            raise InputError(
-                f"{spec.name} cannot be divided into {units} units: at most {widest} channels can be told apart"
-            )
+        if any(name not in state or state[name].ndim != len(axes) for name, axes in assignment.tensors.items()):
+            raise _changed(spec)
+        names = list(assignment.tensors)
         first = {id(state[name]): name for name in names}
-        assignment = assignment or division.assignment
-        if set(assignment.classes) != set(division.assignment.classes):
-            raise InputError(f"the classes of {spec.name} are in other tensors: {spec.source} may have changed since")
-        graphs = {train: traced.without_data() for train, traced in graphs.items()}
-        labeller.traced = graphs[True]
         return cls(
             spec=spec,
-            units=units,
             rule=rule,
             assignment=assignment,
-            buckets=buckets,
-            owners=_owners(graphs.values(), names, assignment),
+            owners=owners,
             shapes={name: tuple(state[name].shape) for name in names},
             dtypes={name: state[name].dtype for name in names},
             parameters={name for name in names if isinstance(state[name], nn.Parameter)},
             aliases={name: first[id(t)] for name, t in state.items() if first.get(id(t), name) != name},
-            _graphs=graphs,
-            _labels=division.labels,
-            _labeller=labeller,
-            _unit=unit_of_labels(labeller, assignment),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Partition":
@@ -216,6 +149,10 @@ class Partition:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
         return _restored(dumps(metadata.divided))
+
+    def rebuilt(self, spec: BackboneSpec) -> "Partition":
+        """Returns the same division of a backbone that differs in its classes or the size of its images alone."""
+        return Partition.of_module(empty_init(spec.build), spec, self.rule, self.assignment, self.owners)
 
     def metadata(self) -> DividedBackbone:
         """Returns what `restore` needs."""
@@ -232,29 +169,37 @@ class Partition:
             aliases=self.aliases,
         )
 
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return self.assignment.units
+
     @functools.cached_property
     def head(self) -> set[str]:
         """Names of the tensors that map features to classes: the classifier's and those of hidden layers before it."""
         inside = tuple(f"{path}." for path in head(self.spec))
         return {name for name in self.shapes if name.startswith(inside)}
 
-    def kept_whole_by(self, name: str) -> fx.Node | None:
-        """Returns the operator for which all units have channels of a tensor, where there is one."""
-        pinned = self._labeller.coupled.pinned_by
-        found = (pinned(int(label)) for vector in self._labeller.sources[name] for label in vector[:1])
-        return next((node for node in found if node is not None), None)
+    def graph(self, train: bool) -> Labelled:
+        """The whole backbone's graph in one mode.
 
-    def is_tied(self, name: str, dim: int) -> bool:
-        """Tells whether some of a dimension's indices can be kept or dropped only together, as those of a head."""
-        roots = self._labeller.coupled.find(self._labeller.sources[name][dim])
-        roots = roots[roots > 0]
-        return len(torch.unique(roots)) < len(roots)
+        Raises:
+            InputError: the installed libraries build another backbone than the one that was divided.
+        """
+        if train not in self._graphs:
+            traced = trace(empty_init(self.spec.build), (self.spec.in_chans, *self.spec.input_size), train)
+            if not set(traced.names.values()) <= set(self.shapes):
+                raise _changed(self.spec)
+            self._graphs[train] = Labelled.by_assignment(traced, self.assignment)
+        return self._graphs[train]
 
-    def networks(self, kept: Sequence[int], classes: int, input_size: tuple[int, int] | None = None) -> Networks:
-        """The network of a set of units.
+    def network(
+        self, units: Sequence[int], classes: int, input_size: tuple[int, int] | None = None, train: bool = False
+    ) -> Narrowed:
+        """The network of a set of units, in train or eval mode.
 
         Args:
-            kept: numbers of the units, from 1.
+            units: their numbers, from 1.
             classes: outputs of its classifier, at most the backbone's.
             input_size: height and width of its images; the stem's stride follows, so that whatever the size, what
                 comes after the stem has the backbone's own resolution.
@@ -262,32 +207,41 @@ class Partition:
         Raises:
             InputError: no stride of the stem does that, or the network cannot be narrowed so.
         """
-        key = (tuple(sorted(kept)), classes, input_size or self.spec.input_size)
-        if key not in self._cache:
-            with torch.inference_mode(False):  # what is cached may be evaluated first and trained later
-                self._cache[key] = self._networks(*key)
-        return self._cache[key]
+        key = (tuple(sorted(units)), classes, input_size or self.spec.input_size, train)
+        if key not in self._networks:
+            with torch.inference_mode(False), torch.enable_grad():  # it may be evaluated first and trained later
+                self._networks[key] = self._narrowed(*key, self._stem.strides(key[2]))
+        return self._networks[key]
 
-    def _networks(
+    def _narrowed(
         self,
-        kept: tuple[int, ...],
+        units: tuple[int, ...],
         classes: int,
         input_size: tuple[int, int],
-        strides: dict[str, list[int]] | None = None,
-    ) -> Networks:
-        keep = kept_labels(self._labeller, self._unit, kept, classes)
-        strides = self._stem.strides(input_size) if strides is None else strides
-        train, evaluate = (
-            narrow(self._graphs[mode], self._labels, self._labeller, keep, strides) for mode in (True, False)
-        )
-        networks = Networks(train, evaluate, Origin(self._described, kept, classes, input_size))
+        train: bool,
+        strides: dict[str, list[int]],
+    ) -> Narrowed:
+        graph = self.graph(train)
+        keep = kept_labels(graph.labeller, graph.unit, units, classes)
+        narrowed = narrow(graph.traced, graph.labels, graph.labeller, keep, strides)
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
-        for narrowed in (train, evaluate):
-            logits = shape_check(narrowed, self.tensors(networks), image)
-            if logits.shape != (batch, classes):
-                raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
-        return networks
+        logits = shape_check(narrowed, self.tensors(units, classes), image)
+        if logits.shape != (batch, classes):
+            raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
+        return narrowed
+
+    def tensors(self, units: Sequence[int], classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of the network of a set of units."""
+        return {
+            name: (self.assignment.shape(name, shape, units, classes), self.dtypes[name])
+            for name, shape in self.shapes.items()
+        }
+
+    def origin(self, units: Sequence[int], classes: int, input_size: tuple[int, int]) -> Origin:
+        """Returns what it takes to make the network's graphs later."""
+        _ALIVE[self._described] = self
+        return Origin(self._described, tuple(units), classes, input_size)
 
     @functools.cached_property
     def _described(self) -> str:
@@ -312,28 +266,14 @@ class Partition:
     def _is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
         try:
             if size not in self._resized:
-                module = empty_init(self.spec.build)
-                spec = replace(self.spec, input_size=size)
                 self._resized.clear()
-                self._resized[size] = Partition.create(spec, self.units, module, self.assignment, self.rule)
-            here = self.networks(origin.units, origin.classes, origin.input_size)
+                self._resized[size] = self.rebuilt(replace(self.spec, input_size=size))
+            here = self.network(origin.units, origin.classes, origin.input_size, train)
             strides = self._stem.strides(origin.input_size)
-            there = self._resized[size]._networks(origin.units, origin.classes, size, strides)
+            there = self._resized[size]._narrowed(origin.units, origin.classes, size, train, strides)
         except InputError:  # the backbone takes no such images
             return False
-        return (
-            same_graph(here.train.module, there.train.module)
-            if train
-            else same_graph(here.eval.module, there.eval.module)
-        )
-
-    def tensors(self, networks: Networks) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor of a network."""
-        units, classes = networks.origin.units, networks.origin.classes
-        return {
-            name: (self.assignment.shape(name, shape, units, classes), self.dtypes[name])
-            for name, shape in self.shapes.items()
-        }
+        return same_graph(here.module, there.module)
 
     def check_images(self, input_size: tuple[int, int]) -> None:
         """Raises InputError where the stem cannot take images of a size, or would look at a part of them only."""
@@ -341,7 +281,7 @@ class Partition:
 
     @functools.cached_property
     def _stem(self) -> Stem:
-        return Stem.read(self._graphs[False], self.spec.name, self.spec.input_size)
+        return Stem.read(self.graph(train=False).traced, self.spec.name, self.spec.input_size)
 
 
 @torch.compiler.disable
@@ -352,11 +292,11 @@ def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition
         images: of another size than `origin.input_size`.
         origin: of the network.
         train: which of its graphs is to run.
-        partition: that the network is of; restored from the origin by default.
+        partition: that the network is of; the origin's by default.
     """
     size = (int(images.shape[-2]), int(images.shape[-1]))
     own = dims(origin.input_size)
-    partition = _restored(origin.partition) if partition is None else partition
+    partition = origin.partition if partition is None else partition
     if torch.compiler.is_compiling() and (size, *astuple(origin)[1:], train) not in partition._right:
         raise InputError(
             f"the network is made for images of {own}: export it for these, or call it once with {dims(size)}"
@@ -368,25 +308,17 @@ def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition
         )
 
 
+_ALIVE: weakref.WeakValueDictionary[str, Partition] = weakref.WeakValueDictionary()
+"""Partitions that are in memory, by their descriptions."""
+
+
 @functools.lru_cache(maxsize=2)
 def _restored(description: str) -> Partition:
     metadata = parse(DividedBackbone, loads(description))
-    spec = BackboneSpec(**vars(metadata.backbone))
-    partition = Partition.create(spec, metadata.units, assignment=metadata.assignment, rule=metadata.rule)
-    if set(partition.shapes) != set(metadata.tensors):
-        raise InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")
-    return partition
+    spec, assignment = BackboneSpec(**vars(metadata.backbone)), metadata.assignment
+    owners = {name: entry.owner for name, entry in metadata.tensors.items()}
+    return Partition.of_module(empty_init(spec.build), spec, metadata.rule, assignment, owners)
 
 
-def _owners(graphs: Iterable[Traced], names: Sequence[str], assignment: Assignment) -> dict[str, Owner]:
-    """Says who has a copy of its own of each tensor; see the design's table.
-
-    Private to the network are the tensors with a dimension of classes and those of norms with running statistics.
-    """
-    owners: dict[str, Owner] = dict.fromkeys(names, "shared")
-    for traced in graphs:
-        owners.update(dict.fromkeys(stem_tensors(traced), "task"))
-    for traced in graphs:
-        owners.update(dict.fromkeys(running_tensors(traced), "network"))
-    owners.update(dict.fromkeys((name for name, _ in assignment.classes), "network"))
-    return owners
+def _changed(spec: BackboneSpec) -> InputError:
+    return InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")

@@ -20,6 +20,7 @@ from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.reference import kept_by_axes
 from dvn_cli.store.file import read_checkpoint, read_header
+from dvn_cli.store.metadata import TrainingRecord
 from dvn_cli.store.slicing import cut, slice_file
 from dvn_cli.units.count import params_and_density
 
@@ -219,7 +220,7 @@ def test_importance_leaves_the_backbone_as_it_is(capsys: pytest.CaptureFixture[s
 def test_uneven_groups_are_shown_where_not_all_can_be(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dvn_cli.cli.partition.ROWS", 1)
+    monkeypatch.setattr("dvn_cli.cli.rendering.ROWS", 1)
     assert dvn("partition", "wrn_10_1", "--units", "3", "--round-to", "32") == 0
     out = capsys.readouterr().out
     assert "6+5+5" in out
@@ -292,7 +293,7 @@ def test_only_a_fresh_partition_is_replaced(capsys: pytest.CaptureFixture[str]) 
     slice_file(read_checkpoint("dvn.safetensors"), 1, 1, "slice.safetensors")
     network = dvn_cli.load("dvn.safetensors")
     assert isinstance(network, DeepVirtualNetwork)
-    network.training_record = {"epochs": 1}
+    network.training_record = TrainingRecord({}, epochs=1)
     network.save("trained.safetensors")
     Path("weights.bin").write_bytes(b"something else")
     capsys.readouterr()
@@ -343,8 +344,8 @@ def test_a_command_that_fails_leaves_what_was_there(
 
     failing: dict[str, tuple[Any, ...]] = {
         "dvn_cli.units.count.macs": (refused, InputError),
-        "dvn_cli.undivided.whole": (refused, InputError),
-        "dvn_cli.cli.partition._print_levels": (full, OSError),
+        "dvn_cli.dividing.whole": (refused, InputError),
+        "dvn_cli.cli.rendering._show_levels": (full, OSError),
         "dvn_cli.cli.partition.typer.echo": (full, OSError),
     }
     for number, (place, (fault, kind)) in enumerate(failing.items()):

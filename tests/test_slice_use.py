@@ -19,9 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import dvn_cli
 from dvn_cli.backbones import BackboneSpec, resolve
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
-from dvn_cli.partition import Partition
 from dvn_cli.store.file import Header, read_checkpoint, read_header
 from dvn_cli.store.slicing import count, slice_file
 from dvn_cli.tasks import default_tasks
@@ -35,7 +35,7 @@ ATTENTION, CONVOLUTION = ("test_vit", 160), ("test_efficientnet", 32)
 def partition_file(spec: BackboneSpec, module: nn.Module, path: Path) -> Header:
     """Writes a fresh partition of two units."""
     tasks = default_tasks(2, spec.num_classes, spec.input_size, (0.5,) * 3, (0.25,) * 3)
-    DeepVirtualNetwork.from_backbone(Partition.create(spec, 2, module), module, tasks).save(path)
+    DeepVirtualNetwork.from_backbone(partition_backbone(spec, 2, module=module), module, tasks).save(path)
     return read_checkpoint(path)
 
 
@@ -244,7 +244,7 @@ class Casting(nn.Module):
 def test_casts_follow_the_weights(dtypes: list[torch.dtype]) -> None:
     torch.manual_seed(0)
     module = Casting().eval()
-    partition = Partition.create(BackboneSpec("timm", "casting", CLASSES, 3, (8, 8)), 2, module)
+    partition = partition_backbone(BackboneSpec("timm", "casting", CLASSES, 3, (8, 8)), 2, module=module)
     tasks = default_tasks(2, CLASSES, (8, 8), (0.5,) * 3, (0.25,) * 3)
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks).eval().virtual_network(1, 2)
     for dtype in dtypes:
@@ -306,7 +306,7 @@ def under_autocast(network: Callable[..., Tensor], x: Tensor) -> tuple[list[Any]
 
 
 def networks_apart(module: nn.Module, spec: BackboneSpec) -> DeepVirtualNetwork:
-    partition = Partition.create(spec, 2, module)
+    partition = partition_backbone(spec, 2, module=module)
     tasks = default_tasks(2, CLASSES, spec.input_size, (0.5,) * 3, (0.25,) * 3)
     return DeepVirtualNetwork.from_backbone(partition, module, tasks).eval()
 

@@ -10,11 +10,9 @@ import typer
 
 from dvn_cli.errors import InputError
 from dvn_cli.files import atomic, check_folder_writable, check_writable
-from dvn_cli.store.file import AnyHeader, read_header
-from dvn_cli.store.metadata import CheckpointMetadata, SliceMetadata, check_level, find_task
 
 if TYPE_CHECKING:
-    from dvn_cli.benchmark import Target
+    from dvn_cli.benchmark import Measurement
 
 
 def bench_command(
@@ -79,9 +77,9 @@ def bench_command(
     if scenario is not None:
         document, show = _scenario(scenario.lower(), files or [Path()], plots, measure)
     else:
-        headers = [read_header(file) for file in files or [Path("dvn.safetensors")]]
-        targets, document = measure(headers, task, level, every)
-        show = functools.partial(_print, document, [_name(target, len(headers)) for target in targets])
+        given = files or [Path("dvn.safetensors")]
+        results, document = measure(given, task, level, every=every)
+        show = functools.partial(_print, document, [_name(result, len(given)) for result in results])
     text = json.dumps(document, indent=2)
     try:
         if as_json:
@@ -95,19 +93,15 @@ def bench_command(
 
 
 def _measure(
-    headers: Sequence[AnyHeader],
-    task: str | None,
-    level: int | None,
-    every: bool,
+    files: Sequence[Path],
+    task: str | None = None,
+    level: int | None = None,
     *,
     device: str,
-    batch_size: int,
-    num_warm_iter: int,
-    num_bench_iter: int,
-    channels_last: bool,
     threads: int | None,
-) -> tuple[list["Target"], dict[str, Any]]:
-    """Measures networks of files. Returns them, and the document of what was found."""
+    **settings: Any,
+) -> tuple[list["Measurement"], dict[str, Any]]:
+    """Measures networks of files. Returns what was found, and the document that says it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from dvn_cli import report
@@ -121,23 +115,23 @@ def _measure(
         from dvn_cli import benchmark
         from dvn_cli import device as devices
 
-        targets = [target for header in headers for target in _targets(header, task, level, every)]
-        settings = benchmark.Settings(
-            devices.choose(device), batch_size, num_warm_iter, num_bench_iter, channels_last, threads
+        chosen = devices.choose(device)
+        results = benchmark.bench(
+            files,
+            task,
+            level,
+            device=chosen,
+            threads=threads,
+            progress=lambda what, done: bar.update(shown, description=what, completed=done, total=1.0),
+            **settings,
         )
-        results = benchmark.measure(
-            targets, settings, lambda what, done: bar.update(shown, description=what, completed=done, total=1.0)
-        )
-    return targets, {
-        "device": str(settings.device),
-        "device_name": devices.title(settings.device),
+    return results, {
+        "device": str(chosen),
+        "device_name": devices.title(chosen),
         "torch": torch.__version__,
         "threads": threads or torch.get_num_threads(),
-        "batch_size": batch_size,
-        "num_warm_iter": num_warm_iter,
-        "num_bench_iter": num_bench_iter,
-        "channels_last": channels_last,
-        "results": [result.to_dict(batch_size) for result in results],
+        **{key: value for key, value in settings.items() if key != "every"},
+        "results": [result.to_dict() for result in results],
     }
 
 
@@ -145,7 +139,7 @@ def _scenario(
     name: str,
     files: Sequence[Path],
     plots: Path | None,
-    measure: Callable[..., tuple[list["Target"], dict[str, Any]]],
+    measure: Callable[..., tuple[list["Measurement"], dict[str, Any]]],
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """The tables of a scenario: the document, and how to print it."""
     from dvn_cli import report
@@ -163,10 +157,9 @@ def _scenario(
         times, document = {}, None
         if (network := tables.timed(table)) is not None:
             file, task = network
-            targets, document = measure([read_header(file)], str(task), None, False)
-            for target, row in zip(targets, document["results"], strict=True):
-                units = len(target.entry.units(target.level))
-                times[units] = row["latency_ms"]["p50"] / document["batch_size"], row["speedup"]
+            results, document = measure([file], str(task))
+            for result in results:
+                times[len(result.units)] = 1000 * result.percentile(50) / result.batch_size, result.speedup
         costs.append(tables.costs(table, times))
         measured.append(document)
 
@@ -180,28 +173,10 @@ def _scenario(
     return document | {"plots": [str(path) for path in written]}, show
 
 
-def _targets(header: AnyHeader, task: str | None, level: int | None, every: bool) -> list["Target"]:
-    from dvn_cli.benchmark import Target
-
-    metadata = header.metadata
-    if isinstance(metadata, SliceMetadata) and (task is not None or level is not None):
-        raise InputError(f"'{header.path}' is a slice, of one task and level; --task and --level are for checkpoints")
-    networks = metadata.networks
-    if isinstance(metadata, CheckpointMetadata):
-        numbers = list(metadata.numbered_tasks) if every else [find_task(metadata.tasks, task or 1)]
-        if level is not None:
-            for number in numbers:
-                check_level(metadata.tasks[number - 1], level)
-        networks = [each for each in networks if each.task in numbers and level in (None, each.level)]
-    return [Target(header, number, depth) for number, depth in networks]
-
-
-def _name(target: "Target", files: int) -> str:
+def _name(result: "Measurement", files: int) -> str:
     """What tells a network's row from others: its task, of several files a slice's name, or a checkpoint's and task."""
-    stem = target.header.path.stem
-    if files == 1:
-        return target.entry.name
-    return stem if isinstance(target.header.metadata, SliceMetadata) else f"{stem} {target.entry.name}"
+    stem = Path(result.file).stem
+    return result.name if files == 1 else stem if result.kind == "slice" else f"{stem} {result.name}"
 
 
 def _print(document: dict[str, Any], names: list[str]) -> None:

@@ -94,7 +94,7 @@ class Run:
             if min(len(split), self.recipe.batch_size) > 1 or not networks:
                 continue
             tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
-            graph = self.network.networks(*networks[0]).train
+            graph = self.network.narrowed(*networks[0], training=True)
             norm = norm_of_a_single_value(graph, tensors, tuple(split.images.shape[1:]))
             if norm is not None:
                 remedy = "batch_size 2 or more" if len(split) > 1 else "the task 2 training images or more"
@@ -299,7 +299,7 @@ class Run:
             return None
         networks = [network for network in self.stage.learn if network.task in splits]
         rows = evaluate_all(self.network, splits, networks=networks, device=self.device)
-        return self._by_level({TaskLevel(row.task, row.level): row.result.top1 for row in rows})
+        return self._by_level({TaskLevel(row.task, row.level): row.top1 for row in rows})
 
     def _keep_best(self, validation: list[list[float | None]] | None) -> None:
         score = _mean(numbers(validation or []))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dvn_cli.errors import InputError
 from dvn_cli.files import written_at
-from dvn_cli.network import read_tensors
+from dvn_cli.loading import read_tensors
 from dvn_cli.store.file import Header, read_state
 from dvn_cli.store.metadata import StateMetadata
 

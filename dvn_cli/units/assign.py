@@ -1,7 +1,7 @@
 """Which unit owns which indices of which tensor."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -98,7 +98,7 @@ def assign(
             even = np.repeat(np.arange(labeller.units), sizes)
             unit[members] = even if weights is None else _dealt(energy[members], sizes, lead)
         buckets.append(Bucket(len(members), tuple(where[key]), tuple(sizes.tolist())))
-    return _collect(labeller, names, unit[roots], class_roots), buckets
+    return _collect(labeller, names, unit[roots]), buckets
 
 
 def _sizes(count: int, units: int, step: int) -> np.ndarray:
@@ -137,17 +137,14 @@ def _dealt(energy: np.ndarray, sizes: np.ndarray, lead: np.ndarray) -> np.ndarra
     return unit
 
 
-def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray, class_roots: np.ndarray) -> Assignment:
+def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray) -> Assignment:
     axes: list[Axis] = []
     number: dict[str, int] = {}
     tensors: dict[str, list[int | None]] = {}
-    classes = []
     for name in names:
         tensors[name] = []
-        for dim, vector in enumerate(labeller.sources[name]):
+        for vector in labeller.sources[name]:
             owner = unit[vector.numpy()]
-            if np.isin(labeller.coupled.find(vector).numpy(), class_roots).any():
-                classes.append((name, dim))
             if (owner == SHARED).all():
                 tensors[name].append(None)
                 continue
@@ -158,7 +155,19 @@ def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray, class_r
                 axes.append(axis)
             tensors[name].append(number[key])
     by_name = {name: tuple(along) for name, along in tensors.items()}
-    return Assignment(labeller.units, tuple(axes), by_name, tuple(classes))
+    return Assignment(labeller.units, tuple(axes), by_name, tuple(class_dimensions(labeller, names)))
+
+
+def class_dimensions(labeller: Labeller, names: Iterable[str]) -> list[tuple[str, int]]:
+    """Returns the dimensions of some tensors, as names and numbers, that hold the classes of the classifier."""
+    find = labeller.coupled.find
+    output = np.zeros(0, np.int64) if labeller.output is None else find(labeller.output).numpy()
+    return [
+        (name, dim)
+        for name in names
+        for dim, vector in enumerate(labeller.sources[name])
+        if np.isin(find(vector).numpy(), output).any()
+    ]
 
 
 def _runs(mask: np.ndarray) -> tuple[Run, ...]:
@@ -176,9 +185,10 @@ def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
     unit = torch.full((len(roots),), SHARED)
     owners = []
     for name, axes in assignment.tensors.items():
-        if len(axes) != len(labeller.sources.get(name, ())):
+        sources = labeller.sources.get(name, [])  # of a tensor that the graph has no use for none
+        if sources and len(axes) != len(sources):
             raise InputError(f"the backbone has no such tensor as {name}: its library may have changed since")
-        for dim, axis in enumerate(axes):
+        for dim, axis in enumerate(axes if sources else ()):
             found = roots[labeller.sources[name][dim]]
             owner = torch.full((len(found),), SHARED)
             for number, runs in enumerate(assignment.axes[axis] if axis is not None else []):
@@ -190,7 +200,8 @@ def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
         if not torch.equal(unit[found], owner):
             raise InputError(f"the units of {name} do not fit the backbone: its library may have changed since")
     for name, dim in assignment.classes:
-        unit[roots[labeller.sources[name][dim]]] = CLASS
+        if name in labeller.sources:
+            unit[roots[labeller.sources[name][dim]]] = CLASS
     return unit[roots]
 
 

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from dvn_cli.backbones import resolve
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.labels import Labeller, Labels
 from dvn_cli.graph.trace import trace
-from dvn_cli.partition import Partition
 
 
 class Table(nn.Module):
@@ -63,7 +63,7 @@ def test_what_needs_its_parameters_has_them(build, value):
 )
 def test_it_is_divided_as_with_weights(name, size):
     spec = resolve(name, num_classes=5, input_size=(size, size))
-    assert Partition.create(spec, 2).metadata() == Partition.create(spec, 2, spec.build()).metadata()
+    assert partition_backbone(spec, 2).metadata() == partition_backbone(spec, 2, module=spec.build()).metadata()
 
 
 def test_a_partition_takes_no_memory_for_weights():

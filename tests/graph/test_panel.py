@@ -20,7 +20,7 @@ def test_narrowed_is_masked(number, name):
     spec = panel.spec_of(name)
     case = Comparison(empty_init(spec.build), (spec.in_chans, *spec.input_size), modes=(train,))
     case.divide(units)
-    assert any(bucket.sizes for bucket in case.buckets)
+    assert any(group.sizes for group in case.groups)
     assert case.error((2,), train) < panel.TOLERANCE
 
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from dvn_cli.backbones import BackboneSpec
 from dvn_cli.check import Comparison
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
 from dvn_cli.graph.dtype import recast
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.narrow import Narrower, on_device
 from dvn_cli.graph.trace import trace
-from dvn_cli.partition import Partition
 
 
 class Between(nn.Module):
@@ -304,9 +304,9 @@ def test_what_fits_the_traced_batch_alone_is_refused(monkeypatch):
     """A model with kernels for every image, whose groups are here as many as at the size that it was traced with."""
     monkeypatch.setattr(Narrower, "scaled", lambda self, number, now: now)
     spec = BackboneSpec("timm", "small", 4, 3, (6, 6))
-    partition = Partition.create(spec, 2, CASES["generated kernel of two groups"])
+    partition = partition_backbone(spec, 2, module=CASES["generated kernel of two groups"])
     with pytest.raises(InputError, match=r"operator aten.conv2d.default \(Between\) cannot be narrowed so"):
-        partition.networks((1,), 4)
+        partition.network((1,), 4)
 
 
 def test_an_unknown_operator_is_refused_by_name():

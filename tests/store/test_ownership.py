@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dvn_cli.backbones import resolve
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.graph.narrow import indices_of
-from dvn_cli.partition import Partition
 from dvn_cli.store.metadata import Rule
 from dvn_cli.store.ownership import Assignment
 from dvn_cli.units.assign import kept_labels
@@ -47,14 +47,14 @@ def test_indices_are_those_of_the_labelled_graph(name: str, size: int, assign: s
     """For a task with all classes of the classifier, and for one with fewer."""
     torch.manual_seed(0)
     spec = resolve(name, num_classes=5, input_size=(size, size))
-    partition = Partition.create(spec, 3, spec.build(), rule=Rule(assign))
-    labeller, compared = partition._labeller, 0
+    partition = partition_backbone(spec, 3, Rule(assign), spec.build())
+    graph, compared = partition.graph(train=True), 0
     for units, classes in itertools.product(([1], [2, 3], [1, 2, 3]), (5, 3)):
-        keep = kept_labels(labeller, partition._unit, units, classes)
-        for traced in partition._graphs.values():
+        keep = kept_labels(graph.labeller, graph.unit, units, classes)
+        for traced in (partition.graph(train).traced for train in (True, False)):
             nodes = {str(node.target): node for node in traced.graph.find_nodes(op="placeholder")}
             for target, tensor in traced.names.items():
-                expected = indices_of(labeller, partition._labels[nodes[target]], keep)
+                expected = indices_of(graph.labeller, graph.labels[nodes[target]], keep)
                 shape = partition.shapes[tensor]
                 runs = partition.assignment.runs(tensor, shape, units, classes)
                 for along, indices, size in zip(runs, expected, shape, strict=True):

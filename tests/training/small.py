@@ -1,6 +1,5 @@
 """The smallest run there is: two tasks of the digits, two units, four steps."""
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvn_cli.backbones import BackboneSpec
 from dvn_cli.data import TaskData
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.partition import Partition
 from dvn_cli.training import recipe as recipes
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.loop import Run
 from dvn_cli.training.session import Session
 
@@ -46,7 +44,7 @@ def session(
     """A session of the small recipe whose checkpoint is `dvn.safetensors` in a folder."""
     read = recipes.resolved(content(**keys), overrides, "small.yaml")
     output, told = folder / "dvn.safetensors", note or nothing
-    return Session(recipes.parse(read, "small.yaml"), folder, output, CPU, resume, force=force, note=told)
+    return prepare(recipes.parse(read, "small.yaml"), folder, output, CPU, resume, force=force, note=told)
 
 
 def trained(folder: Path, *overrides: str, resume: bool = False, **keys: Any) -> Session:
@@ -80,12 +78,6 @@ def stop_after(epoch: int, step: int = 0) -> tuple[Callable[[Run], None], Callab
 def history(run: Run) -> list[dict[str, Any]]:
     """What does not depend on the clock."""
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in run.history]
-
-
-@functools.lru_cache(maxsize=32)
-def partitioned(spec: BackboneSpec, units: int) -> Partition:
-    """A partition holds no weights, so that tests may share it."""
-    return Partition.create(spec, units)
 
 
 def copied(network: DeepVirtualNetwork) -> dict[str, Tensor]:

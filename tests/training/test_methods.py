@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from dvn_cli.errors import InputError
-from dvn_cli.network import load
+from dvn_cli.loading import load
 from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import Task
 from dvn_cli.store.slicing import slice_file
-from dvn_cli.tasks import Task
 from dvn_cli.training.methods import METHODS, Stage, plan
 from dvn_cli.units.order import paper_order
 

@@ -26,6 +26,7 @@ from dvn_cli import cli
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training import recipe as recipes
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.methods import METHODS
 from dvn_cli.training.recipe import BackboneKeys, OptimizerKeys, Recipe, ScheduleKeys, SequentialKeys, TaskKeys
 from dvn_cli.training.schedule import factor
@@ -73,7 +74,7 @@ def test_every_scale_setting_and_method(path: Path) -> None:
 
 
 def session_of(path: Path, folder: Path, *overrides: str) -> Session:
-    return Session(recipes.read(path, overrides), path.parent, folder / "dvn.safetensors", small.CPU)
+    return prepare(recipes.read(path, overrides), path.parent, folder / "dvn.safetensors", small.CPU)
 
 
 @pytest.mark.slow

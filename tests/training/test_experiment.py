@@ -10,9 +10,11 @@ import small
 import torch
 
 from dvn_cli.errors import InputError
-from dvn_cli.network import DeepVirtualNetwork, load
+from dvn_cli.loading import load
+from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.file import read_checkpoint
 from dvn_cli.store.slicing import slice_file
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.session import Session
 
 LOW = {"name": "low", "data": small.data(classes="0-4", augment="crop", pad=1)}
@@ -128,7 +130,7 @@ def test_continued_and_interrupted(tmp_path: Path) -> None:
     session = added(tmp_path / "second", path, *words)
     with pytest.raises(small.Stopped):
         session.train(*small.stop_after(2, 1))
-    again = Session(session.recipe, tmp_path / "second", session.files.checkpoint, small.CPU, resume=True)
+    again = prepare(session.recipe, tmp_path / "second", session.files.checkpoint, small.CPU, resume=True)
     assert again.run.epochs_done == 2
     again.train(small.nothing, small.nothing)
     assert small.history(again.run) == small.history(whole.run)
