@@ -3,39 +3,59 @@
 Kim, Ahn, Torr, Oh, "Deep Virtual Networks for Memory Efficient Inference of Multiple Tasks", CVPR 2019.
 """
 
-from typing import TYPE_CHECKING
+import importlib
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import os
-
+    from dvn_cli.benchmark import bench
+    from dvn_cli.dividing import divide
+    from dvn_cli.errors import DvnError, InputError
+    from dvn_cli.evaluation.measure import evaluate
+    from dvn_cli.export import slice
+    from dvn_cli.loading import load
     from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+    from dvn_cli.training.experiment import train
 
-__all__ = ["__version__", "load"]
+    __version__: str
+
+__all__ = [
+    "DeepVirtualNetwork",
+    "DvnError",
+    "InputError",
+    "VirtualNetwork",
+    "__version__",
+    "bench",
+    "divide",
+    "evaluate",
+    "load",
+    "slice",
+    "train",
+]
+
+_MODULES = {
+    "DeepVirtualNetwork": "network",
+    "DvnError": "errors",
+    "InputError": "errors",
+    "VirtualNetwork": "network",
+    "bench": "benchmark",
+    "divide": "dividing",
+    "evaluate": "evaluation.measure",
+    "load": "loading",
+    "slice": "export",
+    "train": "training.experiment",
+}
+"""The module of each public name, imported when the name is asked for: torch takes seconds."""
 
 
-def __getattr__(name: str) -> str:
-    """Looks up `__version__` when it is asked for: finding the installed package's metadata takes time."""
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         from importlib.metadata import version
 
         return version("dvn")
-    raise AttributeError(f"module 'dvn_cli' has no attribute '{name}'")
+    if name not in _MODULES:
+        raise AttributeError(f"module 'dvn_cli' has no attribute '{name}'")
+    return getattr(importlib.import_module(f"dvn_cli.{_MODULES[name]}"), name)
 
 
-def load(path: "str | os.PathLike[str]") -> "DeepVirtualNetwork | VirtualNetwork":
-    """Returns what a file holds, in eval mode on the CPU.
-
-    Args:
-        path: a slice (then one network, an ordinary `nn.Module` whose `state_dict` has the backbone's own names), or a
-            checkpoint (then all of them: `load(path).virtual_network(task, level)`).
-
-    Raises:
-        InputError: missing, truncated or foreign file, or one that the installed libraries build another backbone for.
-
-    Example:
-        >>> network = dvn_cli.load("dvn-task2-level1.safetensors")  # doctest: +SKIP
-        >>> logits = network(images)  # doctest: +SKIP
-    """
-    from dvn_cli import network  # torch and timm, only when there is something to load
-
-    return network.load(path)
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_MODULES])

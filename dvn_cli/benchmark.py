@@ -30,11 +30,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvn_cli import checkpoint
-from dvn_cli.errors import DvnError, is_out_of_memory
-from dvn_cli.network import VirtualNetwork, read_tensors
-from dvn_cli.partition import Networks, Partition
-from dvn_cli.tasks import Task
+from dvn_cli.device import choose
+from dvn_cli.errors import DvnError, InputError, is_out_of_memory
+from dvn_cli.graph.narrow import Narrowed
+from dvn_cli.loading import read_tensors
+from dvn_cli.network import VirtualNetwork
+from dvn_cli.partition import Origin, Partition
+from dvn_cli.store.file import AnyHeader, read_header
+from dvn_cli.store.metadata import CheckpointMetadata, SliceMetadata, Task, check_level, find_task
+from dvn_cli.store.slicing import slice_file
 from dvn_cli.units.count import macs, params_and_density
 
 ROUNDS = 8
@@ -66,25 +70,24 @@ class Settings:
 class Target:
     """One network to measure: a slice, or a task and level, both from 1, of a checkpoint."""
 
-    header: checkpoint.Header
+    header: AnyHeader
     task: int
     level: int
 
     @property
     def entry(self) -> Task:
-        metadata = self.header.metadata
-        return Task.from_dict(metadata["task"] if self.header.kind == "slice" else metadata["tasks"][self.task - 1])
+        return self.header.metadata.numbered_tasks[self.task]
 
     @property
     def family(self) -> object:
         """What the networks that it is compared with have in common: file and task, of slices backbone and task."""
-        if self.header.kind == "checkpoint":
+        if isinstance(self.header.metadata, CheckpointMetadata):
             return str(self.header.path), self.task
-        return repr(self.header.metadata["backbone"]), self.entry.name
+        return self.header.metadata.backbone, self.entry.name
 
 
 @dataclass(frozen=True)
-class Result:
+class Measurement:
     """What one network costs.
 
     Attributes:
@@ -92,30 +95,36 @@ class Result:
         task: number, from 1.
         name: of the task.
         level: from 1.
+        units: that it is made of, by number from 1.
         params: elements of its parameters.
         density: the share of those of its task's top level.
         macs: multiply-accumulates of one image.
         latencies: seconds of each forward pass of a batch, in the order measured.
         memory: bytes at the peak; None where the system does not tell.
         speedup: over the largest network measured of its task; None where it is the only one.
+        kind: of the file, `checkpoint` or `slice`.
+        batch_size: images in a forward pass.
     """
 
     file: str
     task: int
     name: str
     level: int
+    units: tuple[int, ...]
     params: int
     density: float
     macs: int
     latencies: tuple[float, ...]
     memory: int | None
     speedup: float | None
+    kind: str = "checkpoint"
+    batch_size: int = 1
 
     def percentile(self, percent: float) -> float:
         """Seconds that so many per cent of the forward passes took at most."""
         return torch.tensor(self.latencies, dtype=torch.float64).quantile(percent / 100).item()
 
-    def to_dict(self, batch_size: int) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As `dvn bench --json` shows it: latencies in ms, images per second at the median."""
         return {
             "file": self.file,
@@ -127,15 +136,77 @@ class Result:
             "compression": 1 / self.density,
             "macs": self.macs,
             "latency_ms": {f"p{p}": 1000 * self.percentile(p) for p in (50, 90, 99)},
-            "images_per_s": batch_size / self.percentile(50),
+            "images_per_s": self.batch_size / self.percentile(50),
             "peak_memory_bytes": self.memory,
             "speedup": self.speedup,
         }
 
 
+def bench(
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] = "dvn.safetensors",
+    task: int | str | None = None,
+    level: int | None = None,
+    *,
+    every: bool = False,
+    batch_size: int = 1,
+    device: str | torch.device = "auto",
+    num_warm_iter: int = 10,
+    num_bench_iter: int = 40,
+    channels_last: bool = False,
+    threads: int | None = None,
+    progress: Callable[[str, float], None] = lambda what, done: None,
+) -> list[Measurement]:
+    """Measures parameters, multiply-accumulates, latency and peak memory of networks; the module says how.
+
+    Args:
+        files: checkpoints and slices.
+        task: of a checkpoint, by name or by number from 1; the first by default.
+        level: of a checkpoint, from 1; all by default.
+        every: every task of a checkpoint, not the first only.
+        batch_size: images in a forward pass.
+        device: `auto`, or by torch's name.
+        num_warm_iter: forward passes before timing.
+        num_bench_iter: forward passes that are timed.
+        channels_last: whether images and convolutions' weights have their channels last in memory.
+        threads: of the CPU; torch's by default.
+        progress: is told what goes on, and which share of it is done.
+
+    Raises:
+        InputError: a file is missing, broken or cannot be built here, or there is no such task or level.
+        DvnError: a network failed to run, as for want of memory.
+
+    Example:
+        >>> for network in dvn_cli.bench("dvn.safetensors", task=1):  # doctest: +SKIP
+        ...     print(network.level, network.params, network.percentile(50))
+    """
+    paths = [files] if isinstance(files, str | os.PathLike) else files
+    headers = [read_header(path) for path in paths]
+    chosen = [target for header in headers for target in targets_of(header, task, level, every)]
+    where = device if isinstance(device, torch.device) else choose(device)
+    settings = Settings(where, batch_size, num_warm_iter, num_bench_iter, channels_last, threads)
+    return measure(chosen, settings, progress)
+
+
+def targets_of(
+    header: AnyHeader, task: int | str | None = None, level: int | None = None, every: bool = False
+) -> list[Target]:
+    """Returns the networks of a file that are asked for; see `bench`."""
+    metadata = header.metadata
+    if isinstance(metadata, SliceMetadata) and (task is not None or level is not None):
+        raise InputError(f"'{header.path}' is a slice, of one task and level; --task and --level are for checkpoints")
+    networks = metadata.networks
+    if isinstance(metadata, CheckpointMetadata):
+        numbers = list(metadata.numbered_tasks) if every else [find_task(metadata.tasks, task or 1)]
+        if level is not None:
+            for number in numbers:
+                check_level(metadata.tasks[number - 1], level)
+        networks = [each for each in networks if each.task in numbers and level in (None, each.level)]
+    return [Target(header, *network) for network in networks]
+
+
 def measure(
     targets: Sequence[Target], settings: Settings, progress: Callable[[str, float], None] = lambda what, done: None
-) -> list[Result]:
+) -> list[Measurement]:
     """Measures networks; the module says how.
 
     Args:
@@ -177,17 +248,20 @@ def measure(
         progress("time", 1.0)
 
     return [
-        Result(
+        Measurement(
             file=str(target.header.path),
             task=target.task,
             name=target.entry.name,
             level=target.level,
+            units=target.entry.units(target.level),
             params=cost.params,
             density=cost.density,
             macs=cost.macs,
             latencies=tuple(seconds for turn in times[number] for seconds in turn),
             memory=memories[number],
             speedup=_speedup(number, targets, costs, times),
+            kind=target.header.metadata.kind,
+            batch_size=settings.batch_size,
         )
         for number, (target, cost) in enumerate(zip(targets, costs, strict=True))
     ]
@@ -195,14 +269,12 @@ def measure(
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to run a network: its graphs, and where its tensors lie, not the backbone or its library."""
+    """What a process needs to run a network: its graph, and where its tensors lie, not the backbone or its library."""
 
     title: str
     settings: Settings
-    networks: Networks
-    trainable: set[str]
-    task: Task
-    level: int
+    narrowed: Narrowed
+    origin: Origin
     image: tuple[int, int, int]
     file: Path
 
@@ -219,17 +291,18 @@ class Cost:
 def _prepare(target: Target, file: Path, settings: Settings) -> tuple[Job, Cost]:
     header = target.header
     entry, partition = target.entry, Partition.restore(header.metadata)
-    networks = partition.networks(entry.kept(target.level), len(entry.classes), entry.input_size)
-    if header.kind == "checkpoint":
+    origin = partition.origin(entry.units(target.level), len(entry.classes), entry.input_size)
+    if isinstance(header.metadata, CheckpointMetadata):
         params, density = params_and_density(header, target.task, target.level)
-        checkpoint.slice_file(header, target.task, target.level, file)
-        header = checkpoint.read_header(file)
+        slice_file(header, target.task, target.level, file)
+        header = read_header(file)
     else:
         params, density = params_and_density(header)
     image = (partition.spec.in_chans, *entry.input_size)
-    cost = Cost(params, density, macs(partition, networks, entry.input_size))
+    narrowed = origin.network(train=False)
+    cost = Cost(params, density, macs(narrowed, partition.tensors(origin.units, origin.classes), image))
     title = f"task {target.task}, level {target.level} of '{target.header.path}'"
-    return Job(title, settings, networks, partition.parameters, entry, target.level, image, header.path), cost
+    return Job(title, settings, narrowed, origin, image, header.path), cost
 
 
 def _speedup(
@@ -325,8 +398,9 @@ def seconds(network: nn.Module, images: Tensor, count: int) -> list[float]:
 def _load(job: Job) -> tuple[nn.Module, Tensor]:
     """The network and a batch of random images, on the device."""
     settings = job.settings
-    tensors = read_tensors(checkpoint.read_header(job.file))
-    network: nn.Module = VirtualNetwork(job.networks, tensors, job.trainable, job.task, job.level).eval()
+    header = read_header(job.file)
+    assert isinstance(header.metadata, SliceMetadata)
+    network: nn.Module = VirtualNetwork(header.metadata, read_tensors(header), job.narrowed, job.origin)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(settings.batch_size, *job.image, generator=generator).to(settings.device)
     network = network.to(settings.device)

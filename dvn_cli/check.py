@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvn_cli.graph.hollow import hollow
+from dvn_cli.dividing import divide_graphs
+from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.narrow import Narrowed, narrow, on_device
 from dvn_cli.graph.trace import Traced, trace
-from dvn_cli.partition import Partition, divide
+from dvn_cli.partition import Partition
 from dvn_cli.reference import KeptStatistics, first_tensor, kept_by_axes, masked, randomised
 from dvn_cli.units.assign import EVEN, Assignment, Rule, kept_labels, unit_of_labels
 from dvn_cli.units.order import paper_order
@@ -73,7 +74,7 @@ def check(partition: Partition, progress: Callable[[str], None] = lambda what: N
     sets = list(dict.fromkeys([*((unit,) for unit in units), units]))
     for gain in GAINS:
         progress("tracing the backbone once more")
-        comparison = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), gain=gain)
+        comparison = Comparison(empty_init(spec.build), (spec.in_chans, *spec.input_size), gain=gain)
         comparison.divide(partition.units, partition.rule, partition.assignment)
         worst, differing, unstable = 0.0, [], False
         for kept in sets:
@@ -135,9 +136,9 @@ class Comparison:
     def divide(self, units: int, rule: Rule = EVEN, assignment: Assignment | None = None) -> Assignment:
         """Divides the module among so many units, or as an assignment says that was made by the rule."""
         state = self.module.state_dict(keep_vars=True)
-        division = divide(self.traced.values(), units, state, rule, by_weights=assignment is None)
+        division = divide_graphs(self.traced.values(), units, state, rule, by_weights=assignment is None)
         self.labeller, self.labels = division.labeller, division.labels
-        self.assignment, self.buckets = assignment or division.assignment, division.buckets
+        self.assignment, self.groups = assignment or division.assignment, division.groups
         self.unit = unit_of_labels(self.labeller, self.assignment)
         return self.assignment
 

@@ -1,21 +1,32 @@
 """All networks in one: the shared store, what is private to tasks and levels, and every network as a view of it."""
 
-import copy
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from dvn_cli import checkpoint
-from dvn_cli.backbones import Preprocessing
-from dvn_cli.errors import InputError
-from dvn_cli.graph.cast import recast
-from dvn_cli.graph.narrow import Kept, Narrowed, on_device
-from dvn_cli.partition import Networks, Owner, Partition, check_size
-from dvn_cli.tasks import Task
+from dvn_cli.graph.dtype import recast
+from dvn_cli.graph.narrow import Narrowed, on_device
+from dvn_cli.partition import Origin, Partition, check_size
+from dvn_cli.store import shapes
+from dvn_cli.store.file import Header, StoredTensor, TensorData, write
+from dvn_cli.store.metadata import (
+    CheckpointMetadata,
+    Owner,
+    Preprocessing,
+    SliceMetadata,
+    Task,
+    TaskLevel,
+    TrainingRecord,
+    check_level,
+    find_task,
+    task_levels,
+)
+from dvn_cli.store.ownership import Run
+from dvn_cli.store.schema import checked
 
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -54,47 +65,86 @@ class VirtualNetwork(nn.Module):
     classes), in train mode with dropout and batch statistics as the backbone's.
 
     Attributes:
-        task: the task that it solves.
-        level: its level, from 1.
+        metadata: what its file says.
     """
 
     def __init__(
         self,
-        networks: Networks,
+        metadata: SliceMetadata,
         tensors: Mapping[str, Tensor],
-        trainable: set[str],
-        task: Task,
-        level: int,
-        aliases: Mapping[str, str] | None = None,
+        narrowed: Narrowed,
+        origin: Origin,
+        training: bool = False,
     ) -> None:
-        """`aliases`: other names for some of the tensors, which stay one tensor."""
+        """Puts tensors and a graph together.
+
+        Args:
+            metadata: what its file says.
+            tensors: by the backbone's names; those with several stay one.
+            narrowed: the graph of the mode that the network is in at first.
+            origin: what the graph of the other mode is made by, once that is asked for.
+            training: the mode.
+        """
         super().__init__()
-        self.task, self.level, self._origin = task, level, networks.origin
-        places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
-        for name, first in (aliases or {}).items():
-            module, key = places[first]
+        self.metadata, self._origin = metadata, origin
+        trainable = {name for name, entry in metadata.tensors.items() if entry.trainable}
+        self._places = {name: register(self, name, tensor, name in trainable) for name, tensor in tensors.items()}
+        for name, first in metadata.aliases.items():
+            module, key = self._places[first]
             register(self, name, getattr(module, key), first in trainable)
         self._where = device_and_dtype(self)
-        # Copies: the constants in them move and change their type with this module.
-        self.train_graph, self.eval_graph = copy.deepcopy(networks.train.module), copy.deepcopy(networks.eval.module)
-        self._places = {
-            mode: [places[name] for name in narrowed.names]
-            for mode, narrowed in ((True, networks.train), (False, networks.eval))
-        }
+        self._dtype = self._where[1]  # which the graphs are made for
+        self._names: dict[bool, tuple[str, ...]] = {}
+        self.train_graph: fx.GraphModule | None = None
+        self.eval_graph: fx.GraphModule | None = None
+        self._add_graph(narrowed, training)
+        super().train(training)
+
+    @property
+    def task(self) -> Task:
+        """The task that it solves."""
+        return self.metadata.task
+
+    @property
+    def level(self) -> int:
+        """Its level, from 1."""
+        return self.metadata.level
+
+    def header(self, path: str | os.PathLike[str]) -> Header[SliceMetadata]:
+        """What the header of its file says."""
+        tensors = {name: getattr(module, key) for name, (module, key) in self._places.items()}
+        return Header(Path(path), self.metadata, _stored(tensors))
+
+    def _add_graph(self, narrowed: Narrowed, training: bool) -> None:
+        device, dtype = self._where
+        with torch.inference_mode(False):
+            graph = on_device(narrowed.module, device)  # a copy: its constants move and change their type with this one
+            recast(graph, self._dtype, dtype)
+        self._names[training] = narrowed.names
+        setattr(self, "train_graph" if training else "eval_graph", graph)
+
+    def train(self, mode: bool = True) -> "VirtualNetwork":
+        """Sets the mode; the graph of the other mode is made when that is first set."""
+        if mode not in self._names:
+            self._add_graph(self._origin.network(mode), mode)
+        return super().train(mode)
 
     def forward(self, images: Tensor) -> Tensor:
         if is_of_other_size(images, self.task.input_size):
             check_size(images, self._origin, self.training)
         graph = self.train_graph if self.training else self.eval_graph
-        return graph(images, *[getattr(module, key) for module, key in self._places[self.training]])
+        assert graph is not None
+        places = [self._places[name] for name in self._names[self.training]]
+        return graph(images, *[getattr(module, key) for module, key in places])
 
     def _apply(self, *args: Any, **kwargs: Any) -> "VirtualNetwork":
         super()._apply(*args, **kwargs)
         (device, dtype), (_, before) = device_and_dtype(self), self._where
         if (device, dtype) != self._where:
-            self.train_graph, self.eval_graph = (on_device(g, device) for g in (self.train_graph, self.eval_graph))
-            for graph in (self.train_graph, self.eval_graph):
-                recast(graph, before, dtype)
+            for name in ("train_graph", "eval_graph"):
+                if (graph := getattr(self, name)) is not None:
+                    setattr(self, name, moved := on_device(graph, device))
+                    recast(moved, before, dtype)
             self._where = device, dtype
         return self
 
@@ -107,13 +157,15 @@ class DeepVirtualNetwork(nn.Module):
     """The networks of all tasks and levels in one set of weights (section 3 of the paper).
 
     Its tensors are those of the file: `shared.NAME`, and where they exist `task.T.NAME` and `task.T.level.L.NAME`,
-    NAME being the backbone's own. What a network has no tensor of its own for, it takes a slice of the shared one of.
+    NAME being the backbone's own. A network uses its private tensor where it has one, otherwise a slice of the shared
+    one.
 
     Attributes:
         partition: the backbone and its units.
         tasks: the tasks, number 1 first.
         training_record: how it was trained; None for a fresh partition.
         preprocessing: how images were prepared for the weights that it started from; None where those were random.
+        random: names of the backbone's tensors that those weights lack, such as a classifier of other classes.
     """
 
     def __init__(
@@ -121,17 +173,18 @@ class DeepVirtualNetwork(nn.Module):
         partition: Partition,
         tasks: Sequence[Task],
         tensors: Mapping[str, Tensor],
-        training_record: Mapping[str, Any] | None = None,
+        training_record: TrainingRecord | None = None,
         preprocessing: Preprocessing | None = None,
     ) -> None:
         """`tensors` are by their names in the file, such as `shared/conv1.weight`."""
         super().__init__()
-        self.preprocessing = preprocessing
+        self.preprocessing, self.random = preprocessing, list[str]()
         self.partition, self.tasks, self.training_record = partition, list(tasks), training_record
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._plans: dict[tuple[int, int, bool], tuple[fx.GraphModule, list[tuple[nn.Module, str, Cut]]]] = {}
         for name, tensor in tensors.items():
             self._register(name, tensor)
+        checked(self.metadata())  # what no file can say is refused now, not when it has been trained
 
     @classmethod
     def from_backbone(
@@ -164,12 +217,11 @@ class DeepVirtualNetwork(nn.Module):
 
     def number(self, task: int | str) -> int:
         """The number of a task, from 1, by its number or name; InputError where there is none."""
-        return checkpoint.find_task({"tasks": [t.to_dict() for t in self.tasks]}, task)
+        return find_task(self.tasks, task)
 
     def source(self, name: str, task: int, level: int) -> str:
         """Where a network's tensor comes from: its own, its task's, or the shared one."""
-        own = f"task/{task}/level/{level}/{name}"
-        return next(n for n in (own, f"task/{task}/{name}", f"shared/{name}") if n in self._places)
+        return shapes.source(self._places, name, task, level)
 
     def make_private(self, owners: Mapping[str, Owner] | None = None) -> None:
         """Gives tasks and networks tensors of their own: copies of the slices that they had so far.
@@ -181,13 +233,12 @@ class DeepVirtualNetwork(nn.Module):
         private = {name: owner for name, owner in owners.items() if owner != "shared"}
         new: dict[str, Tensor] = {}
         for number, level in self:
-            kept = self.networks(number, level).kept
             for name, owner in private.items():
                 prefix = f"task/{number}/" if owner == "task" else f"task/{number}/level/{level}/"
                 source = self.source(name, number, level)
                 if prefix + name not in self._places and prefix + name not in new:
                     module, key = self._places[source]
-                    cut = () if owner == "task" else as_cut(kept[name])
+                    cut = () if owner == "task" else self._cut(name, number, level)
                     new[prefix + name] = taken(getattr(module, key), cut).detach().clone()
         for name, tensor in new.items():
             self._register(name, tensor)
@@ -198,30 +249,49 @@ class DeepVirtualNetwork(nn.Module):
         self._plans.clear()
 
     @torch.no_grad()
-    def inherit(self, task: int, level: int, before: Sequence[tuple[int, int]]) -> None:
+    def inherit(self, task: int, level: int, before: Sequence[TaskLevel]) -> None:
         """Starts what a network has of its own from what others have learnt: all but its classifier.
 
         Its norms from the latest network of the same units, where there is one; the stem of a task that has no other
         network yet from the latest task.
 
         Args:
-            before: numbers of task and level of the others, the latest last.
+            before: the others, the latest last.
         """
         head = self.partition.head
         for name in self.partition.shapes:
             own = self.source(name, task, level)
-            if name in head or own in {f"shared/{name}", *(self.source(name, *of) for of in before)}:
+            if name in head or own in {f"shared/{name}", *(self.source(name, *other) for other in before)}:
                 continue
-            units = self.tasks[task - 1].kept(level)
-            alike = [of for of in before if "/level/" not in own or self.tasks[of[0] - 1].kept(of[1]) == units]
+            units = self.tasks[task - 1].units(level)
+            alike = [
+                other
+                for other in before
+                if "/level/" not in own or self.tasks[other.task - 1].units(other.level) == units
+            ]
             tensors = self.file_tensors()
             if alike:
                 tensors[own].copy_(tensors[self.source(name, *alike[-1])])
 
-    def networks(self, task: int, level: int) -> Networks:
-        """The graphs of a task and level, both by number from 1, and what they take of each tensor."""
-        of = self.tasks[task - 1]
-        return self.partition.networks(of.kept(level), len(of.classes), of.input_size)
+    def narrowed(self, task: int, level: int, training: bool) -> Narrowed:
+        """The graph of a network, by the numbers of its task and level from 1, in train or eval mode."""
+        own = self.tasks[task - 1]
+        return self.partition.network(own.units(level), len(own.classes), own.input_size, training)
+
+    def check(self, networks: Iterable[TaskLevel] | None = None) -> None:
+        """Makes the graphs of networks, all by default, in both modes.
+
+        Raises:
+            InputError: a network cannot be narrowed, or does not take its task's images.
+        """
+        for task, level in self if networks is None else networks:
+            for training in (True, False):
+                self.narrowed(task, level, training)
+
+    def origin(self, task: int, level: int) -> Origin:
+        """What it takes to make a network's graphs later."""
+        own = self.tasks[task - 1]
+        return self.partition.origin(own.units(level), len(own.classes), own.input_size)
 
     def tensors(self, task: int, level: int) -> dict[str, Tensor]:
         """The tensors of one network by the backbone's names: views of this module's wherever slices are runs."""
@@ -234,8 +304,12 @@ class DeepVirtualNetwork(nn.Module):
         if "/level/" in source:  # narrow already
             return module, key, ()
         device = getattr(module, key).device  # where indices are needed at every step
-        cut = as_cut(self.networks(task, level).kept[name])
+        cut = self._cut(name, task, level)
         return module, key, tuple(part.to(device) if isinstance(part, Tensor) else part for part in cut)
+
+    def _cut(self, name: str, task: int, level: int) -> Cut:
+        entry, shape = self.tasks[task - 1], self.partition.shapes[name]
+        return as_cut(self.partition.assignment.runs(name, shape, entry.units(level), len(entry.classes)), shape)
 
     def forward(self, images: Tensor, task: int, level: int, training: bool | None = None) -> Tensor:
         """The logits (batch, classes) of a task and level, by number from 1; gradients meet in the shared tensors.
@@ -244,10 +318,9 @@ class DeepVirtualNetwork(nn.Module):
         """
         key = (task, level, self.training if training is None else training)
         if is_of_other_size(images, self.tasks[task - 1].input_size):
-            check_size(images, self.networks(task, level).origin, key[2], self.partition)
+            check_size(images, self.origin(task, level), key[2], self.partition)
         if key not in self._plans:
-            networks = self.networks(task, level)
-            narrowed: Narrowed = networks.train if key[2] else networks.eval
+            narrowed = self.narrowed(*key)
             with torch.inference_mode(False):  # what is evaluated first may be trained later
                 module = on_device(narrowed.module, images.device)
                 self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])
@@ -265,43 +338,46 @@ class DeepVirtualNetwork(nn.Module):
             InputError: no such task or level.
         """
         number = self.number(task)
-        checkpoint.check_level({"tasks": [t.to_dict() for t in self.tasks]}, number, level)
+        check_level(self.tasks[number - 1], level)
         tensors = {name: tensor.detach().clone() for name, tensor in self.tensors(number, level).items()}
-        networks = self.networks(number, level)
-        of, partition = self.tasks[number - 1], self.partition
-        network = VirtualNetwork(networks, tensors, partition.parameters, of, level, partition.aliases)
-        return network.train(self.training)
+        own, divided = self.tasks[number - 1], self.partition.metadata().divided
+        metadata = SliceMetadata(**divided, task=own, task_number=number, level=level, kept=own.units(level))
+        narrowed, origin = self.narrowed(number, level, self.training), self.origin(number, level)
+        return VirtualNetwork(metadata, tensors, narrowed, origin, self.training)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """All networks: numbers of task and level."""
-        for number, task in enumerate(self.tasks, 1):
-            for level in range(1, len(task.levels) + 1):
-                yield number, level
+    def __iter__(self) -> Iterator[TaskLevel]:
+        """Yields which networks there are."""
+        yield from task_levels(self.tasks)
 
-    def header(self, path: str | os.PathLike[str]) -> checkpoint.Header:
+    def metadata(self) -> CheckpointMetadata:
+        """Returns what its file says.
+
+        Raises:
+            InputError: something that no file can say.
+        """
+        return CheckpointMetadata(
+            **self.partition.metadata().divided,
+            tasks=tuple(self.tasks),
+            training=self.training_record,
+            preprocessing=self.preprocessing,
+        )
+
+    def header(self, path: str | os.PathLike[str]) -> Header[CheckpointMetadata]:
         """What the header of its file says, before there is one: what counts networks needs no more."""
-        metadata = {
-            "format": checkpoint.FORMAT,
-            "kind": "checkpoint",
-            **self.partition.metadata(),
-            "tasks": [task.to_dict() for task in self.tasks],
-            "training": self.training_record,
-            "preprocessing": self.preprocessing and self.preprocessing.to_dict(),
-        }
-        stored = {
-            name: checkpoint.Stored(DTYPES[tensor.dtype], tuple(tensor.shape), 0, 0)
-            for name, tensor in self.file_tensors().items()
-        }
-        return checkpoint.Header(Path(path), metadata, stored)
+        return Header(Path(path), self.metadata(), _stored(self.file_tensors()))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the checkpoint, atomically."""
-        header, own = self.header(path), self.file_tensors()
-        tensors = {
-            name: checkpoint.Tensor(stored.dtype, stored.shape, _bytes(own[name]))
-            for name, stored in header.tensors.items()
-        }
-        checkpoint.write(path, tensors, header.metadata)
+        write(path, to_data(self.file_tensors()), self.metadata())
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:
+    return {name: StoredTensor(DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+
+
+def to_data(tensors: Mapping[str, Tensor]) -> dict[str, TensorData]:
+    """Returns tensors as a file has them; each is copied from its device when it is written."""
+    return {name: TensorData(DTYPES[t.dtype], tuple(t.shape), _bytes(t)) for name, t in tensors.items()}
 
 
 def _bytes(tensor: Tensor) -> Any:
@@ -314,18 +390,16 @@ def is_of_other_size(images: Tensor, size: tuple[int, int]) -> bool:
     return images.ndim > 2 and all(isinstance(n, int) for n in sizes) and tuple(sizes) != tuple(size)
 
 
-def as_cut(kept: Kept) -> Cut:
-    """What is kept along each dimension as slices where it is a run, so that what is taken is a view."""
-    if all(indices is None for indices in kept):
+def as_cut(runs: Sequence[Sequence[Run]], shape: Sequence[int]) -> Cut:
+    """Returns what is taken of a tensor of a shape: along a dimension a slice where it can be, which gives a view."""
+    if all(list(along) == [(0, size)] for along, size in zip(runs, shape, strict=True)):
         return ()
     cut: list[slice | Tensor] = []
-    for indices in kept:
-        if indices is None:
-            cut.append(slice(None))
-        elif int(indices[-1]) - int(indices[0]) + 1 == len(indices):
-            cut.append(slice(int(indices[0]), int(indices[-1]) + 1))
+    for along in runs:
+        if len(along) > 1:
+            cut.append(torch.cat([torch.arange(start, stop) for start, stop in along]))
         else:
-            cut.append(indices)
+            cut.append(slice(*along[0]) if along else slice(0))
     return tuple(cut)
 
 
@@ -338,62 +412,3 @@ def taken(tensor: Tensor, cut: Cut) -> Tensor:
         if isinstance(part, Tensor):
             tensor = tensor.index_select(dim, part.to(tensor.device))
     return tensor
-
-
-def load(path: str | os.PathLike[str]) -> DeepVirtualNetwork | VirtualNetwork:
-    """See `dvn_cli.load`."""
-    header = checkpoint.read_header(path)
-    metadata = header.metadata
-    partition = Partition.restore(metadata)
-    _check(header, partition)
-    tensors = read_tensors(header)
-    if header.kind == "checkpoint":
-        tasks = [Task.from_dict(entry) for entry in metadata["tasks"]]
-        found = metadata.get("preprocessing")
-        preprocessing = None if found is None else Preprocessing.from_dict(found)
-        return DeepVirtualNetwork(partition, tasks, tensors, metadata["training"], preprocessing).eval()
-    task = Task.from_dict(metadata["task"])
-    networks = partition.networks(metadata["kept"], len(task.classes), task.input_size)
-    level, aliases = metadata["level"], partition.aliases
-    return VirtualNetwork(networks, tensors, partition.parameters, task, level, aliases).eval()
-
-
-def read_tensors(header: checkpoint.Header) -> dict[str, Tensor]:
-    """All tensors of a file, each once; read and not mapped, so that memory holds them once and the file may go."""
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
-    tensors = {}
-    with open(header.path, "rb") as file:
-        for name, stored in header.tensors.items():
-            if name in header.metadata["aliases"]:
-                continue
-            tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
-            file.seek(stored.start)
-            if stored.stop > stored.start:
-                file.readinto(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return tensors
-
-
-def _check(header: checkpoint.Header, partition: Partition) -> None:
-    """Raises InputError where a file lacks a tensor of one of its networks, or has one of another shape."""
-    metadata = header.metadata
-    networks: list[tuple[Any, list[int], Mapping[str, Any]]]
-    if header.kind == "slice":
-        networks = [(metadata["task"], metadata["kept"], header.tensors)]
-    else:
-        networks = [
-            (entry, checkpoint.kept_units(entry, level), checkpoint.cut(header, number, level))
-            for number, entry in enumerate(metadata["tasks"], 1)
-            for level in range(1, len(entry["levels"]) + 1)
-        ]
-    axes, classes = partition.assignment.axes, set(partition.assignment.classes)
-    for entry, kept, tensors in networks:
-        for name, full in partition.shapes.items():
-            shape = []
-            for dim, (size, axis) in enumerate(zip(full, partition.assignment.tensors[name], strict=True)):
-                runs = [(0, size)] if axis is None else checkpoint.kept_runs(axes[axis], kept, size)
-                limit = len(entry["classes"]) if (name, dim) in classes else size
-                shape.append(sum(min(stop, limit) - start for start, stop in runs if start < limit))
-            if list(tensors[name].shape) != shape:
-                raise InputError(
-                    f"'{header.path}' is damaged: {name} has shape {list(tensors[name].shape)}, not {shape}"
-                )

@@ -1,11 +1,10 @@
 """A backbone divided into units: given a set of them, the network of that set."""
 
 import functools
-import json
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field, replace
-from typing import Any, Literal
+import weakref
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,232 +12,167 @@ from torch import Tensor, fx, nn
 from dvn_cli.backbones import BackboneSpec, head
 from dvn_cli.errors import InputError
 from dvn_cli.graph.compare import same_graph
-from dvn_cli.graph.dry import dry_run
-from dvn_cli.graph.hollow import hollow
-from dvn_cli.graph.labels import Labeller, base_name, bind
-from dvn_cli.graph.narrow import Kept, Narrowed, kept_indices, narrow
-from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, is_inplace, shape_of, trace
-from dvn_cli.units.assign import (
-    EVEN,
-    Assignment,
-    Bucket,
-    Rule,
-    assign,
-    axes_by_name,
-    kept_labels,
-    owned,
-    undivided,
-    unit_of_labels,
-)
-
-ENOUGH = 0.9
-"""Share of the parameters that is divided where nobody asks for more."""
-
-Owner = Literal["shared", "task", "network"]
+from dvn_cli.graph.empty_init import empty_init
+from dvn_cli.graph.labels import Labeller
+from dvn_cli.graph.narrow import Narrowed, narrow
+from dvn_cli.graph.shape_check import shape_check
+from dvn_cli.graph.stem import Stem, dims
+from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, trace
+from dvn_cli.store.metadata import DividedBackbone, Owner, Rule, TensorEntry
+from dvn_cli.store.ownership import Assignment
+from dvn_cli.store.schema import dumps, loads, parse
+from dvn_cli.units.assign import Bucket, class_dimensions, kept_labels, unit_of_labels
 
 
 @dataclass(frozen=True)
-class Networks:
-    """The network of a set of units, in both of its forms, and what it takes of each of the backbone's tensors.
+class Labelled:
+    """A backbone's graph in one mode, labelled, and the unit of each label (see `unit_of_labels`)."""
 
-    Attributes:
-        origin: which network of which partition it is.
-    """
+    traced: Traced
+    labeller: Labeller
+    labels: dict[fx.Node, Any]
+    unit: Tensor
 
-    train: Narrowed
-    eval: Narrowed
-    kept: Mapping[str, Kept]
-    origin: "Origin"
+    @classmethod
+    def by_assignment(cls, traced: Traced, assignment: Assignment) -> "Labelled":
+        """Labels a graph so that an assignment, made earlier, fits it.
+
+        Raises:
+            InputError: it does not, as when a library's new version built another backbone.
+        """
+        for whole_groups in (True, False):
+            labeller = Labeller(assignment.units, whole_groups)
+            labels = labeller.run(traced)
+            try:
+                unit = unit_of_labels(labeller, assignment)
+                break
+            except InputError:
+                if not (whole_groups and labeller.had_choice):
+                    raise
+        used = [name for name in assignment.tensors if name in labeller.sources]
+        if set(class_dimensions(labeller, used)) != {place for place in assignment.classes if place[0] in used}:
+            raise InputError("the classes are in other tensors than when the backbone was divided")
+        labeller.traced = traced.without_data()
+        return cls(labeller.traced, labeller, labels, unit)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What it takes to make a network's graphs again, as for images of another size; plain data.
+    """What it takes to make a network's graphs, as for the other mode or for images of another size; plain data.
 
     Attributes:
-        partition: JSON of what `Partition.restore` needs.
+        description: JSON of what `Partition.restore` needs.
         units: numbers of the network's units, from 1.
         classes: outputs of its classifier.
         input_size: height and width of its images.
     """
 
-    partition: str
+    description: str
     units: tuple[int, ...]
     classes: int
     input_size: tuple[int, int]
 
+    @property
+    def partition(self) -> "Partition":
+        """The partition that it is of, restored where it is not in memory any more."""
+        return _ALIVE.get(self.description) or _restored(self.description)
 
-@dataclass(frozen=True)
-class Division:
-    """Labelled graphs, and how the units divide what the labels tell apart."""
-
-    labeller: Labeller
-    labels: dict[fx.Node, Any]
-    assignment: Assignment
-    buckets: list[Bucket]
-
-
-def divide(
-    graphs: Iterable[Traced],
-    units: int,
-    state: Mapping[str, Tensor],
-    rule: Rule = EVEN,
-    by_weights: bool = True,
-) -> Division:
-    """Labels a backbone's graphs and divides it.
-
-    Units get whole groups of grouped convolutions and norms where they can. Where too little is divided so (as when
-    groups are summed), every group is divided alike if that divides more.
-
-    Args:
-        state: the backbone's `state_dict`, parameters among its tensors.
-        by_weights: whether the weights are there, to be asked where the rule asks for them.
-
-    Raises:
-        InputError: an operator stands in the way; the message names it and its module.
-    """
-    graphs, best, most = list(graphs), None, -1.0
-    for whole_groups in (True, False):
-        labeller = Labeller(units, whole_groups)
-        labels = {node: value for traced in graphs for node, value in labeller.run(traced).items()}
-        names = [name for name in state if name in labeller.sources]
-        parameters = {name: state[name] for name in names if isinstance(state[name], nn.Parameter)}
-        weights = parameters if by_weights and rule.assign == "importance" else None
-        assignment, buckets = assign(labeller, names, rule, weights)
-        share = share_divided(assignment, {name: tuple(p.shape) for name, p in parameters.items()})
-        if share > most:
-            best, most = Division(labeller, labels, assignment, buckets), share
-        if most >= ENOUGH or not labeller.had_choice:
-            break
-    assert best is not None
-    return best
+    def network(self, train: bool) -> Narrowed:
+        """Returns the network in one of its modes."""
+        return self.partition.network(self.units, self.classes, self.input_size, train)
 
 
-def share_divided(assignment: Assignment, shapes: Mapping[str, tuple[int, ...]]) -> float:
-    """The share of some tensors' elements that belong to a unit or a pair of units."""
-    indices = owned(assignment.axes, range(1, assignment.units + 1))
-    whole = sum(undivided(shape, assignment.tensors[name], indices) for name, shape in shapes.items())
-    return 1 - whole / sum(map(math.prod, shapes.values()))
-
-
-@dataclass
+@dataclass(eq=False)
 class Partition:
-    """A backbone's graphs, labelled, and which unit owns what of them.
+    """Which unit owns what of a backbone. The backbone's graph of a mode is made when it is first asked for.
 
     Attributes:
         spec: how to build the backbone.
-        units: how many units there are.
-        rule: how channels were dealt to them.
+        rule: how channels were assigned to the units.
         assignment: which unit owns which indices of which tensor.
-        buckets: the classes of coupled channels that were divided together (or stayed shared).
         owners: for each tensor who has one of its own: nobody (`shared`), each `task`, or each `network`, that is task
             and level.
         shapes: of the backbone's tensors.
         dtypes: of the backbone's tensors.
         parameters: names of the tensors that are trained; the rest are buffers.
         aliases: other names in the backbone's `state_dict` of tensors that it holds under several, and the first.
+        groups: the coupled groups that were divided, or stayed shared; empty where it was read from a file.
     """
 
     spec: BackboneSpec
-    units: int
     rule: Rule
     assignment: Assignment
-    buckets: list[Bucket]
     owners: dict[str, Owner]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     parameters: set[str]
     aliases: dict[str, str]
-    _graphs: dict[bool, Traced] = field(repr=False)
-    _labels: dict[fx.Node, Any] = field(repr=False)
-    _labeller: Labeller = field(repr=False)
-    _unit: Tensor = field(repr=False)
-    _cache: dict[Any, Networks] = field(default_factory=dict, repr=False)
+    groups: Sequence[Bucket] = ()
+    _graphs: dict[bool, Labelled] = field(default_factory=dict, repr=False)
+    _networks: dict[Any, Narrowed] = field(default_factory=dict, repr=False)
     _resized: dict[tuple[int, int], "Partition"] = field(default_factory=dict, repr=False)
     _right: dict[Any, bool] = field(default_factory=dict, repr=False)
 
     @classmethod
-    def create(
-        cls,
-        spec: BackboneSpec,
-        units: int,
-        module: nn.Module | None = None,
-        assignment: Assignment | None = None,
-        rule: Rule = EVEN,
+    def of_module(
+        cls, module: nn.Module, spec: BackboneSpec, rule: Rule, assignment: Assignment, owners: dict[str, Owner]
     ) -> "Partition":
-        """Divides a backbone into units.
-
-        Args:
-            units: how many, at least 1.
-            module: the backbone, built from `spec`; by default one without weights is built here. It is not changed.
-            assignment: which unit owns what, where that is known already.
-            rule: how channels are dealt to units; importance is that of the module's weights.
+        """Returns the partition of a backbone, built from `spec`, as an assignment says.
 
         Raises:
-            InputError: the backbone cannot be divided; the message names the operator and module, or the limit.
+            InputError: the backbone lacks tensors that were assigned.
         """
-        if units < 1:
-            raise InputError(f"a backbone has at least 1 unit, not {units}")
-        module = hollow(spec.build) if module is None else module
-        input_shape = (spec.in_chans, *spec.input_size)
-        graphs = {train: trace(module, input_shape, train) for train in (False, True)}
         state = module.state_dict(keep_vars=True)
-        division = divide(graphs.values(), units, state, rule, by_weights=assignment is None)
-        labeller, names, buckets = division.labeller, list(division.assignment.tensors), division.buckets
-        if labeller.output is None or len(labeller.output) != spec.num_classes:
-            raise InputError(f"{spec.name} has no classifier of {spec.num_classes} classes: it gives something else")
-        if units > 1 and not any(bucket.sizes for bucket in buckets):
-            widest = max((bucket.channels for bucket in buckets), default=0)
-            raise InputError(
-                f"{spec.name} cannot be divided into {units} units: at most {widest} channels can be told apart"
-            )
+        if any(name not in state or state[name].ndim != len(axes) for name, axes in assignment.tensors.items()):
+            raise _changed(spec)
+        names = list(assignment.tensors)
         first = {id(state[name]): name for name in names}
-        assignment = assignment or division.assignment
-        graphs = {train: _without_data(traced) for train, traced in graphs.items()}
-        labeller.traced = graphs[True]
         return cls(
             spec=spec,
-            units=units,
             rule=rule,
             assignment=assignment,
-            buckets=buckets,
-            owners=_owners(graphs, names, assignment),
+            owners=owners,
             shapes={name: tuple(state[name].shape) for name in names},
             dtypes={name: state[name].dtype for name in names},
             parameters={name for name in names if isinstance(state[name], nn.Parameter)},
             aliases={name: first[id(t)] for name, t in state.items() if first.get(id(t), name) != name},
-            _graphs=graphs,
-            _labels=division.labels,
-            _labeller=labeller,
-            _unit=unit_of_labels(labeller, assignment),
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Partition":
         return self  # holds no weights, and what it hands out is not changed
 
     @classmethod
-    def restore(cls, metadata: Mapping[str, Any]) -> "Partition":
+    def restore(cls, metadata: DividedBackbone) -> "Partition":
         """Returns the partition that a checkpoint's or a slice's metadata describes; of slices of one, the same.
 
         Raises:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
-        return _restored(_description(metadata))
+        return _restored(dumps(metadata.divided))
 
-    def metadata(self) -> dict[str, Any]:
-        """What `restore` needs, JSON-able."""
-        return {
-            "backbone": self.spec.to_dict(),
-            "units": self.units,
-            "rule": asdict(self.rule),
-            "axes": self.assignment.axes,
-            "class_axis": [list(place) for place in self.assignment.classes],
-            "tensors": {
-                name: {"axes": axes, "owner": self.owners[name], "trainable": name in self.parameters}
+    def rebuilt(self, spec: BackboneSpec) -> "Partition":
+        """Returns the same division of a backbone that differs in its classes or the size of its images alone."""
+        return Partition.of_module(empty_init(spec.build), spec, self.rule, self.assignment, self.owners)
+
+    def metadata(self) -> DividedBackbone:
+        """Returns what `restore` needs."""
+        return DividedBackbone(
+            backbone=self.spec,
+            units=self.units,
+            rule=self.rule,
+            axes=self.assignment.axes,
+            class_axis=self.assignment.classes,
+            tensors={
+                name: TensorEntry(axes, name in self.parameters, self.owners[name])
                 for name, axes in self.assignment.tensors.items()
             },
-            "aliases": self.aliases,
-        }
+            aliases=self.aliases,
+        )
+
+    @property
+    def units(self) -> int:
+        """How many units there are."""
+        return self.assignment.units
 
     @functools.cached_property
     def head(self) -> set[str]:
@@ -246,23 +180,26 @@ class Partition:
         inside = tuple(f"{path}." for path in head(self.spec))
         return {name for name in self.shapes if name.startswith(inside)}
 
-    def kept_whole_by(self, name: str) -> fx.Node | None:
-        """Returns the operator for which all units have channels of a tensor, where there is one."""
-        pinned = self._labeller.classes.pinned_by
-        found = (pinned(int(label)) for vector in self._labeller.sources[name] for label in vector[:1])
-        return next((node for node in found if node is not None), None)
+    def graph(self, train: bool) -> Labelled:
+        """The whole backbone's graph in one mode.
 
-    def is_tied(self, name: str, dim: int) -> bool:
-        """Tells whether some of a dimension's indices can be kept or dropped only together, as those of a head."""
-        roots = self._labeller.classes.find(self._labeller.sources[name][dim])
-        roots = roots[roots > 0]
-        return len(torch.unique(roots)) < len(roots)
+        Raises:
+            InputError: the installed libraries build another backbone than the one that was divided.
+        """
+        if train not in self._graphs:
+            traced = trace(empty_init(self.spec.build), (self.spec.in_chans, *self.spec.input_size), train)
+            if not set(traced.names.values()) <= set(self.shapes):
+                raise _changed(self.spec)
+            self._graphs[train] = Labelled.by_assignment(traced, self.assignment)
+        return self._graphs[train]
 
-    def networks(self, kept: Sequence[int], classes: int, input_size: tuple[int, int] | None = None) -> Networks:
-        """The network of a set of units.
+    def network(
+        self, units: Sequence[int], classes: int, input_size: tuple[int, int] | None = None, train: bool = False
+    ) -> Narrowed:
+        """The network of a set of units, in train or eval mode.
 
         Args:
-            kept: numbers of the units, from 1.
+            units: their numbers, from 1.
             classes: outputs of its classifier, at most the backbone's.
             input_size: height and width of its images; the stem's stride follows, so that whatever the size, what
                 comes after the stem has the backbone's own resolution.
@@ -270,42 +207,45 @@ class Partition:
         Raises:
             InputError: no stride of the stem does that, or the network cannot be narrowed so.
         """
-        key = (tuple(sorted(kept)), classes, input_size or self.spec.input_size)
-        if key not in self._cache:
-            with torch.inference_mode(False):  # what is cached may be evaluated first and trained later
-                self._cache[key] = self._networks(*key)
-        return self._cache[key]
+        key = (tuple(sorted(units)), classes, input_size or self.spec.input_size, train)
+        if key not in self._networks:
+            with torch.inference_mode(False), torch.enable_grad():  # it may be evaluated first and trained later
+                self._networks[key] = self._narrowed(*key, self._stem.strides(key[2]))
+        return self._networks[key]
 
-    def _networks(
+    def _narrowed(
         self,
-        kept: tuple[int, ...],
+        units: tuple[int, ...],
         classes: int,
         input_size: tuple[int, int],
-        strides: dict[str, list[int]] | None = None,
-    ) -> Networks:
-        keep = kept_labels(self._labeller, self._unit, kept, classes)
-        strides = self._strides(input_size) if strides is None else strides
-        train, evaluate = (
-            narrow(self._graphs[mode], self._labels, self._labeller, keep, strides) for mode in (True, False)
-        )
-        indices = {}
-        for traced in self._graphs.values():
-            for node in traced.graph.find_nodes(op="placeholder"):
-                name = traced.names.get(str(node.target))
-                if name is not None and name not in indices:
-                    indices[name] = kept_indices(self._labeller, self._labels[node], keep)
-        networks = Networks(train, evaluate, indices, Origin(self._described, kept, classes, input_size))
+        train: bool,
+        strides: dict[str, list[int]],
+    ) -> Narrowed:
+        graph = self.graph(train)
+        keep = kept_labels(graph.labeller, graph.unit, units, classes)
+        narrowed = narrow(graph.traced, graph.labels, graph.labeller, keep, strides)
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
-        for narrowed in (train, evaluate):
-            logits = dry_run(narrowed, self.tensors(networks), image)
-            if logits.shape != (batch, classes):
-                raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
-        return networks
+        logits = shape_check(narrowed, self.tensors(units, classes), image)
+        if logits.shape != (batch, classes):
+            raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
+        return narrowed
+
+    def tensors(self, units: Sequence[int], classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor of the network of a set of units."""
+        return {
+            name: (self.assignment.shape(name, shape, units, classes), self.dtypes[name])
+            for name, shape in self.shapes.items()
+        }
+
+    def origin(self, units: Sequence[int], classes: int, input_size: tuple[int, int]) -> Origin:
+        """Returns what it takes to make the network's graphs later."""
+        _ALIVE[self._described] = self
+        return Origin(self._described, tuple(units), classes, input_size)
 
     @functools.cached_property
     def _described(self) -> str:
-        return _description(self.metadata())
+        return dumps(self.metadata().divided)
 
     def is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
         """Tells whether a network's graph, made for images of one size, is what it would be for those of another.
@@ -326,157 +266,22 @@ class Partition:
     def _is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
         try:
             if size not in self._resized:
-                module = hollow(self.spec.build)
-                spec = replace(self.spec, input_size=size)
                 self._resized.clear()
-                self._resized[size] = Partition.create(spec, self.units, module, self.assignment, self.rule)
-            here = self.networks(origin.units, origin.classes, origin.input_size)
-            strides = self._strides(origin.input_size)
-            there = self._resized[size]._networks(origin.units, origin.classes, size, strides)
+                self._resized[size] = self.rebuilt(replace(self.spec, input_size=size))
+            here = self.network(origin.units, origin.classes, origin.input_size, train)
+            strides = self._stem.strides(origin.input_size)
+            there = self._resized[size]._narrowed(origin.units, origin.classes, size, train, strides)
         except InputError:  # the backbone takes no such images
             return False
-        return (
-            same_graph(here.train.module, there.train.module)
-            if train
-            else same_graph(here.eval.module, there.eval.module)
-        )
-
-    def tensors(self, networks: Networks) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and dtype of each tensor of a network."""
-        return {
-            name: (
-                tuple(n if i is None else len(i) for n, i in zip(self.shapes[name], kept, strict=True)),
-                self.dtypes[name],
-            )
-            for name, kept in networks.kept.items()
-        }
+        return same_graph(here.module, there.module)
 
     def check_images(self, input_size: tuple[int, int]) -> None:
-        """Raises InputError where the stem cannot take images of a size, or would look at a part of them only.
-
-        The message says which sizes would do.
-        """
-        strides = self._strides(input_size)
-        for conv in self._stem:
-            stride = strides.get(conv.weight, conv.stride)
-            if not conv.sees_all(stride):
-                seen = math.prod(min(extent / now, 1.0) for now, extent in zip(stride, conv.extent, strict=True))
-                raise InputError(
-                    f"{self.spec.name} would see {100 * seen:.0f} % of the pixels of images of {_size(input_size)}: "
-                    f"against {_size(self.spec.input_size)} its first layer {conv.weight.rpartition('.')[0]} has a "
-                    f"stride of {_size(stride)}, its kernel {_size(conv.extent)} pixels; {self._advice(input_size)}"
-                )
-
-    def _strides(self, input_size: tuple[int, int]) -> dict[str, list[int]]:
-        """The stem's strides, by the name of the weight, with which images of a size meet those of the backbone's."""
-        if input_size == self.spec.input_size:
-            return {}
-        if not self._stem or any(not conv.weight for conv in self._stem):
-            raise InputError(
-                f"{self.spec.name} takes images of {_size(self.spec.input_size)} only, not of {_size(input_size)}, "
-                f"since the weights or the images of its first layer are computed: {self._advice(input_size)}"
-            )
-        if problem := self._mismatch(input_size):
-            raise InputError(f"{problem}: {self._advice(input_size)}")
-        return {conv.weight: conv.scaled(self.spec.input_size, input_size) for conv in self._stem}
-
-    def _mismatch(self, input_size: tuple[int, int]) -> str:
-        """Why images of a size do not have the backbone's resolution after the stem; empty where they do."""
-        own = self.spec.input_size
-        for conv in self._stem:
-            stride = conv.scaled(own, input_size)
-            if min(stride) < 1 or conv.resolution(input_size, stride) != conv.resolution(own, conv.stride):
-                fixed = " and whose padding is a constant of its graph" if any(conv.added) else ""
-                return (
-                    f"images of {_size(input_size)} cannot meet those of {_size(own)} after the first layer of "
-                    f"{self.spec.name}, whose stride is {_size(conv.stride)} at {_size(own)}{fixed}"
-                )
-        return ""
-
-    def _advice(self, input_size: tuple[int, int]) -> str:
-        """What to set in place of a size of images that the stem does not take."""
-        own, sizes = self.spec.input_size, {self.spec.input_size}
-        convs = self._stem if all(conv.weight for conv in self._stem) else []
-        for step in range(1, max((n for conv in convs for n in conv.extent), default=0) + 1):
-            size = (own[0] * step // convs[0].stride[0], own[1] * step // convs[0].stride[1])
-            if min(size) and not self._mismatch(size) and all(conv.sees_all(conv.scaled(own, size)) for conv in convs):
-                sizes.add(size)
-        nearest = sorted(sizes, key=lambda size: (abs(size[0] - input_size[0]), size))[:4]
-        shown = [str(h) if h == w else f"[{h}, {w}]" for h, w in sorted(nearest)]
-        others = f"{', '.join(shown[:-1])} or {shown[-1]}" if len(shown) > 1 else shown[0]
-        backwards = [
-            [n * old // new for n, old, new in zip(conv.stride, own, input_size, strict=True)] for conv in convs
-        ]
-        both = bool(convs) and all(
-            conv.sees_all(stride) and conv.resolution(own, stride) == conv.resolution(input_size, conv.stride)
-            for conv, stride in zip(convs, backwards, strict=True)
-        )
-        made = f", or make the backbone for {_size(input_size)} (`backbone.input_size`, of a partition `--input-size`)"
-        return f"set `size` in the task's data to {others}{made if both else ''}"
+        """Raises InputError where the stem cannot take images of a size, or would look at a part of them only."""
+        self._stem.check_images(input_size)
 
     @functools.cached_property
-    def _stem(self) -> list["_StemLayer"]:
-        traced = self._graphs[False]
-        return [_StemLayer.of(traced, node, self.spec.input_size) for node in _stem_nodes(traced)]
-
-
-@dataclass(frozen=True)
-class _StemLayer:
-    """A first layer, all along height and width.
-
-    Attributes:
-        weight: its name; empty for what is no convolution of the image with a parameter.
-        extent: pixels from one end of the kernel to the other.
-        stride: at the backbone's own image size.
-        padding: on each side, by the convolution.
-        added: pixels by which its input is larger than the image, as by a padding before it.
-    """
-
-    weight: str
-    extent: list[int]
-    stride: list[int]
-    padding: list[int]
-    added: list[int]
-
-    @classmethod
-    def of(cls, traced: Traced, node: fx.Node, input_size: tuple[int, int]) -> "_StemLayer":
-        """Reads a contraction of the backbone's graph."""
-        arguments = bind(node)
-        name = traced.names.get(str(arguments["weight"].target), "")
-        before, ok = arguments["input"], "stride" in arguments
-        while ok and not (before.op == "placeholder" and str(before.target) == traced.input):
-            ok = _keeps_pixels(before)
-            before = before.all_input_nodes[0] if ok else before
-        if not ok or not name:
-            return cls("", [], [], [], [])
-        kernel = shape_of(traced.sources[str(arguments["weight"].target)])[2:]
-        size = shape_of(arguments["input"].meta["val"])[2:]
-        return cls(
-            name,
-            [d * (k - 1) + 1 for d, k in zip(arguments["dilation"], kernel, strict=True)],
-            list(arguments["stride"]),
-            list(arguments["padding"]),
-            [there - own for there, own in zip(size, input_size, strict=True)],
-        )
-
-    def scaled(self, own: tuple[int, int], size: tuple[int, int]) -> list[int]:
-        """The stride that grows with the images."""
-        return [round(s * new / old) for s, new, old in zip(self.stride, size, own, strict=True)]
-
-    def sees_all(self, stride: Sequence[int]) -> bool:
-        """Tells whether with a stride no pixel is passed over, or none that is not at the backbone's own size."""
-        dims = zip(stride, self.extent, self.stride, strict=True)
-        return all(0 < step <= max(extent, own) for step, extent, own in dims)
-
-    def resolution(self, size: Sequence[int], stride: Sequence[int]) -> list[int]:
-        """Height and width of what it makes of images."""
-        dims = zip(size, self.added, self.padding, self.extent, stride, strict=True)
-        return [(n + more + 2 * pad - extent) // max(step, 1) + 1 for n, more, pad, extent, step in dims]
-
-
-def _description(metadata: Mapping[str, Any]) -> str:
-    keys = ("backbone", "units", "rule", "axes", "tensors", "class_axis")
-    return json.dumps({key: metadata[key] for key in keys}, sort_keys=True)
+    def _stem(self) -> Stem:
+        return Stem.read(self.graph(train=False).traced, self.spec.name, self.spec.input_size)
 
 
 @torch.compiler.disable
@@ -487,119 +292,33 @@ def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition
         images: of another size than `origin.input_size`.
         origin: of the network.
         train: which of its graphs is to run.
-        partition: that the network is of; restored from the origin by default.
+        partition: that the network is of; the origin's by default.
     """
     size = (int(images.shape[-2]), int(images.shape[-1]))
-    own = _size(origin.input_size)
-    partition = _restored(origin.partition) if partition is None else partition
+    own = dims(origin.input_size)
+    partition = origin.partition if partition is None else partition
     if torch.compiler.is_compiling() and (size, *astuple(origin)[1:], train) not in partition._right:
         raise InputError(
-            f"the network is made for images of {own}: export it for these, or call it once with {_size(size)}"
+            f"the network is made for images of {own}: export it for these, or call it once with {dims(size)}"
         )
     if not partition.is_right_at(size, origin, train):
         raise InputError(
-            f"the network is made for images of {own}, and its graph is not right for those of {_size(size)}: resize "
-            f"them to {own}, or make a partition with an input size of {_size(size)}"
+            f"the network is made for images of {own}, and its graph is not right for those of {dims(size)}: resize "
+            f"them to {own}, or make a partition with an input size of {dims(size)}"
         )
+
+
+_ALIVE: weakref.WeakValueDictionary[str, Partition] = weakref.WeakValueDictionary()
+"""Partitions that are in memory, by their descriptions."""
 
 
 @functools.lru_cache(maxsize=2)
 def _restored(description: str) -> Partition:
-    metadata = json.loads(description)
-    spec = BackboneSpec.from_dict(metadata["backbone"])
-    assignment = Assignment(
-        metadata["units"],
-        metadata["axes"],
-        axes_by_name(metadata["tensors"]),
-        [(name, dim) for name, dim in metadata["class_axis"]],
-    )
-    rule = Rule(metadata["rule"]["assign"], metadata["rule"]["round_to"])
-    partition = Partition.create(spec, metadata["units"], assignment=assignment, rule=rule)
-    if set(partition.shapes) != set(metadata["tensors"]):
-        raise InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")
-    return partition
+    metadata = parse(DividedBackbone, loads(description))
+    spec, assignment = BackboneSpec(**vars(metadata.backbone)), metadata.assignment
+    owners = {name: entry.owner for name, entry in metadata.tensors.items()}
+    return Partition.of_module(empty_init(spec.build), spec, metadata.rule, assignment, owners)
 
 
-def _size(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))
-
-
-def _without_data(traced: Traced) -> Traced:
-    """The graph keeps its constants, but not the backbone's weights."""
-    sources = {
-        key: tensor.detach().to("meta") if key in traced.names and tensor.is_floating_point() else tensor
-        for key, tensor in traced.sources.items()
-    }
-    return Traced(traced.graph, traced.input, sources, traced.names)
-
-
-def _parameters_of(node: fx.Node) -> set[fx.Node]:
-    """The placeholders that a node's value comes from, through any computation."""
-    seen, stack = {node}, [node]
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return {n for n in seen if n.op == "placeholder"}
-
-
-def _is_contraction(node: fx.Node) -> bool:
-    return node.op == "call_function" and hasattr(node.target, "_schema") and "weight" in bind(node) and (
-        base_name(node.target) == "linear" or base_name(node.target).startswith("conv")
-    )  # fmt: skip
-
-
-def _keeps_pixels(node: fx.Node) -> bool:
-    """Tells whether an operator gives an image as large as it was, or with a margin of so many pixels."""
-    if node.op != "call_function" or not node.all_input_nodes:
-        return False
-    if base_name(node.target) in ("pad", "constant_pad_nd"):
-        return True
-    after, before = (n.meta.get("val") for n in (node, node.all_input_nodes[0]))
-    return isinstance(after, Tensor) and isinstance(before, Tensor) and shape_of(after)[2:] == shape_of(before)[2:]
-
-
-def _stem_nodes(traced: Traced) -> list[fx.Node]:
-    """The first layers with weights that the image meets."""
-    raw: set[fx.Node] = set()
-    stem = []
-    for node in traced.graph.nodes:
-        if node.op == "placeholder" and str(node.target) == traced.input:
-            raw.add(node)
-        elif _is_contraction(node):
-            if node.args[0] in raw:
-                stem.append(node)
-        elif any(n in raw for n in node.all_input_nodes) and isinstance(node.meta.get("val"), Tensor):
-            raw.add(node)
-    return stem
-
-
-def _owners(graphs: Mapping[bool, Traced], names: Sequence[str], assignment: Assignment) -> dict[str, Owner]:
-    """Who has a copy of its own of each tensor; see the design's table.
-
-    Private to the network are the tensors with a dimension of classes, and those of normalisations with running
-    statistics: whatever an operator with a `running_mean` takes besides its input, and what is written to in place.
-    """
-    owners: dict[str, Owner] = dict.fromkeys(names, "shared")
-    for traced in graphs.values():
-        for node in _stem_nodes(traced):
-            for weight in (n for n in node.all_input_nodes if n is not node.args[0]):
-                owners.update(dict.fromkeys(_names(traced, _parameters_of(weight)), "task"))
-    written: set[str] = set()
-    for traced in graphs.values():
-        for node in traced.graph.nodes:
-            if node.op != "call_function" or not hasattr(node.target, "_schema"):
-                continue
-            arguments = bind(node)
-            if isinstance(arguments.get("running_mean"), fx.Node):
-                written |= _names(traced, {n for n in node.all_input_nodes if n is not node.args[0]})
-            elif is_inplace(node):
-                written |= _names(traced, {node.all_input_nodes[0]})
-    owners.update(dict.fromkeys(written, "network"))
-    owners.update(dict.fromkeys((name for name, _ in assignment.classes), "network"))
-    return owners
-
-
-def _names(traced: Traced, nodes: set[fx.Node]) -> set[str]:
-    return {traced.names[str(n.target)] for n in nodes if n.op == "placeholder" and str(n.target) in traced.names}
+def _changed(spec: BackboneSpec) -> InputError:
+    return InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")

@@ -9,13 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from dvn_cli import benchmark, checkpoint
+from dvn_cli import benchmark
 from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
-from dvn_cli.cli.bench import _targets
+from dvn_cli.dividing import partition_backbone
+from dvn_cli.loading import read_tensors
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.partition import Partition
-from dvn_cli.tasks import Task, default_tasks
+from dvn_cli.store.file import read_checkpoint, read_header
+from dvn_cli.store.metadata import Task
+from dvn_cli.store.slicing import count, slice_file
+from dvn_cli.tasks import default_tasks
 
 KEYS = {"file", "task", "name", "level", "params", "density", "compression", "macs", "latency_ms", "images_per_s"}
 KEYS |= {"peak_memory_bytes", "speedup"}
@@ -39,10 +42,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     spec = resolve("wrn_10_1", 10)
     module = spec.build()
     tasks = default_tasks(2, 10, (32, 32), (0.5,) * 3, (0.25,) * 3)
-    DeepVirtualNetwork.from_backbone(Partition.create(spec, 2, module), module, tasks).save(folder / "dvn.safetensors")
-    header = checkpoint.read_checkpoint(folder / "dvn.safetensors")
+    DeepVirtualNetwork.from_backbone(partition_backbone(spec, 2, module=module), module, tasks).save(
+        folder / "dvn.safetensors"
+    )
+    header = read_checkpoint(folder / "dvn.safetensors")
     for task, level in ((1, 2), (2, 1), (2, 2)):
-        checkpoint.slice_file(header, task, level, folder / f"task{task}-level{level}.safetensors")
+        slice_file(header, task, level, folder / f"task{task}-level{level}.safetensors")
     return folder
 
 
@@ -52,18 +57,18 @@ def test_a_checkpoint_as_typed(folder: Path) -> None:
     assert document["torch"] == torch.__version__
     assert (document["batch_size"], document["threads"], document["num_bench_iter"]) == (3, 1, 5)
     low, top = document["results"]
-    header = checkpoint.read_checkpoint(folder / "dvn.safetensors")
+    header = read_checkpoint(folder / "dvn.safetensors")
     for level, row in ((1, low), (2, top)):
         assert set(row) == KEYS
         assert (row["task"], row["name"], row["level"]) == (1, "task1", level)
-        assert row["params"] == checkpoint.count(header, 1, level).params
+        assert row["params"] == count(header, 1, level).params
         assert row["density"] == row["params"] / top["params"]
         assert row["compression"] == pytest.approx(top["params"] / row["params"])
         latency = row["latency_ms"]
         assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
         assert row["images_per_s"] == pytest.approx(3 / (latency["p50"] / 1000))
         if sys.platform == "linux" and document["device"] == "cpu":
-            assert checkpoint.count(header, 1, level).bytes < row["peak_memory_bytes"] < 1e9
+            assert count(header, 1, level).bytes < row["peak_memory_bytes"] < 1e9
     assert low["macs"] < top["macs"]
     assert low["speedup"] > 0
     assert top["speedup"] == 1
@@ -124,7 +129,7 @@ def test_a_network_that_fails_to_run_is_told_in_one_line(folder: Path) -> None:
 
 def test_speed_ups_are_ratios_within_a_round(folder: Path) -> None:
     """The machine slows down tenfold between the rounds, and the ratio stays."""
-    header = checkpoint.read_checkpoint(folder / "dvn.safetensors")
+    header = read_checkpoint(folder / "dvn.safetensors")
     targets = [benchmark.Target(header, 1, level) for level in (1, 2)]
     costs = [benchmark.Cost(params, 1.0, 1) for params in (10, 20)]
     times = [[[1.0, 1.0, 9.0], [10.0]], [[3.0, 3.0, 3.0], [30.0]]]
@@ -133,7 +138,7 @@ def test_speed_ups_are_ratios_within_a_round(folder: Path) -> None:
 
 def test_networks_are_compared_within_their_task(folder: Path) -> None:
     def file(name: str) -> list[benchmark.Target]:
-        return _targets(checkpoint.read_header(folder / f"{name}.safetensors"), None, None, every=True)
+        return benchmark.targets_of(read_header(folder / f"{name}.safetensors"), every=True)
 
     targets = [*file("dvn"), *file("task2-level1"), *file("task1-level2"), *file("task2-level2")]
     numbers = [(1, 1), (1, 2), (2, 1), (2, 2), (2, 1), (1, 2), (2, 2)]
@@ -149,17 +154,17 @@ def test_networks_are_compared_within_their_task(folder: Path) -> None:
 
 def test_percentiles_are_of_all_iterations() -> None:
     latencies = tuple(float(n) for n in range(101))
-    result = benchmark.Result("file", 1, "name", 1, 1, 0.5, 1, latencies, None, None)
+    result = benchmark.Measurement("file", 1, "name", 1, (1,), 1, 0.5, 1, latencies, None, None, batch_size=4)
     assert [result.percentile(p) for p in (50, 90, 99)] == [50, 90, 99]
-    assert result.to_dict(4)["latency_ms"] == {"p50": 50000, "p90": 90000, "p99": 99000}
-    assert result.to_dict(4)["images_per_s"] == 4 / 50
+    assert result.to_dict()["latency_ms"] == {"p50": 50000, "p90": 90000, "p99": 99000}
+    assert result.to_dict()["images_per_s"] == 4 / 50
 
 
 def test_tensors_are_read_as_they_were_written(folder: Path) -> None:
     from safetensors.torch import load_file
 
     file = folder / "task2-level1.safetensors"
-    expected, read = load_file(file), benchmark.read_tensors(checkpoint.read_header(file))
+    expected, read = load_file(file), read_tensors(read_header(file))
     assert read.keys() == expected.keys()
     for name, tensor in expected.items():
         assert read[name].dtype == tensor.dtype
@@ -169,14 +174,14 @@ def test_tensors_are_read_as_they_were_written(folder: Path) -> None:
 def test_a_task_of_its_own_size_is_measured_at_it(folder: Path, tmp_path: Path) -> None:
     spec = resolve("wrn_10_1", 10)
     module = spec.build()
-    partition = Partition.create(spec, 2, module)
+    partition = partition_backbone(spec, 2, module=module)
     common = {"mean": (0.5,) * 3, "std": (0.25,) * 3, "levels": (2,)}
     tasks = [
         Task("large", tuple("abc"), (64, 64), order=(1, 2), **common),  # type: ignore[arg-type]
         Task("small", tuple("ab"), (32, 32), order=(2, 1), **common),  # type: ignore[arg-type]
     ]
     DeepVirtualNetwork.from_backbone(partition, module, tasks).save(tmp_path / "two.safetensors")
-    header = checkpoint.read_checkpoint(tmp_path / "two.safetensors")
+    header = read_checkpoint(tmp_path / "two.safetensors")
     settings = benchmark.Settings(torch.device("cpu"))
     jobs = [benchmark._prepare(benchmark.Target(header, t, 1), tmp_path / f"{t}", settings)[0] for t in (1, 2)]
     shapes = []

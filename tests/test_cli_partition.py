@@ -13,13 +13,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import dvn_cli
-from dvn_cli import checkpoint
 from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
 from dvn_cli.cli.partition import partition_command
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.reference import kept_by_axes
+from dvn_cli.store.file import read_checkpoint, read_header
+from dvn_cli.store.metadata import TrainingRecord
+from dvn_cli.store.slicing import cut, slice_file
 from dvn_cli.units.count import params_and_density
 
 
@@ -151,10 +153,10 @@ def test_a_half_is_the_network_written_by_hand_at_half_width(
             tensor.uniform_(0.5, 1.5)
     save_file(state, "published.safetensors")
     partition(capsys, name, "--units", 2, "--weights", "published.safetensors", *rule)
-    header = checkpoint.read_checkpoint("dvn.safetensors")
+    header = read_checkpoint("dvn.safetensors")
     images = torch.randn(4, 3, 32, 32)
     for task in (1, 2):
-        checkpoint.slice_file(header, task, 1, "half.safetensors")
+        slice_file(header, task, 1, "half.safetensors")
         hand = ByHand(8, widths, blocks, 100)
         hand.load_state_dict(load_file("half.safetensors"), strict=True)
         half = dvn_cli.load("half.safetensors")
@@ -180,9 +182,9 @@ def test_widths_are_rounded_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
     assert (document["round_to"], document["assign"]) == (8, "even")
     sizes = {bucket["channels"]: bucket["units"] for bucket in document["coupled"]}
     assert sizes == {16: [6, 5, 5], 32: [16, 8, 8], 64: [24, 24, 16]}
-    header = checkpoint.read_checkpoint("dvn.safetensors")
-    assert [checkpoint.cut(header, task, 1)["layer3.0.conv1.weight"].shape[0] for task in (1, 2, 3)] == [24, 24, 16]
-    assert checkpoint.cut(header, 1, 3)["layer3.0.conv1.weight"].shape[0] == 64
+    header = read_checkpoint("dvn.safetensors")
+    assert [cut(header, task, 1)["layer3.0.conv1.weight"].shape[0] for task in (1, 2, 3)] == [24, 24, 16]
+    assert cut(header, 1, 3)["layer3.0.conv1.weight"].shape[0] == 64
     assert dvn("partition", "wrn_10_1", "--units", "3", "--round-to", "8") == 0
     out = capsys.readouterr().out
     for expected in ("in multiples of 8", "6+5+5", "16+8+8", "24+24+16", "Units are not all alike"):
@@ -198,9 +200,9 @@ def test_importance_leaves_the_backbone_as_it_is(capsys: pytest.CaptureFixture[s
     document, err = capsys.readouterr()
     assert json.loads(document)["assign"] == "importance"
     assert "random" not in err
-    header = checkpoint.read_checkpoint("dvn.safetensors")
-    assert max(len(runs) for axis in header.metadata["axes"] for runs in axis) > 1  # channels of a unit lie apart
-    checkpoint.slice_file(header, 1, 4, "top.safetensors")
+    header = read_checkpoint("dvn.safetensors")
+    assert max(len(runs) for axis in header.metadata.axes for runs in axis) > 1  # channels of a unit lie apart
+    slice_file(header, 1, 4, "top.safetensors")
     top, published = load_file("top.safetensors"), load_file("published.safetensors")
     assert top.keys() == published.keys()
     assert all(torch.equal(tensor, published[name]) for name, tensor in top.items())
@@ -218,7 +220,7 @@ def test_importance_leaves_the_backbone_as_it_is(capsys: pytest.CaptureFixture[s
 def test_uneven_groups_are_shown_where_not_all_can_be(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dvn_cli.cli.partition.ROWS", 1)
+    monkeypatch.setattr("dvn_cli.cli.rendering.ROWS", 1)
     assert dvn("partition", "wrn_10_1", "--units", "3", "--round-to", "32") == 0
     out = capsys.readouterr().out
     assert "6+5+5" in out
@@ -242,11 +244,13 @@ def test_what_no_unit_owns_is_counted_and_warned_of(capsys: pytest.CaptureFixtur
         common = torch.ones(shape, dtype=torch.bool)
         for task in range(1, 34):
             here = torch.ones(shape, dtype=torch.bool)
-            for dim, kept in enumerate(network.networks(task, 1).kept[name]):
-                if kept is not None:
-                    gone = torch.ones(shape[dim], dtype=torch.bool)
-                    gone[kept] = False
-                    here.index_fill_(dim, gone.nonzero().flatten(), False)
+            entry = network.tasks[task - 1]
+            runs = network.partition.assignment.runs(name, shape, entry.units(1), len(entry.classes))
+            for dim, along in enumerate(runs):
+                gone = torch.ones(shape[dim], dtype=torch.bool)
+                for start, stop in along:
+                    gone[start:stop] = False
+                here.index_fill_(dim, gone.nonzero().flatten(), False)
             common &= here
         everywhere += int(common.sum())
     top = document["levels"][-1]
@@ -275,21 +279,21 @@ def test_the_report_names_what_a_person_can_check(capsys: pytest.CaptureFixture[
 
 def test_a_slice_knows_the_size_of_its_top_level(capsys: pytest.CaptureFixture[str]) -> None:
     partition(capsys, "wrn_10_1", "--units", 3)
-    header = checkpoint.read_checkpoint("dvn.safetensors")
+    header = read_checkpoint("dvn.safetensors")
     for task in (1, 2, 3):
         for level in (1, 2, 3):
-            checkpoint.slice_file(header, task, level, "slice")
-            assert params_and_density(checkpoint.read_header("slice")) == params_and_density(header, task, level)
+            slice_file(header, task, level, "slice")
+            assert params_and_density(read_header("slice")) == params_and_density(header, task, level)
 
 
 def test_only_a_fresh_partition_is_replaced(capsys: pytest.CaptureFixture[str]) -> None:
     command = ("partition", "wrn_10_1", "--units", "2")
     assert dvn(*command) == 0
     assert dvn(*command) == 0
-    checkpoint.slice_file(checkpoint.read_checkpoint("dvn.safetensors"), 1, 1, "slice.safetensors")
+    slice_file(read_checkpoint("dvn.safetensors"), 1, 1, "slice.safetensors")
     network = dvn_cli.load("dvn.safetensors")
     assert isinstance(network, DeepVirtualNetwork)
-    network.training_record = {"epochs": 1}
+    network.training_record = TrainingRecord({}, epochs=1)
     network.save("trained.safetensors")
     Path("weights.bin").write_bytes(b"something else")
     capsys.readouterr()
@@ -340,8 +344,8 @@ def test_a_command_that_fails_leaves_what_was_there(
 
     failing: dict[str, tuple[Any, ...]] = {
         "dvn_cli.units.count.macs": (refused, InputError),
-        "dvn_cli.units.count.whole": (refused, InputError),
-        "dvn_cli.cli.partition._print_levels": (full, OSError),
+        "dvn_cli.dividing.whole": (refused, InputError),
+        "dvn_cli.cli.rendering._show_levels": (full, OSError),
         "dvn_cli.cli.partition.typer.echo": (full, OSError),
     }
     for number, (place, (fault, kind)) in enumerate(failing.items()):
@@ -365,7 +369,7 @@ def test_a_reader_who_has_had_enough_does_not_stop_the_work(
     monkeypatch.setattr("dvn_cli.cli.partition.typer.echo", gone)
     with pytest.raises(BrokenPipeError):
         partition_command("wrn_10_1", units=2, output=Path("dvn.safetensors"))
-    assert checkpoint.read_checkpoint("dvn.safetensors").metadata["units"] == 2
+    assert read_checkpoint("dvn.safetensors").metadata.units == 2
 
 
 def test_a_check_says_that_narrow_networks_are_masked_ones(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from training import small
 
 from dvn_cli.backbones import BackboneSpec
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
@@ -24,12 +25,12 @@ SPEC = BackboneSpec("timm", "small", 4, 3, (OWN, OWN))
 def stem(kernel: int, stride: int, padding: int, before: int) -> Partition:
     """A backbone of 16 pixels whose first layer is a convolution, with a constant padding before it."""
     layers = [nn.ZeroPad2d((0, before, 0, before)), nn.Conv2d(3, 4, kernel, stride, padding), nn.AdaptiveAvgPool2d(1)]
-    return Partition.create(SPEC, 2, nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 4)))
+    return partition_backbone(SPEC, 2, module=nn.Sequential(*layers, nn.Flatten(), nn.Linear(4, 4)))
 
 
 def seen(partition: Partition, size: int) -> float:
     """The share of an image's pixels that have an influence on the logits."""
-    network = partition.networks((1, 2), 4, (size, size)).eval
+    network = partition.network((1, 2), 4, (size, size))
     image = torch.zeros(1, 3, size, size, requires_grad=True)
     tensors = [torch.ones(partition.shapes[name]) for name in network.names]
     network.module(image, *tensors).sum().backward()
@@ -71,7 +72,7 @@ def test_weights_that_are_computed_are_said_to_be_the_reason():
         def forward(self, x: Tensor) -> Tensor:
             return nn.functional.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True))
 
-    partition = Partition.create(SPEC, 2, Net(Standardised))
+    partition = partition_backbone(SPEC, 2, module=Net(Standardised))
     with pytest.raises(InputError, match=r"^small takes images of 16x16 only, .* computed: set .* to 16$"):
         partition.check_images((32, 32))
 
@@ -100,7 +101,7 @@ def pair(request, monkeypatch):
     torch.manual_seed(0)
     module = Net(request.param).eval()
     monkeypatch.setattr(BackboneSpec, "build", lambda self: copy.deepcopy(module))
-    partition = Partition.create(replace(SPEC, name=request.param.__name__), 2, module)
+    partition = partition_backbone(replace(SPEC, name=request.param.__name__), 2, module=module)
     tasks = default_tasks(2, 4, SPEC.input_size, (0.5,) * 3, (0.25,) * 3)
     return module, DeepVirtualNetwork.from_backbone(partition, module, tasks).eval()
 

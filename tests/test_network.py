@@ -18,14 +18,16 @@ from torch import Tensor, nn
 
 import dvn_cli
 from dvn_cli.backbones import BackboneSpec, resolve
-from dvn_cli.checkpoint import count, read_checkpoint, slice_file
 from dvn_cli.data import Split
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
-from dvn_cli.tasks import Task
-from dvn_cli.units.assign import Rule
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import Task, TrainingRecord
+from dvn_cli.store.slicing import count, slice_file
+from dvn_cli.units.assign import Rule, kept_labels
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
@@ -64,7 +66,7 @@ def backbone() -> nn.Module:
 
 @pytest.fixture(scope="module")
 def partition(backbone: nn.Module) -> Partition:
-    return Partition.create(resolve("wrn_10_1", num_classes=10), 4, backbone)
+    return partition_backbone(resolve("wrn_10_1", num_classes=10), 4, module=backbone)
 
 
 @pytest.fixture
@@ -110,7 +112,7 @@ def test_untrained_top_level_is_the_backbone(name, tmp_path):
     spec = resolve(name, num_classes=5, input_size=(32, 32))
     module = spec.build()
     unlike(module)
-    partition = Partition.create(spec, 2, module)
+    partition = partition_backbone(spec, 2, module=module)
     tasks = [task("one", 5, 32, (1, 2), (1, 2)), task("two", 3, 32, (2, 1), (1, 2))]
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks).eval()
     x = images(1)
@@ -162,7 +164,7 @@ def test_tasks_of_other_sizes_meet_at_one_resolution(fresh, backbone, number, st
 def test_sizes_that_do_not_meet_are_refused(partition, backbone, size):
     network = DeepVirtualNetwork.from_backbone(partition, backbone, [task("odd", 10, size, (1, 2, 3, 4), (4,))])
     with pytest.raises(InputError, match=f"images of {size}x{size} cannot meet those of 32x32"):
-        network.networks(1, 1)
+        network.check()
 
 
 # Property 4: gradients
@@ -296,12 +298,12 @@ def test_slices_equal_the_supernet_and_hold_nothing_else(trained, tmp_path, monk
 
 
 def test_a_checkpoint_comes_back_as_it_was(trained, tmp_path):
-    trained.training_record = {"epochs": 3}
+    trained.training_record = TrainingRecord({"method": "dvn"}, epochs=3)
     trained.save(tmp_path / "a.safetensors")
     loaded = dvn_cli.load(tmp_path / "a.safetensors")
     assert isinstance(loaded, DeepVirtualNetwork)
     assert not loaded.training
-    assert (loaded.tasks, loaded.training_record) == (TASKS, {"epochs": 3})
+    assert (loaded.tasks, loaded.training_record) == (TASKS, trained.training_record)
     for number, level in loaded:
         assert torch.equal(
             logits(loaded, images(number), number, level), logits(trained, images(number), number, level)
@@ -319,7 +321,7 @@ def test_units_of_scattered_channels(name, units, tmp_path):
     spec = resolve(name, num_classes=5, input_size=(32, 32))
     module = spec.build()
     unlike(module)
-    partition = Partition.create(spec, units, module, rule=Rule("importance"))
+    partition = partition_backbone(spec, units, module=module, rule=Rule("importance"))
     assert any(len(runs) > 1 for axis in partition.assignment.axes for runs in axis)
     order = tuple(range(1, units + 1))
     tasks = [task("one", 5, 32, order, order), task("two", 5, 32, order[::-1], (1, units))]
@@ -331,18 +333,19 @@ def test_units_of_scattered_channels(name, units, tmp_path):
     assert all(torch.equal(logits(network, x, *key), expected) for key, expected in before.items())
     whole = module.state_dict()
     for key in network:
-        kept = network.networks(*key).kept
+        graph = partition.graph(train=True)
+        keep = kept_labels(graph.labeller, graph.unit, network.tasks[key[0] - 1].units(key[1]), 5)
         for own, tensor in network.tensors(*key).items():
             expected = whole[own]
-            for dim, indices in enumerate(kept[own]):
-                expected = expected if indices is None else expected.index_select(dim, indices)
+            sources = graph.labeller.sources[own]
+            for dim, indices in enumerate(keep[vector].nonzero().flatten() for vector in sources):
+                expected = expected.index_select(dim, indices)
             assert torch.equal(tensor, expected), own
 
     unlike(network, seed=1)
     network.save(tmp_path / "dvn.safetensors")
     loaded = dvn_cli.load(tmp_path / "dvn.safetensors")
     assert loaded.partition.rule == Rule("importance")
-    assert loaded.partition.buckets == partition.buckets
     for key in network:
         slice_file(read_checkpoint(tmp_path / "dvn.safetensors"), *key, tmp_path / "s.safetensors")
         expected = logits(network, x, *key)
@@ -390,9 +393,9 @@ def test_accuracy_does_not_depend_on_the_batch_size(trained, batch_size):
     parts = evaluate_all(trained, splits, batch_size=batch_size)
     assert [(row.task, row.level) for row in whole] == NETWORKS[:7]
     for one, other in zip(whole, parts, strict=True):
-        assert (one.result.top1, one.result.top5) == (other.result.top1, other.result.top5)
-        assert math.isclose(one.result.loss, other.result.loss, rel_tol=1e-5)
-    assert len({row.result.loss for row in whole}) == len(whole)
+        assert (one.top1, one.top5) == (other.top1, other.top5)
+        assert math.isclose(one.loss, other.loss, rel_tol=1e-5)
+    assert len({row.loss for row in whole}) == len(whole)
 
 
 # Networks of their own
@@ -450,7 +453,7 @@ def test_a_deep_copy_shares_no_weights(trained):
 
 def test_what_was_evaluated_in_inference_mode_can_be_trained(backbone):
     spec = resolve("wrn_10_1", num_classes=10)
-    network = DeepVirtualNetwork.from_backbone(Partition.create(spec, 4, backbone), backbone, TASKS).eval()
+    network = DeepVirtualNetwork.from_backbone(partition_backbone(spec, 4, module=backbone), backbone, TASKS).eval()
     with torch.inference_mode():
         network(images(1), 1, 2)
         network(images(4), 4, 1)
@@ -473,7 +476,7 @@ class WithConstant(nn.Module):
 
 def test_constants_go_where_the_weights_go():
     module = WithConstant().eval()
-    partition = Partition.create(BackboneSpec("timm", "none", 4, 3, (8, 8)), 2, module)
+    partition = partition_backbone(BackboneSpec("timm", "none", 4, 3, (8, 8)), 2, module=module)
     network = DeepVirtualNetwork.from_backbone(partition, module, [task("a", 4, 8, (1, 2), (1, 2))]).eval()
     x = images(1, size=8)
     assert_close(logits(network, x, 1, 2), logits(module, x))
@@ -499,7 +502,8 @@ def slice_tensors(trained, tmp_path) -> tuple[dict[str, Tensor], dict[str, str],
 
 def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, str], Path]:
     with safe_open(path, framework="pt") as file:
-        return safetensors.torch.load(path.read_bytes()), file.metadata(), path
+        said = {key: value for key, value in json.loads(file.metadata()["dvn"]).items() if key != "checksums"}
+        return safetensors.torch.load(path.read_bytes()), {"dvn": json.dumps(said)}, path
 
 
 def test_a_tensor_of_another_shape_is_named(slice_tensors):
@@ -557,8 +561,8 @@ def test_a_partition_holds_no_weights() -> None:
     spec = resolve("wrn_10_1")
     module = spec.build()
     weight = weakref.ref(module.conv1.weight)
-    partition = Partition.create(spec, 2, module)
+    partition = partition_backbone(spec, 2, module=module)
     del module
     gc.collect()
     assert weight() is None
-    assert partition.networks((1,), 100).eval.names
+    assert partition.network((1,), 100).names

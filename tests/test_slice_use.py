@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dvn_cli
-from dvn_cli import checkpoint
 from dvn_cli.backbones import BackboneSpec, resolve
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
-from dvn_cli.partition import Partition
+from dvn_cli.store.file import Header, read_checkpoint, read_header
+from dvn_cli.store.slicing import count, slice_file
 from dvn_cli.tasks import default_tasks
 
 Images = Callable[..., Tensor]  # of a batch size
@@ -31,11 +32,11 @@ CLASSES = 5
 ATTENTION, CONVOLUTION = ("test_vit", 160), ("test_efficientnet", 32)
 
 
-def partition_file(spec: BackboneSpec, module: nn.Module, path: Path) -> checkpoint.Header:
+def partition_file(spec: BackboneSpec, module: nn.Module, path: Path) -> Header:
     """Writes a fresh partition of two units."""
     tasks = default_tasks(2, spec.num_classes, spec.input_size, (0.5,) * 3, (0.25,) * 3)
-    DeepVirtualNetwork.from_backbone(Partition.create(spec, 2, module), module, tasks).save(path)
-    return checkpoint.read_checkpoint(path)
+    DeepVirtualNetwork.from_backbone(partition_backbone(spec, 2, module=module), module, tasks).save(path)
+    return read_checkpoint(path)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Makes slices of timm's models with random weights; each model is divided once."""
 
     @cache
-    def header(name: str, size: int) -> checkpoint.Header:
+    def header(name: str, size: int) -> Header:
         torch.manual_seed(0)
         spec = resolve(name, num_classes=CLASSES, input_size=(size, size))
         return partition_file(spec, spec.build(), tmp_path_factory.mktemp("slices") / "dvn.safetensors")
@@ -51,7 +52,7 @@ def cut(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     @cache
     def path(name: str, size: int, level: int = 1) -> Path:
         file = header(name, size).path.with_name(f"level{level}.safetensors")
-        checkpoint.slice_file(header(name, size), 1, level, file)
+        slice_file(header(name, size), 1, level, file)
         return file
 
     return path
@@ -243,7 +244,7 @@ class Casting(nn.Module):
 def test_casts_follow_the_weights(dtypes: list[torch.dtype]) -> None:
     torch.manual_seed(0)
     module = Casting().eval()
-    partition = Partition.create(BackboneSpec("timm", "casting", CLASSES, 3, (8, 8)), 2, module)
+    partition = partition_backbone(BackboneSpec("timm", "casting", CLASSES, 3, (8, 8)), 2, module=module)
     tasks = default_tasks(2, CLASSES, (8, 8), (0.5,) * 3, (0.25,) * 3)
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks).eval().virtual_network(1, 2)
     for dtype in dtypes:
@@ -305,7 +306,7 @@ def under_autocast(network: Callable[..., Tensor], x: Tensor) -> tuple[list[Any]
 
 
 def networks_apart(module: nn.Module, spec: BackboneSpec) -> DeepVirtualNetwork:
-    partition = Partition.create(spec, 2, module)
+    partition = partition_backbone(spec, 2, module=module)
     tasks = default_tasks(2, CLASSES, spec.input_size, (0.5,) * 3, (0.25,) * 3)
     return DeepVirtualNetwork.from_backbone(partition, module, tasks).eval()
 
@@ -449,8 +450,8 @@ def test_what_has_two_names_has_both_in_a_slice(tmp_path: Path, monkeypatch: pyt
     x = random_images(4, 8)
     for level in (1, 2):
         path = tmp_path / f"{level}.safetensors"
-        counts = checkpoint.slice_file(header, 1, level, path)
-        assert counts == checkpoint.count(header, 1, level) == checkpoint.count(checkpoint.read_header(path))
+        counts = slice_file(header, 1, level, path)
+        assert counts == count(header, 1, level) == count(read_header(path))
         plain = safetensors.torch.load_file(path)
         assert plain.keys() == module.state_dict().keys()
         assert counts.elements == sum(tensor.numel() for tensor in plain.values())
@@ -471,7 +472,7 @@ def with_metadata(path: Path, changes: dict[str, object], to: Path) -> Path:
     """The same file with other metadata; what is changed to None is taken out."""
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = {**json.loads(file.metadata()["dvn"]), **changes}
-    text = json.dumps({key: value for key, value in metadata.items() if value is not None})
+    text = json.dumps({key: value for key, value in metadata.items() if value is not None and key != "checksums"})
     safetensors.torch.save_file(safetensors.torch.load_file(path), to, {"dvn": text})
     return to
 
@@ -486,10 +487,10 @@ def test_a_file_of_before_there_were_rules_and_aliases(cut: Callable[..., Path],
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"aliases": {"other.weight": "nothing.weight"}}, "its aliases are of tensors that it does not list"),
+        ({"aliases": {"other.weight": "nothing.weight"}}, "is not another name of a tensor that is listed"),
         ({"aliases": {"other.weight": "conv_stem.weight"}}, "does not hold the tensors that its metadata lists"),
-        ({"aliases": ["conv_stem.weight"]}, "no usable 'aliases'"),
-        ({"rule": {"assign": "even"}}, "no usable 'rule'"),
+        ({"aliases": ["conv_stem.weight"]}, "'aliases' is a list, not an object"),
+        ({"rule": {"assign": "even", "round_to": "2"}}, "'rule.round_to' is '2', not an integer"),
         ({"rule": {"assign": "odd", "round_to": 1}}, "not 'odd'"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from dvn_cli.backbones.registry import (
     BackboneSpec,
-    Preprocessing,
     classifier_tensors,
     default,
     head,
@@ -13,7 +12,6 @@ from dvn_cli.backbones.weights import load_pretrained, load_weights
 
 __all__ = [
     "BackboneSpec",
-    "Preprocessing",
     "classifier_tensors",
     "default",
     "head",

@@ -2,20 +2,16 @@
 
 import contextlib
 import inspect
-import json
-import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from dvn_cli.backbones import factory
 from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.store.metadata import Backbone, Preprocessing
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
-
-SOURCES = ("timm", "torchvision", "python")
 
 FAMILIES = {
     "convnext": "convnext_tiny",
@@ -53,110 +49,8 @@ FAMILIES = {
 """The usual member of each family whose bare name people type."""
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """How images are prepared for the weights of a backbone; names and values are timm's.
-
-    Attributes:
-        origin: Whose word that is.
-        mean: Per channel, of pixels in 0..1, subtracted; None where there is none for these channels.
-        std: Per channel, of pixels in 0..1, divided by; None with `mean`.
-        interpolation, crop_pct, crop_mode: See `data.resize.Resize`.
-    """
-
-    origin: str
-    mean: tuple[float, ...] | None
-    std: tuple[float, ...] | None
-    interpolation: str
-    crop_pct: float
-    crop_mode: str
-
-    def __post_init__(self) -> None:
-        from dvn_cli.data.spec import CropMode, Interpolation
-
-        for what, value, known in (
-            ("interpolation", self.interpolation, get_args(Interpolation)),
-            ("crop mode", self.crop_mode, get_args(CropMode)),
-        ):
-            if value not in known:
-                raise InputError(f"no {what} '{value}'{did_you_mean(str(value), known)}; there are {', '.join(known)}")
-        if not 0.1 <= self.crop_pct <= 2:
-            raise InputError(f"crop_pct is a share of the resized image, such as 0.875, not {self.crop_pct:g}")
-        if not all(math.isfinite(number) for number in self.mean or ()):
-            raise InputError(f"mean is of pixels in 0..1, not {self.mean}")
-        if not all(math.isfinite(number) and number > 0 for number in self.std or ()):
-            raise InputError(f"std is of pixels in 0..1 and above 0, not {self.std}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "Preprocessing":
-        """The inverse of `to_dict`.
-
-        Raises:
-            InputError: A field is missing or unknown, or has no value that it can have.
-        """
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise InputError(f"not the description of a preprocessing: {dict(fields)}") from error
-
-    @property
-    def resize(self) -> dict[str, Any]:
-        """The fields that say how an image is brought to its size."""
-        return {"interpolation": self.interpolation, "crop_pct": self.crop_pct, "crop_mode": self.crop_mode}
-
-    def describe(self, resized: bool = True) -> str:
-        """Says it in a line, with or without how images are resized."""
-        words = [f"{self.interpolation}, crop_pct {self.crop_pct:.4g} ({self.crop_mode})"] if resized else []
-        for key, numbers in (("mean", self.mean), ("std", self.std)):
-            if numbers is not None:
-                words.append(f"{key} {' '.join(f'{number:.4g}' for number in numbers)}")
-        return f"{', '.join(words)}: {self.origin}"
-
-
-@dataclass(frozen=True)
-class BackboneSpec:
-    """All that it takes to build a backbone, as a checkpoint records it.
-
-    Attributes:
-        source: `timm` (the paper's own backbones among them), `torchvision`, or `python`: a factory of one's own.
-        name: The name there; of a factory `package.module:factory`.
-        num_classes: Outputs of the classifier.
-        in_chans: Channels of the images.
-        input_size: Height and width of the images in pixels.
-        hidden_layers: Fully connected layers put before the classifier, each as wide as the features.
-    """
-
-    source: str
-    name: str
-    num_classes: int
-    in_chans: int = 3
-    input_size: tuple[int, int] = (224, 224)
-    hidden_layers: int = 0
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON has them."""
-        return asdict(self) | {"input_size": list(self.input_size)}
-
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> "BackboneSpec":
-        """The inverse of `to_dict`.
-
-        Raises:
-            InputError: A field is missing, unknown or of the wrong type.
-        """
-        try:
-            height, width = fields["input_size"]
-            spec = cls(**{**fields, "input_size": (int(height), int(width))})
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"not the description of a backbone: {dict(fields)}") from error
-        if spec.source not in SOURCES:
-            raise InputError(f"backbones come from {' or '.join(SOURCES)}, not from '{spec.source}'")
-        return spec
+class BackboneSpec(Backbone):
+    """All that it takes to build a backbone, as a checkpoint records it, and the way to build it."""
 
     def build(self, device: "str | torch.device | None" = None) -> "nn.Module":
         """Builds the module, randomly initialised and in eval mode; on the device `meta` it holds no data.
@@ -166,10 +60,10 @@ class BackboneSpec:
         """
         import torch
 
-        from dvn_cli.graph.hollow import hollow
+        from dvn_cli.graph.empty_init import empty_init
 
         if device is not None and torch.device(device).type == "meta":
-            return hollow(self.build, "meta")  # few models can be built there: some read tensors that they make
+            return empty_init(self.build, "meta")  # few models can be built there: some read tensors that they make
         library = LIBRARIES[self.source]
         if not library.has(self.name):
             raise InputError(f"the installed {self.source} has no model '{self.name}'")

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from dvn_cli import checkpoint as checkpoints
 from dvn_cli.errors import InputError
 from dvn_cli.files import atomic, check_folder_writable, check_writable
 
 if TYPE_CHECKING:
-    from dvn_cli.benchmark import Target
+    from dvn_cli.benchmark import Measurement
 
 
 def bench_command(
@@ -78,9 +77,9 @@ def bench_command(
     if scenario is not None:
         document, show = _scenario(scenario.lower(), files or [Path()], plots, measure)
     else:
-        headers = [checkpoints.read_header(file) for file in files or [Path("dvn.safetensors")]]
-        targets, document = measure(headers, task, level, every)
-        show = functools.partial(_print, document, [_name(target, len(headers)) for target in targets])
+        given = files or [Path("dvn.safetensors")]
+        results, document = measure(given, task, level, every=every)
+        show = functools.partial(_print, document, [_name(result, len(given)) for result in results])
     text = json.dumps(document, indent=2)
     try:
         if as_json:
@@ -94,19 +93,15 @@ def bench_command(
 
 
 def _measure(
-    headers: Sequence[checkpoints.Header],
-    task: str | None,
-    level: int | None,
-    every: bool,
+    files: Sequence[Path],
+    task: str | None = None,
+    level: int | None = None,
     *,
     device: str,
-    batch_size: int,
-    num_warm_iter: int,
-    num_bench_iter: int,
-    channels_last: bool,
     threads: int | None,
-) -> tuple[list["Target"], dict[str, Any]]:
-    """Measures networks of files. Returns them, and the document of what was found."""
+    **settings: Any,
+) -> tuple[list["Measurement"], dict[str, Any]]:
+    """Measures networks of files. Returns what was found, and the document that says it."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from dvn_cli import report
@@ -120,23 +115,23 @@ def _measure(
         from dvn_cli import benchmark
         from dvn_cli import device as devices
 
-        targets = [target for header in headers for target in _targets(header, task, level, every)]
-        settings = benchmark.Settings(
-            devices.choose(device), batch_size, num_warm_iter, num_bench_iter, channels_last, threads
+        chosen = devices.choose(device)
+        results = benchmark.bench(
+            files,
+            task,
+            level,
+            device=chosen,
+            threads=threads,
+            progress=lambda what, done: bar.update(shown, description=what, completed=done, total=1.0),
+            **settings,
         )
-        results = benchmark.measure(
-            targets, settings, lambda what, done: bar.update(shown, description=what, completed=done, total=1.0)
-        )
-    return targets, {
-        "device": str(settings.device),
-        "device_name": devices.title(settings.device),
+    return results, {
+        "device": str(chosen),
+        "device_name": devices.title(chosen),
         "torch": torch.__version__,
         "threads": threads or torch.get_num_threads(),
-        "batch_size": batch_size,
-        "num_warm_iter": num_warm_iter,
-        "num_bench_iter": num_bench_iter,
-        "channels_last": channels_last,
-        "results": [result.to_dict(batch_size) for result in results],
+        **{key: value for key, value in settings.items() if key != "every"},
+        "results": [result.to_dict() for result in results],
     }
 
 
@@ -144,7 +139,7 @@ def _scenario(
     name: str,
     files: Sequence[Path],
     plots: Path | None,
-    measure: Callable[..., tuple[list["Target"], dict[str, Any]]],
+    measure: Callable[..., tuple[list["Measurement"], dict[str, Any]]],
 ) -> tuple[dict[str, Any], Callable[[], None]]:
     """The tables of a scenario: the document, and how to print it."""
     from dvn_cli import report
@@ -162,10 +157,9 @@ def _scenario(
         times, document = {}, None
         if (network := tables.timed(table)) is not None:
             file, task = network
-            targets, document = measure([checkpoints.read_header(file)], str(task), None, False)
-            for target, row in zip(targets, document["results"], strict=True):
-                units = len(target.entry.kept(target.level))
-                times[units] = row["latency_ms"]["p50"] / document["batch_size"], row["speedup"]
+            results, document = measure([file], str(task))
+            for result in results:
+                times[len(result.units)] = 1000 * result.percentile(50) / result.batch_size, result.speedup
         costs.append(tables.costs(table, times))
         measured.append(document)
 
@@ -179,32 +173,10 @@ def _scenario(
     return document | {"plots": [str(path) for path in written]}, show
 
 
-def _targets(header: checkpoints.Header, task: str | None, level: int | None, every: bool) -> list["Target"]:
-    from dvn_cli.benchmark import Target
-
-    metadata = header.metadata
-    if header.kind == "slice":
-        if task is not None or level is not None:
-            raise InputError(
-                f"'{header.path}' is a slice, of one task and level; --task and --level are for checkpoints"
-            )
-        return [Target(header, metadata["task_number"], metadata["level"])]
-    tasks = range(1, len(metadata["tasks"]) + 1) if every else [checkpoints.find_task(metadata, task or 1)]
-    return [
-        Target(header, number, depth)
-        for number in tasks
-        for depth in (
-            range(1, len(metadata["tasks"][number - 1]["levels"]) + 1)
-            if level is None
-            else [checkpoints.check_level(metadata, number, level)]
-        )
-    ]
-
-
-def _name(target: "Target", files: int) -> str:
+def _name(result: "Measurement", files: int) -> str:
     """What tells a network's row from others: its task, of several files a slice's name, or a checkpoint's and task."""
-    stem = target.header.path.stem
-    return target.entry.name if files == 1 else stem if target.header.kind == "slice" else f"{stem} {target.entry.name}"
+    stem = Path(result.file).stem
+    return result.name if files == 1 else stem if result.kind == "slice" else f"{stem} {result.name}"
 
 
 def _print(document: dict[str, Any], names: list[str]) -> None:

@@ -1,15 +1,12 @@
 """`dvn eval`: accuracy and loss of networks on test images."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import check_writable
-
-if TYPE_CHECKING:
-    from dvn_cli.evaluation.measure import Row
 
 
 def eval_command(
@@ -42,8 +39,6 @@ def eval_command(
         raise InputError(f"--min-accuracy is in per cent, 0 to 100, not {min_accuracy:g}")
     if min_accuracy is not None and 0 < min_accuracy < 1:
         raise InputError(f"--min-accuracy is in per cent: give {100 * min_accuracy:g} for {min_accuracy:g}")
-    if batch_size < 1:
-        raise InputError(f"--batch-size is at least 1, not {batch_size}")
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise InputError(f"--results-file ends with .csv or .json, not '{results_file.name}'")
 
@@ -54,25 +49,26 @@ def eval_command(
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from dvn_cli import device as devices
     from dvn_cli import report
-    from dvn_cli.evaluation import gates, images, measure, rendering
 
     err = report.console(stderr=True)
-
-    def note(text: str) -> None:
-        err.print(text, soft_wrap=True)
-
-    chosen = devices.choose(device)
-    spec, base = images.parse_data(data, note) if data else (None, None)
-    with err.status("reading networks and images ..."):
-        loaded = measure.open_files(files or [Path("dvn.safetensors")], task, level, spec, base, note)
-    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    rows: list[Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
-        bar = progress.add_task("", total=sum(opened.images for opened in loaded))
-        for opened in loaded:
-            rows += opened.evaluate(batch_size, chosen, lambda count: progress.advance(bar, count))
+        bar = progress.add_task("reading", total=None)
+
+        from dvn_cli.evaluation import gates, rendering
+        from dvn_cli.evaluation.measure import evaluate
+
+        rows = evaluate(
+            files or [Path("dvn.safetensors")],
+            task,
+            level,
+            data=data,
+            batch_size=batch_size,
+            device=device,
+            note=lambda line: err.print(line, soft_wrap=True),
+            progress=lambda done, total: progress.update(bar, description="images", completed=done, total=total),
+        )
     judged = None if min_accuracy is None else gates.gate(rows, min_accuracy)
     results = rendering.as_document(rows, judged)
     try:

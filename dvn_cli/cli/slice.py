@@ -1,18 +1,14 @@
 """`dvn slice`: standalone files of single networks, cut without torch."""
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dvn_cli import checkpoint as checkpoints
-from dvn_cli.errors import DvnError, InputError
-from dvn_cli.files import check_folder_writable
-
-FORMATS = ("safetensors",)
+from dvn_cli import export
+from dvn_cli.errors import InputError
+from dvn_cli.export import FORMATS
 
 
 def slice_command(
@@ -37,61 +33,20 @@ def slice_command(
     """Cut the network of a task and level out of a checkpoint, into a file that needs nothing else."""
     if file_format not in FORMATS:
         raise InputError(f"there is no format '{file_format}'; --format takes {', '.join(FORMATS)}")
-    header = checkpoints.read_checkpoint(checkpoint)
-    tasks = header.metadata["tasks"]
-    files: dict[tuple[int, int], Path] = {}
     if every and task is None and level is None:
-        folder = output or Path(f"{checkpoint.stem}-slices")
-        for number, entry in enumerate(tasks, 1):
-            for depth in range(1, len(entry["levels"]) + 1):
-                files[number, depth] = folder / _name(checkpoint, number, depth)
-        check_folder_writable(folder)
+        files = export.slice_all(checkpoint, output)
     elif not every and task is not None and level is not None:
-        number = checkpoints.find_task(header.metadata, task)
-        depth = checkpoints.check_level(header.metadata, number, level)
-        name = _name(checkpoint, number, depth)
-        files[number, depth] = Path(name) if output is None else output / name if output.is_dir() else output
+        files = iter([export.slice(checkpoint, task, level, output)])
     else:
         raise InputError("which network? Give `--task T --level L` for one of them, or `--all` for every one")
-
     results = []
-    for (number, depth), file in files.items():
-        with _folder_of(file, every):
-            counts = checkpoints.slice_file(header, number, depth, file)
-        entry = tasks[number - 1]
-        result = {
-            "file": str(file),
-            "task": number,
-            "name": entry["name"],
-            "level": depth,
-            "units": checkpoints.kept_units(entry, depth),
-            "params": counts.params,
-            "bytes": file.stat().st_size,
-        }
-        results.append(result)
+    for cut in files:
+        results.append(cut.to_dict())
         if not as_json:
-            units = ", ".join(map(str, result["units"]))
+            units = ", ".join(map(str, cut.units))
             typer.echo(
-                f"{file}  {entry['name']}  level {depth} of {len(entry['levels'])}  units {units}  "
-                f"{counts.params:,} parameters  {result['bytes'] / 1e6:,.2f} MB"
+                f"{cut.file}  {cut.name}  level {cut.level} of {cut.levels}  units {units}  "
+                f"{cut.params:,} parameters  {cut.bytes / 1e6:,.2f} MB"
             )
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(checkpoint), "slices": results}, indent=2))
-
-
-@contextlib.contextmanager
-def _folder_of(file: Path, made: bool) -> Iterator[None]:
-    """Makes the folder that a file is written to, where it is to be made; one that stays empty is removed again."""
-    if made:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except DvnError:
-        if made:
-            with contextlib.suppress(OSError):  # it is not empty
-                file.parent.rmdir()
-        raise
-
-
-def _name(checkpoint: Path, task: int, level: int) -> str:
-    return f"{checkpoint.stem}-task{task}-level{level}.safetensors"

@@ -14,13 +14,13 @@ from pydantic import (
     model_validator,
 )
 
+from dvn_cli.store.metadata import CropMode, Interpolation
+
 MAY_DIFFER = "may differ when a run is resumed"
 """Marks a key that says where or how something is computed, not what: a run goes on with another value of it."""
 
 Kind = Literal["digits", "torchvision", "folder", "hf"]
 Augmentation = Literal["none", "crop", "crop-flip"]
-Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
-CropMode = Literal["center", "squash", "border"]
 
 _TAKES: dict[str, set[str]] = {
     "digits": set(),

@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from dvn_cli.data.classes import corresponding, few, is_range
 from dvn_cli.data.sources import TEST_SPLITS
 from dvn_cli.errors import InputError
 from dvn_cli.overrides import first_problem, override_key, parse_override, read_yaml
-from dvn_cli.tasks import Task
+from dvn_cli.store.metadata import Task
 
 
 def choose_images(
@@ -48,9 +48,9 @@ def choose_images(
                     "--data source=digits"
                 )
             try:
-                spec = DataSpec.model_validate(task.data["spec"])
-                base = None if task.data["base"] is None else Path(task.data["base"])
-            except (ValidationError, KeyError, TypeError):
+                spec = DataSpec.model_validate(task.data.spec)
+                base = None if task.data.base is None else Path(task.data.base)
+            except ValidationError:
                 raise InputError("what it says of its images cannot be read; give them with --data FOLDER") from None
         else:
             spec = data
@@ -175,7 +175,9 @@ _NOT_EVALUATED = (
 )
 
 
-def parse_data(words: Sequence[str], note: Callable[[str], None] | None = None) -> tuple[DataSpec, Path | None]:
+def parse_data(
+    words: Sequence[str | os.PathLike[str] | Mapping[str, Any]], note: Callable[[str], None] | None = None
+) -> tuple[DataSpec, Path | None]:
     """Reads what `--data` says: a folder, whose kind is seen from what is in it, or a YAML file of a `DataSpec`; and
     `KEY=VALUE` of a `DataSpec`, which go before. Returns it, and the folder that relative paths start from.
 
@@ -184,7 +186,11 @@ def parse_data(words: Sequence[str], note: Callable[[str], None] | None = None) 
     """
     content: dict[str, Any] = {}
     base = None
-    for word in words:
+    for each in words:
+        if isinstance(each, Mapping):
+            content |= each
+            continue
+        word = os.fspath(each)
         path, key = Path(word).expanduser(), word.partition("=")[0]
         if os.path.isdir(path):  # which is false, unlike pathlib's, of what is too long for a path: long KEY=VALUE
             content |= _folder(path)

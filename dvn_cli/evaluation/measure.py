@@ -1,29 +1,39 @@
 """Accuracy and loss of networks on test images."""
 
-import json
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from dvn_cli import checkpoint
 from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
+from dvn_cli.device import choose
 from dvn_cli.errors import InputError, enough_memory
-from dvn_cli.evaluation.images import choose_images, named, prepared
-from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
-from dvn_cli.tasks import Task
+from dvn_cli.evaluation.images import choose_images, named, parse_data, prepared
+from dvn_cli.loading import from_file
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+from dvn_cli.store.file import AnyHeader, read_header
+from dvn_cli.store.metadata import SliceMetadata, Task, TaskLevel, check_level, find_task, matching_tasks
+from dvn_cli.store.schema import dumps
 from dvn_cli.units.count import params_and_density
+
+File = str | os.PathLike[str] | DeepVirtualNetwork | VirtualNetwork
+"""A checkpoint or a slice, or what `dvn_cli.load` returns for one."""
+
+Data = str | os.PathLike[str] | Mapping[str, Any]
+"""Images: a folder, a YAML file with the keys of a recipe's `data`, a mapping of them, or `key=value` of one."""
 
 Progress = Callable[[int], None]
 """Told of every batch how many images it had."""
 
 
 @dataclass(frozen=True)
-class Result:
+class Scores:
     """What a network makes of a split.
 
     Attributes:
@@ -41,13 +51,17 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Row:
-    """A network, by number of task and level from 1, and its result.
+class Evaluation:
+    """A network, and what it makes of its task's test images.
 
     Attributes:
+        task: number of its task, from 1.
+        name: of its task.
+        level: from 1.
         units: that it is made of, by number from 1.
         params: elements of its trainable parameters.
         density: their share of those of its task's top level.
+        top1, top5, loss, images: see `Scores`.
         file: that it came from, where it came from one.
     """
 
@@ -57,8 +71,21 @@ class Row:
     units: tuple[int, ...]
     params: int
     density: float
-    result: Result
+    top1: float
+    top5: float | None
+    loss: float
+    images: int
     file: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it: null for a loss that is not finite."""
+        return {**vars(self), "units": list(self.units), "loss": self.loss if math.isfinite(self.loss) else None}
+
+    @classmethod
+    def from_dict(cls, entry: Mapping[str, Any]) -> "Evaluation":
+        """Reads what `to_dict` returned."""
+        loss = math.nan if entry["loss"] is None else entry["loss"]
+        return cls(**{**entry, "units": tuple(entry["units"]), "loss": loss})
 
     def __str__(self) -> str:
         return f"task '{self.name}', level {self.level}" + (f" of '{self.file}'" if self.file else "")
@@ -67,7 +94,7 @@ class Row:
 # Measuring
 
 
-def evaluate(
+def measure(
     network: Callable[[Tensor], Tensor],
     split: Split,
     task: Task,
@@ -75,7 +102,7 @@ def evaluate(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> Result:
+) -> Scores:
     """Runs a network over every image of a split once. The counts are exact, whatever the batch size.
 
     Of equal logits the first class is taken. An image with a logit that is not finite counts as wrong.
@@ -108,7 +135,7 @@ def evaluate(
             if progress is not None:
                 progress(len(labels))
     all_ranks = torch.cat(ranks)
-    return Result(
+    return Scores(
         top1=100 * int((all_ranks < 1).sum()) / len(split),
         top5=100 * int((all_ranks < 5).sum()) / len(split) if classes > 5 else None,
         loss=float(torch.cat(losses).cpu().double().mean()),
@@ -120,21 +147,21 @@ def evaluate_all(
     network: DeepVirtualNetwork,
     splits: Mapping[int, Split],
     *,
-    networks: Iterable[tuple[int, int]] | None = None,
+    networks: Iterable[TaskLevel] | None = None,
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     file: str | None = None,
-) -> list[Row]:
+) -> list[Evaluation]:
     """Evaluates networks of a checkpoint, which is on the device; its mode is left as it was.
 
     Args:
         splits: the images of each task, by its number from 1.
-        networks: numbers of task and level; every level of the tasks that have images by default.
-        batch_size, device, progress: as `evaluate`.
+        networks: every level of the tasks that have images by default.
+        batch_size, device, progress: as `measure`.
         file: that the checkpoint came from, to be noted.
     """
-    chosen = [(task, level) for task, level in network if task in splits] if networks is None else list(networks)
+    chosen = [one for one in network if one.task in splits] if networks is None else list(networks)
     training = network.training
     network.eval()
     on_device: dict[int, Split] = {}
@@ -149,9 +176,11 @@ def evaluate_all(
             def forward(images: Tensor, number: int = number, level: int = level) -> Tensor:
                 return network(images, number, level)
 
-            result = evaluate(forward, on_device[number], task, batch_size=batch_size, device=device, progress=progress)
+            scores = measure(forward, on_device[number], task, batch_size=batch_size, device=device, progress=progress)
             params, top = _params(network, number, level), _params(network, number, len(task.levels))
-            rows.append(Row(number, task.name, level, task.kept(level), params, params / top, result, file))
+            rows.append(
+                Evaluation(number, task.name, level, task.units(level), params, params / top, **vars(scores), file=file)
+            )
     finally:
         network.train(training)
     return rows
@@ -165,14 +194,67 @@ def _params(network: DeepVirtualNetwork, task: int, level: int) -> int:
 # Files
 
 
+def evaluate(
+    files: File | Sequence[File] = "dvn.safetensors",
+    task: int | str | None = None,
+    level: int | None = None,
+    *,
+    data: Data | Sequence[Data] | None = None,
+    batch_size: int = 256,
+    device: str | torch.device = "auto",
+    note: Callable[[str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Evaluation]:
+    """Measures accuracy and loss of networks on test images.
+
+    Args:
+        files: a checkpoint, a slice, what `dvn_cli.load` returns for one, or several of these.
+        task: only this task, by name or by number from 1; of several slices those that have it.
+        level: only this level, from 1, likewise.
+        data: other images than the tasks' own: a folder (of images by class, or of parquet files), a YAML file with
+            the keys of a recipe's `data`, a mapping of them, `key=value` of one, or several of these.
+        batch_size: images at a time; the result does not depend on it.
+        device: `auto`, or by torch's name; networks in memory are moved there.
+        note: is told, in a line, what was taken for what.
+        progress: is told how many images have been run, and how many there are.
+
+    Raises:
+        InputError: a file that is missing or broken, no such task or level, or images that are not there or not of
+            the tasks' classes.
+        DvnError: the device's memory is too small.
+
+    Example:
+        >>> [result] = dvn_cli.evaluate("dvn.safetensors", task=2, level=1)  # doctest: +SKIP
+        >>> print(f"{result.top1:.1f} % of {result.images} images")  # doctest: +SKIP
+    """
+    if batch_size < 1:
+        raise InputError(f"batch_size is at least 1, not {batch_size}")
+    chosen = device if isinstance(device, torch.device) else choose(device)
+    words = [data] if isinstance(data, str | os.PathLike | Mapping) else data
+    spec, base = parse_data(words, note) if words else (None, None)
+    given = [files] if isinstance(files, str | os.PathLike | nn.Module) else files
+    loaded = open_files(given, None if task is None else str(task), level, spec, base, note)
+    total, done, results = sum(opened.images for opened in loaded), 0, []
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        if progress is not None:
+            progress(done, total)
+
+    for opened in loaded:
+        results += opened.evaluate(batch_size, chosen, advance)
+    return results
+
+
 @dataclass(frozen=True, eq=False)
 class Loaded:
     """A checkpoint's or a slice's file, its networks that are asked for, and the images of each of their tasks."""
 
-    file: str
-    header: checkpoint.Header
+    file: str | None
+    header: AnyHeader
     module: DeepVirtualNetwork | VirtualNetwork
-    networks: list[tuple[int, int]]
+    networks: list[TaskLevel]
     splits: dict[int, Split]
 
     @property
@@ -180,8 +262,8 @@ class Loaded:
         """How many are run in all."""
         return sum(len(self.splits[task]) for task, _ in self.networks)
 
-    def evaluate(self, batch_size: int, device: torch.device, progress: Progress | None = None) -> list[Row]:
-        """Evaluates its networks, in order.
+    def evaluate(self, batch_size: int, device: torch.device, progress: Progress | None = None) -> list[Evaluation]:
+        """Evaluates its networks, in order; their mode is left as it was.
 
         Raises:
             DvnError: the device's memory is too small.
@@ -199,15 +281,19 @@ class Loaded:
                     file=self.file,
                 )
             (number, level), task = self.networks[0], module.task
-            split = self.splits[number].to(device)
-            result = evaluate(module, split, task, batch_size=batch_size, device=device, progress=progress)
+            split, training = self.splits[number].to(device), module.training
+            try:
+                scores = measure(module.eval(), split, task, batch_size=batch_size, device=device, progress=progress)
+            finally:
+                module.train(training)
         params, density = params_and_density(self.header)
-        units = tuple(self.header.metadata["kept"])
-        return [Row(number, task.name, level, units, params, density, result, self.file)]
+        return [
+            Evaluation(number, task.name, level, task.units(level), params, density, **vars(scores), file=self.file)
+        ]
 
 
 def open_files(
-    paths: Sequence[Path],
+    files: Sequence[File],
     task: str | None = None,
     level: int | None = None,
     data: DataSpec | None = None,
@@ -217,7 +303,7 @@ def open_files(
     """Opens files with all that it takes to evaluate them, so that whatever is missing is missed before anything runs.
 
     Args:
-        paths: checkpoints and slices.
+        files: checkpoints and slices.
         task: only this task, by name or number; of several files those that have it.
         level: only this level, likewise.
         data: images for all tasks, in place of those that each task was trained for.
@@ -228,14 +314,14 @@ def open_files(
         InputError: a file that is missing or broken, no such task or level, or images that are not there or not of
             the tasks' classes.
     """
-    headers = [checkpoint.read_header(path) for path in paths]
+    headers = [file.header("the network") if isinstance(file, nn.Module) else read_header(file) for file in files]
+    slices = [(header.path, header.metadata) for header in headers if isinstance(header.metadata, SliceMetadata)]
     if task is not None:  # of all slices together, a text must not be the number of one and the name of another
-        slices = [header.metadata for header in headers if header.kind == "slice"]
-        checkpoint.matching_tasks({(one["task_number"], one["task"]["name"]) for one in slices}, task)
+        matching_tasks({(one.task_number, one.task.name) for _, one in slices}, task)
     chosen = [_networks(header, task, level) for header in headers]
     if not any(chosen):
         asked = " and ".join([f"task '{task}'"] * (task is not None) + [f"level {level}"] * (level is not None))
-        names = [f"'{h.path}' (task '{h.metadata['task']['name']}', level {h.metadata['level']})" for h in headers]
+        names = [f"'{path}' (task '{one.task.name}', level {one.level})" for path, one in slices]
         raise InputError(f"none of the slices is of {asked}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
     reader = Reader()
     tasks: dict[str, Task] = {}
@@ -243,14 +329,13 @@ def open_files(
     of_files: list[dict[int, str]] = []  # of each file the key of every task's images
     for header, networks in zip(headers, chosen, strict=True):
         of_files.append({})
-        channels = header.metadata["backbone"]["in_chans"]
+        channels = header.metadata.backbone.in_chans
         for number in dict.fromkeys(number for number, _ in networks):
-            entry = header.metadata["task"] if header.kind == "slice" else header.metadata["tasks"][number - 1]
-            of_entry = Task.from_dict(entry)
-            key = json.dumps([entry["classes"], prepared(of_entry), channels, data is None and entry["data"]])
+            entry = header.metadata.numbered_tasks[number]
+            key = dumps([entry.classes, prepared(entry), channels, data is None and entry.data])
             if key not in images:
-                tasks[key] = of_entry
-                images[key] = choose_images(reader, of_entry, channels, data, base, note)
+                tasks[key] = entry
+                images[key] = choose_images(reader, entry, channels, data, base, note)
             of_files[-1][number] = key
     reader.check_memory()
     splits = {}
@@ -261,21 +346,25 @@ def open_files(
         for line in reader.notes:
             note(line)
     return [
-        Loaded(str(path), header, load(path), networks, {number: splits[key] for number, key in of_file.items()})
-        for path, header, networks, of_file in zip(paths, headers, chosen, of_files, strict=True)
+        Loaded(
+            None if isinstance(file, nn.Module) else str(file),
+            header,
+            file if isinstance(file, nn.Module) else from_file(header),
+            networks,
+            {number: splits[key] for number, key in of_file.items()},
+        )
+        for file, header, networks, of_file in zip(files, headers, chosen, of_files, strict=True)
         if networks
     ]
 
 
-def _networks(header: checkpoint.Header, task: str | None, level: int | None) -> list[tuple[int, int]]:
-    """The networks of a file that are asked for, by number of task and level; none of a slice that is another one."""
+def _networks(header: AnyHeader, task: str | None, level: int | None) -> list[TaskLevel]:
+    """The networks of a file that are asked for; none of a slice that is another one."""
     metadata = header.metadata
-    if header.kind == "slice":
-        own, depth = metadata["task_number"], metadata["level"]
-        asked = task is None or checkpoint.matching_tasks([(own, metadata["task"]["name"])], task)
-        return [(own, depth)] if asked and level in (None, depth) else []
-    numbers = [checkpoint.find_task(metadata, task)] if task else list(range(1, len(metadata["tasks"]) + 1))
-    depths = {number: len(metadata["tasks"][number - 1]["levels"]) for number in numbers}
+    if isinstance(metadata, SliceMetadata):
+        asked = task is None or matching_tasks([(metadata.task_number, metadata.task.name)], task)
+        return [network for network in metadata.networks if asked and level in (None, network.level)]
+    numbers = [find_task(metadata.tasks, task)] if task else list(metadata.numbered_tasks)
     if level is not None:
-        checkpoint.check_level(metadata, max(numbers, key=lambda number: depths[number]), level)
-    return [(n, d) for n in numbers for d in range(1, depths[n] + 1) if level in (None, d)]
+        check_level(max((metadata.tasks[number - 1] for number in numbers), key=lambda entry: len(entry.levels)), level)
+    return [network for network in metadata.networks if network.task in numbers and level in (None, network.level)]

@@ -2,8 +2,8 @@
 
 A graph is run on integers instead of numbers. Each index of each dimension of each parameter gets a label of its own;
 operators that move data are run on the labels as they are, pointwise operators unite the labels of their operands, and
-contractions and normalisations have a rule each (`rules`). What is united in the end is one class: channels that can
-only be kept or dropped together.
+contractions and normalisations have a rule each (`ops`). What is united in the end is a coupled group: channels that
+are only kept or dropped together (`coupling`).
 
 An activation carries *layers* of labels. A layer is an integer tensor with as many dimensions as the activation, of
 size 1 wherever the label does not vary, so that an image of any size costs no more than its channels. An element is
@@ -11,113 +11,18 @@ kept when its labels in all layers are kept; almost everything has one layer, we
 Label 0 is kept always.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.trace import Traced, hint, shape_of, writers
-
-
-class Classes:
-    """Labels and which of them are one class (union-find over integers, whole arrays at a time)."""
-
-    def __init__(self) -> None:
-        self._parent = np.zeros(1, dtype=np.int64)
-        self._produced: list[np.ndarray] = []
-        self.at: fx.Node | None = None  # whose rule is at work
-        self._pinned: list[tuple[np.ndarray, np.ndarray, fx.Node | None]] = []
-
-    def __len__(self) -> int:
-        return len(self._parent)
-
-    def fresh(self, count: int) -> Tensor:
-        """Returns `count` labels that are in use nowhere, shape (count,)."""
-        start = len(self._parent)
-        self._parent = np.concatenate([self._parent, np.arange(start, start + count)])
-        return torch.arange(start, start + count)
-
-    def find(self, labels: Tensor) -> Tensor:
-        """Returns each label's class: the least label in it."""
-        roots = labels.numpy()
-        while True:
-            above = np.asarray(self._parent[roots])
-            if np.array_equal(above, roots):
-                return torch.from_numpy(above)
-            roots = above
-
-    def unite(self, a: Tensor, b: Tensor) -> None:
-        """Makes the labels at the same place (after broadcasting) one class."""
-        given = tuple(t.reshape(-1).numpy() for t in torch.broadcast_tensors(a, b))
-        left, right = given
-        while True:
-            left, right = (self.find(torch.from_numpy(t)).numpy() for t in (left, right))
-            differ = left != right
-            if not differ.any():
-                return
-            left, right, given = left[differ], right[differ], (given[0][differ], given[1][differ])
-            pinned = np.minimum(left, right) == 0
-            if pinned.any():
-                other = np.where(left == 0, *given)
-                self._pinned.append((np.maximum(left, right)[pinned], other[pinned], self.at))
-            np.minimum.at(self._parent, np.maximum(left, right), np.minimum(left, right))
-
-    @cached_property
-    def _causes(self) -> dict[int, tuple[int, fx.Node | None]]:
-        """For each class that became kept always: the label it was united with, 0 for none, and for which operator."""
-        return {
-            root: (other, node)
-            for roots, others, node in self._pinned
-            for root, other in zip(roots.tolist(), others.tolist(), strict=True)
-        }
-
-    @cached_property
-    def _made(self) -> set[int]:
-        """Of the classes that became kept always those with a channel that a parameter makes."""
-        produced = np.unique(np.concatenate(self._produced)) if self._produced else np.zeros(0, np.int64)
-        always = produced[self.find(torch.from_numpy(produced)).numpy() == 0]
-        return {self._before_pinned(label) for label in always.tolist()}
-
-    def _before_pinned(self, label: int) -> int:
-        """The class that a label was in when it became kept always."""
-        while self._parent[label]:
-            label = int(self._parent[label])
-        return label
-
-    def pinned_by(self, label: int) -> fx.Node | None:
-        """Returns the operator for which all units have a channel; None for what no parameter makes, or is divided.
-
-        It is the first that could not do without: what is coupled with the channel later on has no part in it.
-
-        Args:
-            label: of the channel. Labels are not united any more once this has been asked.
-        """
-        node, made = None, False
-        while label and not self.find(torch.tensor([label])).any():
-            root = self._before_pinned(label)
-            made = made or root in self._made
-            label, node = self._causes[root]
-        return node if made else None
-
-    def mark_produced(self, labels: Tensor) -> None:
-        """Notes that a contraction with a parameter makes these channels: only such can be divided among units."""
-        self._produced.append(labels.reshape(-1).numpy())
-
-    def roots(self) -> np.ndarray:
-        """The class of every label, shape (number of labels,)."""
-        return self.find(torch.arange(len(self))).numpy()
-
-    def produced(self) -> np.ndarray:
-        """For each label whether it is the root of a class with a channel that a parameter makes."""
-        result = np.zeros(len(self), dtype=bool)
-        if self._produced:
-            result[self.find(torch.from_numpy(np.concatenate(self._produced))).numpy()] = True
-        return result
+from dvn_cli.graph.coupling import CoupledGroups
+from dvn_cli.graph.registry import entry_of
+from dvn_cli.graph.trace import Traced, bind, hint, refusal, shape_of, writers
 
 
 @dataclass(frozen=True)
@@ -132,87 +37,78 @@ class Labels:
     shape: tuple[int, ...]
     layers: tuple[Tensor, ...] = ()
 
-    def vary(self, layer: Tensor) -> tuple[int, ...]:
-        return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
+    def zeros(self, dim: int) -> Tensor:
+        """Returns the labels of a dimension's indices where all units have all of them."""
+        return torch.zeros(self.shape[dim], dtype=torch.int64)
 
 
 @dataclass
 class Call:
-    """One operator of a graph, as its rule sees it.
+    """One operator of a graph, as its label rule sees it.
 
     Attributes:
-        name: the operator's base name: `aten.add_.Tensor` is `add`.
         args: the arguments by the names of the operator's schema, defaults filled in.
+        shapes: of the outputs.
+        shape: of the first.
     """
 
     node: fx.Node
-    name: str
-    args: dict[str, Any]
     labeller: "Labeller"
 
     @cached_property
+    def args(self) -> dict[str, Any]:
+        return bind(self.node)
+
+    @cached_property
+    def has_several_outputs(self) -> bool:
+        return isinstance(self.node.meta["val"], tuple | list)
+
+    @cached_property
     def shapes(self) -> list[tuple[int, ...]]:
-        """Shapes of the outputs."""
         value = self.node.meta["val"]
-        return [shape_of(v) for v in (value if isinstance(value, tuple | list) else [value])]
+        return [shape_of(output) for output in (value if self.has_several_outputs else [value])]
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.shapes[0]
 
+    def outputs(self, label: Callable[[tuple[int, ...]], Labels]) -> Labels | list[Labels]:
+        """Labels the output by its shape, each where there are several."""
+        outputs = [label(shape) for shape in self.shapes]
+        return outputs if self.has_several_outputs else outputs[0]
+
     def labels(self, argument: str) -> Labels:
-        found = self.optional(argument)
-        if found is None:
-            raise self.refuse(f"without its argument {argument}")
-        return found
+        """Returns the labels of a tensor argument."""
+        labels = self.optional(argument)
+        if labels is None:
+            raise refusal(self.node, f"without its argument {argument}")
+        return labels
 
     def optional(self, argument: str) -> Labels | None:
-        """The labels of a tensor argument, None where it is absent."""
+        """Returns the labels of a tensor argument, None where it is absent."""
         node = self.args.get(argument)
         return self.labeller.env[node] if isinstance(node, fx.Node) else None
 
+    def several(self, argument: str) -> list[Labels]:
+        """Returns the labels of an argument that is a list of tensors, or one tensor."""
+        nodes = self.args[argument]
+        return [self.labeller.env[node] for node in (nodes if isinstance(nodes, list | tuple) else [nodes])]
+
     def tensors(self) -> list[Labels]:
-        """The labels of all tensor arguments, in order, lists of tensors included."""
+        """Returns the labels of all tensor arguments, in order, lists of tensors included."""
         nodes = [n for n in torch.utils._pytree.tree_leaves(list(self.args.values())) if isinstance(n, fx.Node)]
         return [v for v in (self.labeller.env[n] for n in nodes) if isinstance(v, Labels)]
 
-    def number(self, argument: str) -> Any:
-        """An argument that is no tensor: integers, lists of integers (symbolic ones are replaced by numbers)."""
+    def plain(self, argument: str) -> Any:
+        """Returns an argument that is no tensor; sizes that depend on the batch are numbers, at `EXAMPLE_BATCH`."""
         return fx.node.map_arg(self.args[argument], lambda node: self.labeller.env[node])
 
-    def dims(self, argument: str = "dim", of: str = "self") -> list[int]:
-        """A `dim` argument as a list of numbers from 0; None means all."""
-        value, rank = self.number(argument), len(self.labels(of).shape)
+    def dims(self) -> list[int]:
+        """Returns the dimensions of `self` that `dim` names, from 0; all where it is None, empty or missing."""
+        value, rank = self.plain("dim") if "dim" in self.args else None, len(self.labels("self").shape)
         if value is None or value == []:
             return list(range(rank))
         return [dim % rank for dim in ([value] if isinstance(value, int) else value)]
-
-    def refuse(self, why: str = "") -> InputError:
-        """The refusal of a model, by the operator and the module that stands in the way."""
-        return InputError(f"operator {located(self.node)} is not supported{' ' + why if why else ''}")
-
-
-def located(node: fx.Node) -> str:
-    """A node's operator, and in which module it is."""
-    stack = node.meta.get("nn_module_stack") or {}
-    path, kind = list(stack.values())[-1] if stack else ("", "")
-    kind = kind if isinstance(kind, str) else kind.__name__
-    where = f" in {path.removeprefix('L__self__.').removeprefix('L[self].') or 'the model'}" if path else ""
-    return f"{node.target}{where}" + (f" ({kind.rpartition('.')[2]})" if kind else "")
-
-
-def base_name(target: object) -> str:
-    """`aten.add_.Tensor` -> `add`: the operator without its overload, in-place or not."""
-    packet = getattr(target, "overloadpacket", None)
-    name = packet.__name__ if packet is not None else getattr(target, "__name__", str(target))
-    return name if name.startswith("_") and name.endswith("__") else name.rstrip("_")
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an aten call by the names of its schema, defaults filled in."""
-    schema = node.target._schema  # type: ignore[union-attr]
-    given = {**dict(zip((a.name for a in schema.arguments), node.args, strict=False)), **node.kwargs}
-    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema.arguments}
 
 
 @dataclass
@@ -225,6 +121,7 @@ class Labeller:
         whole_groups: whether units get whole groups of a convolution or a norm, or a part of every group, where the
             units divide both.
         had_choice: whether there was such a case.
+        coupled: which labels belong together.
         sources: for each tensor that the graphs read (by its name in the module, or its placeholder's name where the
             module's state_dict does not hold it) the labels of its indices, a vector for each dimension.
         output: labels of the classes, a vector; None when the classes cannot be told apart.
@@ -233,7 +130,7 @@ class Labeller:
     units: int
     whole_groups: bool = True
     had_choice: bool = False
-    classes: Classes = field(default_factory=Classes)
+    coupled: CoupledGroups = field(default_factory=CoupledGroups)
     sources: dict[str, list[Tensor]] = field(default_factory=dict)
     output: Tensor | None = None
     env: dict[fx.Node, Any] = field(default_factory=dict)
@@ -248,8 +145,6 @@ class Labeller:
         Raises:
             InputError: an operator has no rule, or its rule cannot tell which channels belong together.
         """
-        from dvn_cli.graph.rules import apply
-
         self.traced, env = traced, self.env
         self.depends: set[fx.Node] = set()
         for node in traced.graph.nodes:
@@ -264,34 +159,32 @@ class Labeller:
             elif node.op == "call_function":
                 if any(n in self.depends for n in node.all_input_nodes):
                     self.depends.add(node)
-                env[node] = self._call(node, apply)
+                env[node] = self._call(node)
             else:
                 raise InputError(f"the graph has a node that is not supported: {node.format_node()}")
         return {node: env[node] for node in traced.graph.nodes if node.op != "output"}
 
-    def _call(self, node: fx.Node, apply: Any) -> Any:
+    def _call(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
         if isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
             return hint(value) if isinstance(value, int | torch.SymInt) else value
-        if base_name(node.target) == "getitem":
-            source, index = node.args
-            return self.env[source][index]  # type: ignore[index]
-        if not hasattr(node.target, "_schema"):
-            raise Call(node, str(node.target), {}, self).refuse()
-        call = Call(node, base_name(node.target), bind(node), self)
-        self.classes.at = node
+        entry, call = entry_of(node.target), Call(node, self)
+        if entry is None:
+            raise refusal(node)
+        self.coupled.at = node
         try:
-            result = apply(self, call)
+            result = entry.label(self, call)
         except (RuntimeError, IndexError, TypeError, ValueError, NotImplementedError) as error:
-            raise call.refuse(f"as it stands ({next(iter(str(error).splitlines()), '')[:100]})") from error
+            reason = next(iter(str(error).splitlines()), "")[:100]
+            raise refusal(node, f"as it stands ({reason})") from error
         for labels, shape in zip(result if isinstance(result, list) else [result], call.shapes, strict=True):
             if labels.shape != shape:  # a rule that is wrong must not go unseen
-                raise call.refuse(f"(its rule gives shape {labels.shape}, the graph {shape})")
+                raise refusal(node, f"(its rule gives shape {labels.shape}, the graph {shape})")
         return result
 
     def _source(self, name: str, shape: tuple[int, ...]) -> Labels:
         if name not in self.sources:
-            self.sources[name] = [self.classes.fresh(n) if n > 1 else torch.zeros(n, dtype=torch.int64) for n in shape]
+            self.sources[name] = [self.coupled.fresh(n) if n > 1 else torch.zeros(n, dtype=torch.int64) for n in shape]
         return from_vectors(shape, dict(enumerate(self.sources[name])))
 
     def _finish(self, labels: Labels) -> None:
@@ -300,13 +193,13 @@ class Labeller:
         for vector in vectors.values():
             self.pin(vector)
         if classes is not None and self.output is not None:
-            self.classes.unite(classes, self.output)
+            self.coupled.unite(classes, self.output)
         self.output = classes
 
     # What rules are made of
 
     def value(self, node: Any, reader: fx.Node) -> Any:
-        """What `reader` finds in a node that depends on no parameter and not on the input, such as a table of indices.
+        """Computes what `reader` finds in a node that depends on no parameter and no image, such as a table of indices.
 
         Raises:
             InputError: the node depends on the input or on a parameter.
@@ -315,17 +208,17 @@ class Labeller:
             return node
         if (node, reader) not in self._values:
             needed: set[fx.Node] = set()
-            found = [node]
-            while found:
-                n = found.pop()
+            waiting = [node]
+            while waiting:
+                n = waiting.pop()
                 if n in self.depends:
-                    raise Call(n, str(n.target), {}, self).refuse("as an index: it depends on the input")
+                    raise refusal(n, "as an index: it depends on the input")
                 if n.op == "placeholder" and isinstance(self.traced.sources[str(n.target)], torch.nn.Parameter):
-                    raise Call(reader, str(reader.target), {}, self).refuse("with an index that depends on a parameter")
+                    raise refusal(reader, "with an index that depends on a parameter")
                 if n not in needed:
                     needed.add(n)
-                    found += [] if isinstance(self.env[n], int) else n.all_input_nodes
-                    found += [user for user in writers(n) if user < reader]
+                    waiting += [] if isinstance(self.env[n], int) else n.all_input_nodes
+                    waiting += [user for user in writers(n) if user < reader]
             values: dict[fx.Node, Any] = {}
             for n in sorted(needed):
                 if n.op == "placeholder":
@@ -338,18 +231,22 @@ class Labeller:
             self._values[node, reader] = values[node]
         return self._values[node, reader]
 
+    def looked_up(self, node: fx.Node, reader: fx.Node) -> Tensor | None:
+        """Returns what `value` found when the reader was labelled; None where it was not asked."""
+        return self._values.get((node, reader))
+
     def pin(self, labels: Tensor) -> None:
-        """Keeps these always."""
-        self.classes.unite(labels, torch.zeros(1, dtype=torch.int64))
+        """Gives channels to all units."""
+        self.coupled.unite(labels, torch.zeros(1, dtype=torch.int64))
 
     def compress(self, labels: Tensor) -> Tensor | None:
-        """A layer with size 1 wherever its classes do not vary; None when that is everywhere (then it is pinned)."""
+        """Returns a layer of size 1 wherever its groups do not vary; None where they never do: then it is pinned."""
         if not labels.numel():
             return None
         for dim in range(labels.ndim):
             if labels.shape[dim] > 1 and labels.stride(dim) == 0:
                 labels = labels.narrow(dim, 0, 1)
-        labels = whole = self.classes.find(labels.contiguous())
+        labels = whole = self.coupled.find(labels.contiguous())
         for dim in range(labels.ndim):
             first = labels.narrow(dim, 0, 1)
             if labels.shape[dim] > 1 and bool((labels == first).all()):
@@ -360,11 +257,11 @@ class Labeller:
         return None
 
     def refresh(self, labels: Labels) -> Labels:
-        """The same labels by the classes of now."""
+        """Returns the same labels by the groups of now."""
         return Labels(labels.shape, tuple(x for x in map(self.compress, labels.layers) if x is not None))
 
     def separate(self, labels: Labels, prefer: Sequence[int] = (), avoid: Iterable[int] = ()) -> dict[int, Tensor]:
-        """Labels as one vector for each dimension; unites what varies along several dimensions jointly.
+        """Returns labels as one vector for each dimension; unites what varies along several dimensions jointly.
 
         Of several dimensions the one that stays is the first of `prefer`, else (not in `avoid`, where there is a
         choice) the first whose size the number of units divides, else the largest: whole heads where they can be
@@ -372,7 +269,7 @@ class Labeller:
         """
         vectors: dict[int, Tensor] = {}
         for layer in self.refresh(labels).layers:
-            varying = labels.vary(layer)
+            varying = varying_dims(layer)
             if len(varying) == 1 and varying[0] not in vectors:
                 vectors[varying[0]] = layer.reshape(-1)
                 continue
@@ -382,19 +279,58 @@ class Labeller:
                 max(candidates, key=lambda d: layer.shape[d]),
             )
             least = layer.movedim(stay, 0).flatten(1).amin(1) if layer.ndim > 1 else layer
-            self.classes.unite(layer.movedim(stay, -1), least)
+            self.coupled.unite(layer.movedim(stay, -1), least)
             if stay in vectors:
-                self.classes.unite(least, vectors[stay])
+                self.coupled.unite(least, vectors[stay])
             vectors[stay] = least
-        return {dim: self.classes.find(vector) for dim, vector in vectors.items()}
+        return {dim: self.coupled.find(vector) for dim, vector in vectors.items()}
+
+    def split_groups(self, groups: int, sides: Sequence[Tensor]) -> bool:
+        """Unites channels so that groups stay groups: whole groups are divided, or every group alike.
+
+        Where both can be, `whole_groups` says which.
+
+        Args:
+            sides: labels of the channels, a vector for each side of the operator (input, output), all in `groups` runs.
+
+        Returns:
+            Whether groups are divided among the units; otherwise the channels of each group are, at the same places.
+        """
+        sizes = [len(side) // groups for side in sides]
+        whole, alike = groups % self.units == 0, not any(n % self.units for n in sizes)
+        if whole and alike:
+            self.had_choice = True
+            whole = self.whole_groups
+        whole = whole or max(sizes) == 1 or (groups >= self.units and not alike)
+        for side in sides:
+            table = side.reshape(groups, -1)
+            self.coupled.unite(table, table[:, :1] if whole else table[:1])
+        if whole:
+            self.unite_all([side.reshape(groups, -1)[:, 0] for side in sides])
+        return whole
+
+    def unite_parameters(
+        self, vectors: Mapping[int, Tensor], parameters: Iterable[Labels | None], first: int = 1
+    ) -> None:
+        """Unites parameters with the dimensions of a tensor, from `first` on, that each index of theirs is for."""
+        for parameter in parameters:
+            if parameter is not None:
+                for dim, vector in self.separate(parameter).items():
+                    self.coupled.unite(vector, vectors.get(first + dim, torch.zeros(1, dtype=torch.int64)))
 
     def unite_all(self, vectors: Sequence[Tensor]) -> None:
+        """Unites several vectors of labels, index by index."""
         for vector in vectors[1:]:
-            self.classes.unite(vectors[0], vector)
+            self.coupled.unite(vectors[0], vector)
+
+
+def varying_dims(layer: Tensor) -> tuple[int, ...]:
+    """Returns the dimensions along which a layer varies."""
+    return tuple(dim for dim, size in enumerate(layer.shape) if size > 1)
 
 
 def from_vectors(shape: tuple[int, ...], vectors: Mapping[int, Tensor]) -> Labels:
-    """Labels with one layer for each dimension that has a vector (of length 1 or the dimension's size)."""
+    """Returns labels with a layer for each dimension that has a vector (of length 1 or the dimension's size)."""
     rank = len(shape)
     layers = [
         vector.reshape([-1 if d == dim else 1 for d in range(rank)])

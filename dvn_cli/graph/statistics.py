@@ -1,4 +1,4 @@
-"""Whether a norm of a network would take the variance of a single value."""
+"""Norms with statistics: which tensors they are of, and whether one would take the variance of a single value."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,23 @@ import torch
 from torch import fx
 
 from dvn_cli.graph.narrow import Narrowed, on_device
+from dvn_cli.graph.trace import Traced, arguments_of, bind, is_inplace
 
 Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def running_tensors(traced: Traced) -> set[str]:
+    """Names the tensors of norms with running statistics, and those that are written to in place.
+
+    Those of a norm are whatever an operator with a `running_mean` takes besides its input.
+    """
+    names: set[str] = set()
+    for node in traced.graph.nodes:
+        if isinstance(bind(node).get("running_mean"), fx.Node):
+            names |= traced.names_of(node.all_input_nodes[1:])
+        elif is_inplace(node):
+            names |= traced.names_of(node.all_input_nodes[:1])
+    return names
 
 
 class _Found(Exception):
@@ -20,9 +35,8 @@ class _Found(Exception):
 
 class _Search(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
-        if isinstance(n.target, torch._ops.OpOverload) and "batch_norm" in n.target.name():
+        if "running_mean" in (names := [argument.name for argument in arguments_of(n)]):
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            names = (argument.name for argument in n.target._schema.arguments)
             given = dict(zip(names, args, strict=False)) | kwargs
             by_batch = given.get("training", given.get("train", False))
             if by_batch and given["input"].numel() == given["input"].shape[1]:

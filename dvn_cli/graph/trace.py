@@ -1,8 +1,8 @@
 """From a module to an aten graph whose parameters are inputs (`torch.export`, training IR)."""
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -33,6 +33,18 @@ class Traced:
     input: str
     sources: Mapping[str, Tensor]
     names: Mapping[str, str]
+
+    def names_of(self, nodes: Iterable[fx.Node]) -> set[str]:
+        """Returns the names of those of some nodes that stand for the module's tensors."""
+        return {self.names[str(n.target)] for n in nodes if n.op == "placeholder" and str(n.target) in self.names}
+
+    def without_data(self) -> "Traced":
+        """Returns the graph with its constants, but without the module's weights."""
+        sources = {
+            key: tensor.detach().to("meta") if key in self.names and tensor.is_floating_point() else tensor
+            for key, tensor in self.sources.items()
+        }
+        return replace(self, sources=sources)
 
 
 def hint(value: object) -> int:
@@ -224,3 +236,30 @@ def writers(node: fx.Node) -> list[fx.Node]:
     """The operators that change a node's memory in place, and the views through which they do."""
     readers = [user for user in node.users if user.all_input_nodes[0] is node]
     return [user for user in readers if is_inplace(user) or (is_view(user) and writers(user))]
+
+
+def refusal(node: fx.Node, why: str = "") -> InputError:
+    """Returns the refusal of a model, by the operator and the module that stands in the way."""
+    return InputError(f"operator {located(node)} is not supported{' ' + why if why else ''}")
+
+
+def located(node: fx.Node) -> str:
+    """Names a node's operator and the module that it is in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path, kind = list(stack.values())[-1] if stack else ("", "")
+    kind = kind if isinstance(kind, str) else kind.__name__
+    where = f" in {path.removeprefix('L__self__.').removeprefix('L[self].') or 'the model'}" if path else ""
+    return f"{node.target}{where}" + (f" ({kind.rpartition('.')[2]})" if kind else "")
+
+
+def arguments_of(node: fx.Node) -> list[Any]:
+    """Returns the arguments in the schema of a node's operator; none where it is no operator of torch."""
+    schema = getattr(node.target, "_schema", None)
+    return schema.arguments if schema else []
+
+
+def bind(node: fx.Node) -> dict[str, Any]:
+    """Returns what an operator is called with, by the names of its schema, defaults filled in."""
+    schema = arguments_of(node)
+    given = {**dict(zip((a.name for a in schema), node.args, strict=False)), **node.kwargs}
+    return {a.name: given.get(a.name, a.default_value if a.has_default_value() else None) for a in schema}

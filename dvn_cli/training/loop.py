@@ -18,8 +18,9 @@ from dvn_cli.errors import DvnError, InputError
 from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.training.methods import METHODS, Network, plan
-from dvn_cli.training.moves import Moves
+from dvn_cli.store.metadata import StateMetadata, TaskLevel
+from dvn_cli.training.freezing import Freezing
+from dvn_cli.training.methods import METHODS, plan
 from dvn_cli.training.recipe import OptimizerKeys, Recipe
 from dvn_cli.training.schedule import factor
 from dvn_cli.training.step import Step
@@ -33,7 +34,7 @@ class Run:
 
     Attributes:
         data: the images of each task that is learnt, by its number from 1.
-        before: networks that were trained in an earlier run, as numbers of task and level.
+        before: networks that were trained in an earlier run.
         epochs_done: how many epochs it has behind it, of all stages.
         history: for each epoch what it gave: learning rate, loss and validation accuracy by task and level, None for
             networks that were not trained or have no such images.
@@ -46,7 +47,7 @@ class Run:
     network: DeepVirtualNetwork
     data: Mapping[int, TaskData]
     device: torch.device
-    before: Sequence[Network] = ()
+    before: Sequence[TaskLevel] = ()
     epochs_done: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float = -math.inf
@@ -89,11 +90,11 @@ class Run:
     def check_batches(self) -> None:
         """Raises InputError where a norm would take the variance of a single value: of one image at 1x1 pixels."""
         for number, split in self.train.items():
-            networks = [network for stage in self.stages for network in stage.learn if network[0] == number]
+            networks = [network for stage in self.stages for network in stage.learn if network.task == number]
             if min(len(split), self.recipe.batch_size) > 1 or not networks:
                 continue
             tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
-            graph = self.network.networks(*networks[0]).train
+            graph = self.network.narrowed(*networks[0], training=True)
             norm = norm_of_a_single_value(graph, tensors, tuple(split.images.shape[1:]))
             if norm is not None:
                 remedy = "batch_size 2 or more" if len(split) > 1 else "the task 2 training images or more"
@@ -104,8 +105,8 @@ class Run:
 
     # The state between two epochs
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """All that changes during a run, as tensors and JSON."""
+    def state(self) -> dict[str, Tensor]:
+        """The tensors that change during a run."""
         tensors = {f"network/{name}": tensor for name, tensor in self.network.file_tensors().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_tensors.items()}
         if self.teacher is not None:
@@ -116,18 +117,18 @@ class Run:
         tensors["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
-        return tensors, {"epochs_done": self.epochs_done, "history": self.history, "best": json_number(self.best)}
+        return tensors
 
-    def restore(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-        """Goes back to a state."""
+    def restore(self, tensors: Mapping[str, Tensor], metadata: StateMetadata) -> None:
+        """Goes back to a state: what `state` returned, and what else its file says."""
         self._put(self.network, tensors, "network/")
-        self.epochs_done, self.history = metadata["epochs_done"], list(metadata["history"])
+        self.epochs_done, self.history = metadata.epochs_done, [dict(entry) for entry in metadata.history]
         self._begin()
         if self.epochs_done > self._start:
             if self.teacher is not None:
                 self._put(self.teacher, tensors, "teacher/")
             self.best_tensors = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
-            self.best = -math.inf if metadata["best"] is None else metadata["best"]
+            self.best = -math.inf if metadata.best is None else metadata.best
             state: dict[int, dict[str, Tensor]] = {}
             for name, tensor in tensors.items():
                 if name.startswith("optimizer/"):
@@ -153,7 +154,7 @@ class Run:
         Raises:
             InputError: the run has stages, of which the first ones would need more epochs.
         """
-        if epochs_done < self.total_epochs and (len(self.stages) > 1 or self.stage.hold):
+        if epochs_done < self.total_epochs and (len(self.stages) > 1 or self.stage.distilled):
             raise InputError(
                 "tasks that are learnt one after the other get no more epochs afterwards: start again with --force"
             )
@@ -180,15 +181,15 @@ class Run:
         self._start = ends[place] - self.stage.epochs
         self.network.zero_grad(set_to_none=True)
         self.teacher: DeepVirtualNetwork | None = None
-        if self.stage.hold:
+        if self.stage.distilled:
             self.teacher = copy.deepcopy(self.network).eval().requires_grad_(False)
         if self.epochs_done == self._start and not (place and self.stages[place - 1].warmup):
             for network in self.stage.trained:
                 if self.stage.before and network not in self.stage.before:
                     self.network.inherit(*network, self.stage.before)
-        self.moves = Moves(self.network, self.stage)
+        self.freezing = Freezing(self.network, self.stage)
         self.optimizer = make_optimizer(self.recipe.optimizer, self.network)
-        self.step = Step(self.network, self.teacher, self.stage, self.moves.train_mode, self.recipe)
+        self.step = Step(self.network, self.teacher, self.stage, self.freezing.train_mode, self.recipe)
         self.best, self.best_tensors = -math.inf, {}
 
     # The loop
@@ -239,25 +240,26 @@ class Run:
         for number in range(1, steps + 1):
             done = ((self.epochs_done - self._start) * steps + number - 1) / (stage.epochs * steps)
             rate = recipe.optimizer.lr * (1.0 if stage.warmup else factor(recipe.schedule, done))
+            careful = stage.distilled and stage.trainable == "all"
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * (recipe.sequential.lr_factor if stage.hold and stage.moves == "all" else 1.0)
+                group["lr"] = rate * (recipe.sequential.lr_factor if careful else 1.0)
             step({task: next(of_task) for task, of_task in batches.items()})
             if number % check_every == 0 or number == steps:
                 self._check(step.totals, step.networks, number)
             self.optimizer.step()
-            self.moves.restore()
+            self.freezing.restore()
             step.clear()
             after_step(self, number)
         self._check_weights()
         means = dict(zip(step.networks, (step.totals / steps).tolist(), strict=True))
         return self._by_level(means)
 
-    def _by_level(self, values: Mapping[Network, float]) -> list[list[float | None]]:
+    def _by_level(self, values: Mapping[TaskLevel, float]) -> list[list[float | None]]:
         """Values of networks by task and level, None where there is none."""
         tasks = enumerate(self.network.tasks, 1)
-        return [[values.get((task, level)) for level in range(1, len(of.levels) + 1)] for task, of in tasks]
+        return [[values.get(TaskLevel(task, level)) for level in range(1, len(of.levels) + 1)] for task, of in tasks]
 
-    def _check(self, totals: Tensor, networks: Sequence[Network], step: int) -> None:
+    def _check(self, totals: Tensor, networks: Sequence[TaskLevel], step: int) -> None:
         finite = torch.isfinite(totals).tolist()
         if not all(finite):
             task, level = networks[finite.index(False)]
@@ -295,9 +297,9 @@ class Run:
         splits = {number: self.validation[number] for number in self.stage.tasks if number in self.validation}
         if not splits:
             return None
-        networks = [network for network in self.stage.learn if network[0] in splits]
+        networks = [network for network in self.stage.learn if network.task in splits]
         rows = evaluate_all(self.network, splits, networks=networks, device=self.device)
-        return self._by_level({(row.task, row.level): row.result.top1 for row in rows})
+        return self._by_level({TaskLevel(row.task, row.level): row.top1 for row in rows})
 
     def _keep_best(self, validation: list[list[float | None]] | None) -> None:
         score = _mean(numbers(validation or []))

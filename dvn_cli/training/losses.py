@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from dvn_cli.tasks import Task
+from dvn_cli.store.metadata import Task
 
 
 def distillation(logits: Tensor, teacher: Tensor, temperature: float, squared: bool = False) -> Tensor:

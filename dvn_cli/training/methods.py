@@ -1,4 +1,4 @@
-"""The methods, as data: which networks exist, which parameters each has of its own, and what moves when.
+"""The methods, as data: which networks exist, which parameters each has of its own, and which are trained when.
 
 Those that the paper compares itself with (section 4): NestedNet (E. Kim, C. Ahn, S. Oh, CVPR 2018), PackNet (A. Mallya,
 S. Lazebnik, CVPR 2018) by groups of feature maps as in section 4.3, feature extraction (J. Donahue et al., ICML 2014),
@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dvn_cli.errors import InputError
-from dvn_cli.tasks import Task
-
-Network = tuple[int, int]  # task and level, both from 1
+from dvn_cli.store.metadata import Task, TaskLevel, task_levels
 
 
 @dataclass(frozen=True)
@@ -25,8 +23,8 @@ class Method:
         private: what each network has of its own: `norms` (the stem, normalisations with running statistics and the
             classifier), the `head` alone (the classifier and hidden layers before it), or `all`.
         arrival: of the tasks: as the recipe says (`any`), `together`, or `one by one`.
-        later: what a task that comes later moves of the weights it shares with earlier ones: `all`, and then those are
-            held by distillation; or only what is `new`, in no earlier network.
+        later: what a task that comes later trains of the weights that it shares with earlier ones: `all`, which then
+            learn by distillation to give the outputs that they gave; or only what is `new`, in no earlier network.
         hidden: fully connected layers before the classifier, which the backbone has not.
     """
 
@@ -56,25 +54,25 @@ class Stage:
     Attributes:
         tasks: whose images there are.
         learn: networks that learn from labels.
-        hold: old tasks' networks and the network, of before the stage, that each one learns to agree with.
+        distilled: old tasks' networks, each with the network of before the stage whose outputs it learns to give.
         before: networks that were trained in an earlier stage.
-        moves: `all` that those networks have; or only what is `new`, in no network of before.
+        trainable: `all` that the trained networks have; or only what is `new`, in no network of before.
         epochs: passes over the largest of the tasks.
         warmup: whether it only prepares the next stage, at an even learning rate.
     """
 
     tasks: tuple[int, ...]
-    learn: tuple[Network, ...]
-    hold: tuple[tuple[Network, Network], ...]
-    before: tuple[Network, ...]
-    moves: Literal["all", "new"]
+    learn: tuple[TaskLevel, ...]
+    distilled: tuple[tuple[TaskLevel, TaskLevel], ...]
+    before: tuple[TaskLevel, ...]
+    trainable: Literal["all", "new"]
     epochs: int
     warmup: bool = False
 
     @property
-    def trained(self) -> tuple[Network, ...]:
+    def trained(self) -> tuple[TaskLevel, ...]:
         """All networks that this stage trains."""
-        return (*self.learn, *(student for student, _ in self.hold))
+        return (*self.learn, *(student for student, _ in self.distilled))
 
 
 def levels_of(method: Method, number: int, tasks: int, levels: Sequence[int], name: str) -> tuple[int, ...]:
@@ -101,7 +99,7 @@ def plan(
     method: Method,
     tasks: Sequence[Task],
     *,
-    before: Sequence[Network] = (),
+    before: Sequence[TaskLevel] = (),
     sequential: bool,
     grow: bool,
     epochs: int,
@@ -121,37 +119,37 @@ def plan(
     Raises:
         InputError: a task has no network among the units that there are when it comes.
     """
-    every = [(number, level) for number, task in enumerate(tasks, 1) for level in range(1, len(task.levels) + 1)]
+    every = task_levels(tasks)
     if together(method, sequential):
         return [Stage(tuple(range(1, len(tasks) + 1)), tuple(every), (), (), "all", epochs)]
     units = len(tasks[0].order)
     known = max((task for task, _ in before), default=0)
-    used = max((unit for task, level in before for unit in tasks[task - 1].kept(level)), default=units - len(tasks))
+    used = max((unit for task, level in before for unit in tasks[task - 1].units(level)), default=units - len(tasks))
     before = tuple(before)
     stages: list[Stage] = []
     for newest in range(known + 1, len(tasks) + 1):
         active = min(used + newest - known, units) if grow and method.levels == "all" else units
         there = tuple(
-            (task, level)
-            for task, level in every
-            if task <= newest and all(unit <= active for unit in tasks[task - 1].kept(level))
+            network
+            for network in every
+            if network.task <= newest and all(unit <= active for unit in tasks[network.task - 1].units(network.level))
         )
-        learn = tuple(network for network in there if network[0] == newest)
+        learn = tuple(network for network in there if network.task == newest)
         if not learn:
             raise InputError(
                 f"task '{tasks[newest - 1].name}' has no level within {max(active, 0)} of the {units} units, which is "
                 "all that there are when it comes: give it a lower level, more units, or sequential.grow=false"
             )
-        old = tuple(network for network in there if network[0] < newest) if method.later == "all" else ()
-        hold = tuple((network, network if network in before else highest(before, network[0])) for network in old)
+        old = tuple(network for network in there if network.task < newest) if method.later == "all" else ()
+        distilled = tuple((network, network if network in before else highest(before, network.task)) for network in old)
         if before and warmup_epochs and method.later == "all":
-            fresh = tuple((student, teacher) for student, teacher in hold if student not in before)
+            fresh = tuple((student, teacher) for student, teacher in distilled if student not in before)
             stages.append(Stage((newest,), learn, fresh, before, "new", warmup_epochs, warmup=True))
-        stages.append(Stage((newest,), learn, hold, before, method.later if before else "all", epochs))
+        stages.append(Stage((newest,), learn, distilled, before, method.later if before else "all", epochs))
         before = there
     return stages
 
 
-def highest(networks: Sequence[Network], task: int) -> Network:
+def highest(networks: Sequence[TaskLevel], task: int) -> TaskLevel:
     """Of some networks a task's of the highest level."""
-    return max(network for network in networks if network[0] == task)
+    return max(network for network in networks if network.task == task)

@@ -1,28 +1,29 @@
-"""A recipe from the command line to the files that it leaves: checkpoint, record, and meanwhile the state to resume."""
+"""The files that a run keeps: checkpoint, record, and meanwhile the state that it is resumed from."""
 
 import contextlib
 import json
 import platform
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
 
-from dvn_cli import checkpoint
 from dvn_cli.data import DataSpec
-from dvn_cli.data.spec import MAY_DIFFER, locate
+from dvn_cli.data.spec import MAY_DIFFER
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError, enough_memory
-from dvn_cli.files import atomic, check_writable
-from dvn_cli.network import read_tensors
-from dvn_cli.tasks import Task
-from dvn_cli.training import setup, state
-from dvn_cli.training.loop import Run
+from dvn_cli.evaluation.measure import Evaluation
+from dvn_cli.files import atomic
+from dvn_cli.loading import read_tensors
+from dvn_cli.network import to_data
+from dvn_cli.store.file import Header, is_trained, lost_with, read_checkpoint, write
+from dvn_cli.store.metadata import CheckpointMetadata, StateMetadata, Task, TrainingRecord
+from dvn_cli.training import state
+from dvn_cli.training.loop import Run, json_number
 from dvn_cli.training.recipe import Keys, Recipe
 
 LIBRARIES = ("dvn", "torch", "timm", "torchvision", "safetensors")
@@ -48,120 +49,86 @@ class Files:
         return cls(output, output.with_name(f"{stem}.run.json"), output.with_name(f"{stem}.state.safetensors"))
 
 
-def _silent(_: str) -> None:
-    pass
-
-
+@dataclass
 class Session:
-    """One `dvn train`: reads the data, trains, and keeps the files.
+    """A run and the files that it keeps.
 
     Attributes:
+        run: what is trained.
+        files: what it writes.
+        note: is told, in a line each, what the record says that the recipe does not.
         restarts: after which numbers of epochs the run was trained on from its finished networks alone.
+        record: what the record says before anything is trained.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        base: Path,
-        output: Path,
-        device: torch.device,
-        resume: bool = False,
-        *,
-        force: bool = False,
-        note: Callable[[str], None] = _silent,
-    ) -> None:
-        """Makes ready for the first step, or for the one that an earlier run would have taken next.
+    run: Run
+    files: Files
+    note: Callable[[str], None]
+    restarts: list[int] = field(default_factory=list)
+    record: dict[str, Any] = field(init=False)
 
-        Args:
-            recipe: what is trained.
-            base: the folder of the recipe, which its relative paths start from.
-            output: the checkpoint; its other files lie beside it.
-            device: to compute on.
-            resume: go on with the run whose files are there, interrupted, or finished with fewer epochs.
-            force: replace what another run has left there.
-            note: is told, in a line each, what is used for what and where the run goes on.
-
-        Raises:
-            InputError: data, backbone or output are not as the recipe says, there is another run's work where this one
-                would write, or what is there is of another recipe.
-            DvnError: the device's memory is too small.
-        """
-        self.recipe, self.files, self._note = recipe, Files.of(output), note
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
-        self.record: dict[str, Any] = {
-            "recipe": recipe.model_dump(mode="json"),
+    def __post_init__(self) -> None:
+        self.record = {
+            "recipe": self.recipe.model_dump(mode="json"),
             "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
-            "device": title(device),
+            "device": title(self.run.device),
             "threads": torch.get_num_threads(),
         }
-        start = recipe.partition or recipe.continues
-        if start is not None and _same_file(locate(start, base), output):
-            raise InputError(f"'{output}' is what the recipe starts from: give another output with -o")
-        for file in vars(self.files).values():
-            check_writable(file)  # now, not after the last epoch
-        if not resume and not force:
-            refuse_to_lose(self.files)
-        interrupted = state.load(self.files.state) if resume and self.files.state.exists() else None
-        finished = Finished.read(self.files) if resume and interrupted is None else None
-        if interrupted is not None:
-            _check_recipe(interrupted[1]["recipe"], recipe, "the interrupted run")
-        elif finished is not None:
-            finished.check(recipe)
-        data = setup.load_data(recipe, base, note)
-        network, before = setup.build(recipe, data, base, note)
-        known = len(network.tasks) - len(data)
-        self._images = [[len(d.train), len(d.validation or ())] for d in data]
-        with self._enough_memory(device):
-            self.run = Run(recipe, network, dict(enumerate(data, known + 1)), device, before)
-        self.run.check_batches()
-        self.restarts: list[int] = []
-        if interrupted is not None:
-            self._restore(*interrupted)
-            note(f"going on after epoch {self.run.epochs_done}")
-        elif finished is not None:
-            self._extend(finished)
-            done, total = self.run.epochs_done, self.run.total_epochs
-            what = f"its place in the schedule of {total} epochs, with a new optimizer"
-            note(
-                f"'{self.files.checkpoint}' has {done} epochs: "
-                + (f"going on at {what}" if done < total else "measuring it")
-            )
-        elif resume:
-            note("there is nothing to resume: the run starts from its beginning")
 
-    def _restore(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-        if "tasks" in metadata:  # which the first files do not have
-            _check_data(metadata["tasks"], self.run.network.tasks)
+    @property
+    def recipe(self) -> Recipe:
+        """What is trained."""
+        return self.run.recipe
+
+    @property
+    def _images(self) -> tuple[tuple[int, int], ...]:
+        """How many images of train and validation each task has that is learnt."""
+        return tuple((len(data.train), len(data.validation or ())) for data in self.run.data.values())
+
+    def restore(self, interrupted: Header[StateMetadata]) -> None:
+        """Goes back to where a run was interrupted.
+
+        Raises:
+            InputError: its images or networks were others.
+        """
+        metadata = interrupted.metadata
+        if metadata.tasks is not None:
+            _check_data(metadata.tasks, self.run.network.tasks)
             learnt = self.run.network.tasks[-len(self._images) :]
-            for task, before, now in zip(learnt, metadata["images"], self._images, strict=False):
+            for task, before, now in zip(learnt, metadata.images, self._images, strict=False):
                 if before != now:
                     raise _other_data(task)
-        self.restarts = metadata.get("restarts", [])
-        try:
+        self.restarts = list(metadata.restarts)
+        tensors = state.tensors(interrupted)
+        with self._fitting(self.files.state, "start again with --force"):
             self.run.restore(tensors, metadata)
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            raise InputError(
-                f"'{self.files.state}' does not fit the networks that the recipe gives now: start again with --force"
-            ) from None
+        self.note(f"going on after epoch {self.run.epochs_done}")
 
-    def _extend(self, finished: "Finished") -> None:
-        _check_data(finished.header.metadata["tasks"], self.run.network.tasks)
-        try:
-            self.run.extend(read_tensors(finished.header), finished.history, finished.epochs)
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            raise InputError(
-                f"'{self.files.checkpoint}' does not fit the networks that the recipe gives now: give another output "
-                "with -o"
-            ) from None
-        self.restarts = list(finished.training.get("restarts", []))
+    def extend(self, finished: "Finished") -> None:
+        """Goes on from a finished run's networks, or only measures them.
+
+        Raises:
+            InputError: its images or networks were others.
+        """
+        _check_data(finished.header.metadata.tasks, self.run.network.tasks)
+        tensors = read_tensors(finished.header)
+        with self._fitting(self.files.checkpoint, "give another output with -o"):
+            self.run.extend(tensors, finished.history, finished.epochs)
+        self.restarts = list(finished.training.restarts)
+        what = "measuring it"
         if finished.epochs < self.run.total_epochs:
             self.restarts.append(finished.epochs)
+            what = f"going on at its place in the schedule of {self.run.total_epochs} epochs, with a new optimizer"
+        self.note(f"'{self.files.checkpoint}' has {self.run.epochs_done} epochs: {what}")
 
-    def _enough_memory(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        return enough_memory(
-            device, f"give a smaller batch_size than {self.recipe.batch_size}, or see what else runs there"
-        )
+    @staticmethod
+    @contextlib.contextmanager
+    def _fitting(path: Path, remedy: str) -> Iterator[None]:
+        """Says of a file whose tensors are not those of the networks what to do."""
+        try:
+            yield
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise InputError(f"'{path}' does not fit the networks that the recipe gives now: {remedy}") from None
 
     def train(self, after_epoch: Callable[[Run], None], after_step: Callable[[Run, int], None]) -> None:
         """Trains to the end and writes the checkpoint.
@@ -170,20 +137,28 @@ class Session:
             DvnError: a loss is not a number, the device's memory is too small, or a file cannot be written; an older
                 checkpoint stays what it was, and so does its record.
         """
-        tasks = [task.to_dict() | {"data": None} for task in self.run.network.tasks]
+        tasks = tuple(replace(task, data=None) for task in self.run.network.tasks)
 
         def keep(run: Run) -> None:
             self._note_capture()
-            tensors, metadata = run.state()
-            metadata |= {"recipe": self.record["recipe"], "total_epochs": run.total_epochs, "restarts": self.restarts}
+            metadata = StateMetadata(
+                recipe=self.record["recipe"],
+                epochs_done=run.epochs_done,
+                history=tuple(run.history),
+                best=json_number(run.best),
+                total_epochs=run.total_epochs,
+                restarts=tuple(self.restarts),
+                tasks=tasks,
+                images=self._images,
+            )
             with self._resumable():
-                state.save(self.files.state, tensors, {**metadata, "tasks": tasks, "images": self._images})
+                write(self.files.state, to_data(run.state()), metadata)
             after_epoch(run)
 
-        with self._enough_memory(self.run.device):
+        with enough_memory_for(self.recipe, self.run.device):
             self.run.run(keep, after_step)
-        done = {"epochs": self.run.epochs_done} | ({"restarts": self.restarts} if self.restarts else {})
-        self.run.network.training_record = {**self.record, **done}
+        epochs, restarts = self.run.epochs_done, tuple(self.restarts)
+        self.run.network.training_record = TrainingRecord(**self.record, epochs=epochs, restarts=restarts)
         self.record["stored"] = sum(p.numel() for p in self.run.network.parameters())
         with self._resumable():
             self.run.network.save(self.files.checkpoint)
@@ -195,7 +170,7 @@ class Session:
         error = self.run.step.capture_error
         if error is not None and "capture_error" not in self.record:
             self.record["capture_error"] = error
-            self._note(f"warning: a step cannot be captured as a CUDA graph; steps are launched one by one: {error}")
+            self.note(f"warning: a step cannot be captured as a CUDA graph; steps are launched one by one: {error}")
 
     @contextlib.contextmanager
     def _resumable(self) -> Iterator[None]:
@@ -205,13 +180,13 @@ class Session:
         except DvnError as error:
             if not self.files.state.exists():
                 raise
-            done = state.read_metadata(self.files.state)["epochs_done"]
+            done = state.read(self.files.state).metadata.epochs_done
             kept = f"'{self.files.state}' has all up to epoch {done}"
             raise type(error)(f"{error}; {kept}: the same command with --resume goes on from there") from error
 
-    def finish(self, results: list[dict[str, Any]]) -> None:
+    def finish(self, results: Sequence[Evaluation]) -> None:
         """Adds the accuracies on the test images to the record."""
-        self.record["test"] = results
+        self.record["test"] = [result.to_dict() for result in results]
         self._write_record()
 
     def _write_record(self) -> None:
@@ -227,6 +202,24 @@ class Session:
             file.write(text.encode() + b"\n")
 
 
+def enough_memory_for(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Says of a device whose memory is too small for a run what to do."""
+    return enough_memory(device, f"give a smaller batch_size than {recipe.batch_size}, or see what else runs there")
+
+
+def interrupted_run(recipe: Recipe, files: Files) -> Header[StateMetadata] | None:
+    """Returns the state of a recipe's interrupted run that has these files; None where none was interrupted.
+
+    Raises:
+        InputError: what was interrupted is of another recipe.
+    """
+    if not files.state.exists():
+        return None
+    interrupted = state.read(files.state)
+    _check_recipe(interrupted.metadata.recipe, recipe, "the interrupted run")
+    return interrupted
+
+
 @dataclass(frozen=True)
 class Finished:
     """A finished run, as its files tell of it.
@@ -236,7 +229,7 @@ class Finished:
         record: what is beside it; empty where that is lost.
     """
 
-    header: checkpoint.Header
+    header: Header[CheckpointMetadata]
     record: dict[str, Any]
 
     @classmethod
@@ -246,23 +239,25 @@ class Finished:
         Raises:
             InputError: there is something else.
         """
-        if not checkpoint.is_trained(files.checkpoint):
-            if lost := checkpoint.lost_with(files.checkpoint):
+        if not is_trained(files.checkpoint):
+            if lost := lost_with(files.checkpoint):
                 raise InputError(f"{lost}, which is no run to resume: --force replaces it, -o writes elsewhere")
             return None
         record: dict[str, Any] = {}
         with contextlib.suppress(OSError, ValueError):
             record = json.loads(files.record.read_text(encoding="utf-8"))
-        return cls(checkpoint.read_header(files.checkpoint), record if isinstance(record, dict) else {})
+        return cls(read_checkpoint(files.checkpoint), record if isinstance(record, dict) else {})
 
     @property
-    def training(self) -> dict[str, Any]:
-        return self.header.metadata["training"]
+    def training(self) -> TrainingRecord:
+        assert self.header.metadata.training is not None
+        return self.header.metadata.training
 
     @property
     def epochs(self) -> int:
         """Of all stages."""
-        return self.training["epochs"]
+        assert self.training.epochs is not None
+        return self.training.epochs
 
     @property
     def history(self) -> list[dict[str, Any]]:
@@ -271,22 +266,25 @@ class Finished:
         return history if len(history) == self.epochs else []
 
     @property
-    def results(self) -> list[dict[str, Any]] | None:
-        """On the test images; None where the run was interrupted before it had them."""
-        return self.record.get("test")
+    def results(self) -> list[Evaluation] | None:
+        """On the test images; None where the run was interrupted before it had them, or they cannot be read."""
+        try:
+            return [Evaluation.from_dict(entry) for entry in self.record["test"]]
+        except (KeyError, TypeError, AttributeError):
+            return None
 
     def check(self, recipe: Recipe) -> None:
         """Raises InputError unless it is of the recipe, but for fewer epochs."""
         path = self.header.path
-        if not isinstance(self.training.get("epochs"), int):
+        if self.training.epochs is None:
             raise InputError(f"'{path}' does not say how many epochs it was trained for: start again with --force")
-        before = _check_recipe(self.training.get("recipe"), recipe, f"'{path}'", {"epochs"}).epochs
+        before = _check_recipe(self.training.recipe, recipe, f"'{path}'", {"epochs"}).epochs
         if before > recipe.epochs:
             raise InputError(f"'{path}' has been trained for {before} epochs: with --resume give as many or more")
 
     def is_complete(self, recipe: Recipe) -> bool:
         """Whether nothing is left to do for a recipe, which it is of (see `check`)."""
-        return self.results is not None and self.training["recipe"]["epochs"] == recipe.epochs
+        return self.results is not None and self.training.recipe.get("epochs") == recipe.epochs
 
 
 def complete_run(recipe: Recipe, output: Path) -> Finished | None:
@@ -308,15 +306,11 @@ def refuse_to_lose(files: Files) -> None:
     elsewhere = "-o writes elsewhere, --force replaces it"
     if lost := state.lost_with(files.state):
         raise InputError(f"{lost}: --resume goes on with it, {elsewhere}")
-    if lost := checkpoint.lost_with(files.checkpoint):
-        more = ", --resume trains it on to more epochs" if checkpoint.is_trained(files.checkpoint) else ""
+    if lost := lost_with(files.checkpoint):
+        more = ", --resume trains it on to more epochs" if is_trained(files.checkpoint) else ""
         raise InputError(f"{lost}: {elsewhere}{more}")
     if files.record.exists():
         raise InputError(f"'{files.record}' is the record of a run: {elsewhere}")
-
-
-def _same_file(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and a.samefile(b)
 
 
 def _check_recipe(before: Any, now: Recipe, whose: str, apart: Collection[str] = ()) -> Recipe:
@@ -355,10 +349,9 @@ def _difference(before: Any, now: Any, apart: Collection[str] = (), path: str = 
     return next(filter(None, inner), None)
 
 
-def _check_data(before: Sequence[dict[str, Any]], now: Sequence[Task]) -> None:
+def _check_data(before: Sequence[Task], now: Sequence[Task]) -> None:
     """Raises InputError where tasks are not told apart, or their images not prepared, as they were."""
-    for entry, task in zip(before, now, strict=False):
-        old = Task.from_dict(entry)
+    for old, task in zip(before, now, strict=False):
         if any(getattr(old, key) != getattr(task, key) for key in ("classes", "input_size", "mean", "std")):
             raise _other_data(task)
 

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.store.metadata import TaskLevel
 from dvn_cli.training.losses import as_seen_by, distillation
-from dvn_cli.training.methods import Network, Stage, highest
+from dvn_cli.training.methods import Stage, highest
 from dvn_cli.training.recipe import Recipe
 
 WARM = 3  # steps before one is captured: libraries choose their algorithms and allocate in the first ones
@@ -35,10 +36,10 @@ class Step:
         network: DeepVirtualNetwork,
         teacher: DeepVirtualNetwork | None,
         stage: Stage,
-        train_mode: set[Network],
+        train_mode: set[TaskLevel],
         recipe: Recipe,
     ) -> None:
-        """`teacher`: the networks as they were before the stage; `train_mode`: see `Moves`."""
+        """`teacher`: the networks as they were before the stage; `train_mode`: see `Freezing`."""
         self.network, self.teacher, self.stage = network, teacher, stage
         self.recipe, self.train_mode = recipe, train_mode
         self.parameters = [p for p in network.parameters() if p.requires_grad]
@@ -117,42 +118,42 @@ class Step:
         return images, {number: labels for number, (_, labels) in batches.items()}
 
     def _run(self, images: Mapping[int, Tensor], labels: Mapping[int, Tensor]) -> None:
-        told: dict[Network, Tensor] = {}  # what networks of the teacher and higher levels have said in this step
-        held = dict(self.stage.hold)
+        soft_targets: dict[TaskLevel, Tensor] = {}  # outputs, in this step, of the teacher and of higher levels
+        distilled = dict(self.stage.distilled)
         for place, (student, teacher) in enumerate(self.teachers.items()):
             given = images[student[0]]
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16", cache_enabled=False
             ):
                 logits = self.network(given, *student, student in self.train_mode).float()
-                if student in held and teacher not in told:
+                if student in distilled and teacher not in soft_targets:
                     assert self.teacher is not None
                     assert teacher is not None
                     with torch.no_grad():
-                        told[teacher] = self.teacher(given, *teacher).float()
+                        soft_targets[teacher] = self.teacher(given, *teacher).float()
             if teacher is None:
                 loss = weighted = F.cross_entropy(logits, labels[student[0]])
-            elif student in held:
+            elif student in distilled:
                 keys = self.recipe.sequential
-                loss = distillation(logits, told[teacher], keys.temperature, keys.squared_temperature)
+                loss = distillation(logits, soft_targets[teacher], keys.temperature, keys.squared_temperature)
                 weighted = keys.weight * loss
             else:
-                loss = weighted = distillation(logits, told[teacher], 1.0)
+                loss = weighted = distillation(logits, soft_targets[teacher], 1.0)
             # Backward at once: no more than one network's activations are ever held.
             (self.weight * weighted).backward()
             self.totals[place] += loss.detach()
-            if student not in held:
-                told[student] = logits.detach()
+            if student not in distilled:
+                soft_targets[student] = logits.detach()
 
 
-def _teachers(stage: Stage, inplace: bool) -> dict[Network, Network | None]:
+def _teachers(stage: Stage, inplace: bool) -> dict[TaskLevel, TaskLevel | None]:
     """The networks of a stage in the order of a step, each with the network that it learns from; None: from labels.
 
     An old task's network learns from one of before the stage, another one from its own task's top level.
     """
-    learn: dict[Network, Network | None] = dict.fromkeys(stage.learn)
+    learn: dict[TaskLevel, TaskLevel | None] = dict.fromkeys(stage.learn)
     if inplace:
         top = {task: highest(stage.learn, task) for task, _ in stage.learn}
         highest_first = sorted(stage.learn, key=lambda network: -network[1])
         learn = {network: None if network == top[network[0]] else top[network[0]] for network in highest_first}
-    return {**learn, **dict(stage.hold)}
+    return {**learn, **dict(stage.distilled)}

@@ -3,46 +3,18 @@
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Labeller
-
-Runs = list[list[int]]  # [start, stop) of indices, in order
+from dvn_cli.store.metadata import Rule
+from dvn_cli.store.ownership import Assignment, Axis, Run
 
 SHARED = -1  # in place of a unit's number (from 0): kept by all
 CLASS = -2  # a class of the classifier: kept by the tasks that have it
-
-ASSIGN = ("even", "importance")
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How channels are dealt to the units.
-
-    Attributes:
-        assign: `even`: consecutive channels; `importance`: by the L2 norm of all weights of a class of coupled channels
-            (Li et al., ICLR 2017; the group norm of Fang et al., CVPR 2023), so that units are equally strong.
-        round_to: what widths of units are multiples of, wherever every unit then still has channels.
-
-    Raises:
-        InputError: no such `assign`, or `round_to` is below 1.
-    """
-
-    assign: str = "even"
-    round_to: int = 1
-
-    def __post_init__(self) -> None:
-        if self.assign not in ASSIGN:
-            near = did_you_mean(self.assign, ASSIGN)
-            raise InputError(f"channels are assigned {' or '.join(ASSIGN)}, not '{self.assign}'{near}")
-        if self.round_to < 1:
-            raise InputError(f"widths are rounded to multiples of 1 or more (8, say), not {self.round_to}")
-
 
 EVEN = Rule()
 
@@ -62,24 +34,6 @@ class Bucket:
     sizes: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Assignment:
-    """What each unit owns.
-
-    Attributes:
-        units: how many units there are.
-        axes: distinct ways in which dimensions are divided: for each unit the runs of indices that it owns. Indices in
-            no unit's runs belong to all.
-        tensors: for each tensor of the backbone its dimensions' numbers in `axes`; None: not divided.
-        classes: (name, dimension) that hold the classes of the classifier, one index each.
-    """
-
-    units: int
-    axes: list[list[Runs]]
-    tensors: dict[str, list[int | None]]
-    classes: list[tuple[str, int]]
-
-
 def assign(
     labeller: Labeller, names: Sequence[str], rule: Rule = EVEN, weights: Mapping[str, Tensor] | None = None
 ) -> tuple[Assignment, list[Bucket]]:
@@ -94,8 +48,8 @@ def assign(
         rule: how classes are dealt.
         weights: the parameters, by name: what importance is measured by. Without them runs are consecutive.
     """
-    roots = labeller.classes.roots()
-    eligible = labeller.classes.produced()
+    roots = labeller.coupled.roots()
+    eligible = labeller.coupled.produced()
     eligible[0] = False
     class_roots = np.unique(roots[labeller.output.numpy()]) if labeller.output is not None else np.zeros(0, np.int64)
     eligible[class_roots] = False
@@ -144,7 +98,7 @@ def assign(
             even = np.repeat(np.arange(labeller.units), sizes)
             unit[members] = even if weights is None else _dealt(energy[members], sizes, lead)
         buckets.append(Bucket(len(members), tuple(where[key]), tuple(sizes.tolist())))
-    return _collect(labeller, names, unit[roots], class_roots), buckets
+    return _collect(labeller, names, unit[roots]), buckets
 
 
 def _sizes(count: int, units: int, step: int) -> np.ndarray:
@@ -183,43 +137,42 @@ def _dealt(energy: np.ndarray, sizes: np.ndarray, lead: np.ndarray) -> np.ndarra
     return unit
 
 
-def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray, class_roots: np.ndarray) -> Assignment:
-    axes: list[list[Runs]] = []
+def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray) -> Assignment:
+    axes: list[Axis] = []
     number: dict[str, int] = {}
     tensors: dict[str, list[int | None]] = {}
-    classes = []
     for name in names:
         tensors[name] = []
-        for dim, vector in enumerate(labeller.sources[name]):
+        for vector in labeller.sources[name]:
             owner = unit[vector.numpy()]
-            if np.isin(labeller.classes.find(vector).numpy(), class_roots).any():
-                classes.append((name, dim))
             if (owner == SHARED).all():
                 tensors[name].append(None)
                 continue
-            axis = [_runs(owner == u) for u in range(labeller.units)]
+            axis = tuple(_runs(owner == u) for u in range(labeller.units))
             key = repr(axis) + f"/{len(owner)}"
             if key not in number:
                 number[key] = len(axes)
                 axes.append(axis)
             tensors[name].append(number[key])
-    return Assignment(labeller.units, axes, tensors, classes)
+    by_name = {name: tuple(along) for name, along in tensors.items()}
+    return Assignment(labeller.units, tuple(axes), by_name, tuple(class_dimensions(labeller, names)))
 
 
-def _runs(mask: np.ndarray) -> Runs:
+def class_dimensions(labeller: Labeller, names: Iterable[str]) -> list[tuple[str, int]]:
+    """Returns the dimensions of some tensors, as names and numbers, that hold the classes of the classifier."""
+    find = labeller.coupled.find
+    output = np.zeros(0, np.int64) if labeller.output is None else find(labeller.output).numpy()
+    return [
+        (name, dim)
+        for name in names
+        for dim, vector in enumerate(labeller.sources[name])
+        if np.isin(find(vector).numpy(), output).any()
+    ]
+
+
+def _runs(mask: np.ndarray) -> tuple[Run, ...]:
     edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
-    return edges.reshape(-1, 2).tolist()
-
-
-def owned(axes: Sequence[Sequence[Runs]], units: Iterable[int]) -> list[int]:
-    """For each axis how many of its indices some units, by number from 1, own."""
-    numbers = list(units)
-    return [sum(stop - start for unit in numbers for start, stop in axis[unit - 1]) for axis in axes]
-
-
-def undivided(shape: Sequence[int], axes: Sequence[int | None], indices: Sequence[int]) -> int:
-    """How many elements of a tensor, divided along some axes, no unit owns; `indices`: of each axis, see `owned`."""
-    return math.prod(n - (0 if axis is None else indices[axis]) for n, axis in zip(shape, axes, strict=True))
+    return tuple((start, stop) for start, stop in edges.reshape(-1, 2).tolist())
 
 
 def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
@@ -228,11 +181,14 @@ def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
     Raises:
         InputError: the assignment does not fit the graph, as when a library's new version built another backbone.
     """
-    roots = torch.from_numpy(labeller.classes.roots())
+    roots = torch.from_numpy(labeller.coupled.roots())
     unit = torch.full((len(roots),), SHARED)
     owners = []
     for name, axes in assignment.tensors.items():
-        for dim, axis in enumerate(axes):
+        sources = labeller.sources.get(name, [])  # of a tensor that the graph has no use for none
+        if sources and len(axes) != len(sources):
+            raise InputError(f"the backbone has no such tensor as {name}: its library may have changed since")
+        for dim, axis in enumerate(axes if sources else ()):
             found = roots[labeller.sources[name][dim]]
             owner = torch.full((len(found),), SHARED)
             for number, runs in enumerate(assignment.axes[axis] if axis is not None else []):
@@ -244,7 +200,8 @@ def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
         if not torch.equal(unit[found], owner):
             raise InputError(f"the units of {name} do not fit the backbone: its library may have changed since")
     for name, dim in assignment.classes:
-        unit[roots[labeller.sources[name][dim]]] = CLASS
+        if name in labeller.sources:
+            unit[roots[labeller.sources[name][dim]]] = CLASS
     return unit[roots]
 
 
@@ -258,11 +215,7 @@ def kept_labels(labeller: Labeller, unit: Tensor, kept: Sequence[int], classes: 
     """
     keep = torch.isin(unit, torch.tensor([SHARED, *(u - 1 for u in kept)]))
     if labeller.output is not None:
-        output = labeller.classes.find(labeller.output)
+        output = labeller.coupled.find(labeller.output)
         keep[unit == CLASS] = False
-        keep[torch.isin(torch.from_numpy(labeller.classes.roots()), output[:classes])] = True
+        keep[torch.isin(torch.from_numpy(labeller.coupled.roots()), output[:classes])] = True
     return keep
-
-
-def axes_by_name(tensors: Mapping[str, Any]) -> dict[str, list[int | None]]:
-    return {name: list(entry["axes"]) for name, entry in tensors.items()}

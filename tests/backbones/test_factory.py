@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from test_cli_partition import dvn
 
 import dvn_cli
-from dvn_cli import checkpoint
 from dvn_cli.backbones import BackboneSpec, factory, resolve
 from dvn_cli.errors import InputError
+from dvn_cli.store.file import read_header
 
 MODULE = """
 import torch
@@ -93,9 +93,9 @@ def test_slices_are_cut_where_it_cannot_be_imported(tmp_path: Path, capsys: pyte
         del sys.modules[name]
     capsys.readouterr()
     assert dvn("slice", "--task", 1, "--level", 1, "-o", "slice.safetensors") == 0
-    header = checkpoint.read_header("slice.safetensors")
+    header = read_header("slice.safetensors")
     with pytest.raises(InputError, match=r"'own.nets:Net' cannot be imported: there is no module 'own', neither"):
-        BackboneSpec.from_dict(header.metadata["backbone"]).build()
+        BackboneSpec(**vars(header.metadata.backbone)).build()
 
 
 @pytest.mark.parametrize(

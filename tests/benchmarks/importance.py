@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.data import DataSpec, TaskData, load_task
-from dvn_cli.evaluation.measure import evaluate
+from dvn_cli.dividing import partition_backbone
+from dvn_cli.evaluation import measure as measuring
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.partition import Partition
-from dvn_cli.tasks import Task
+from dvn_cli.store.metadata import Task
 from dvn_cli.units.assign import Rule
 from dvn_cli.units.order import paper_order
 
@@ -119,7 +119,7 @@ def measure(
     options: argparse.Namespace,
 ) -> dict[str, Any]:
     """Accuracies by level at the times that the module tells of, and those of each unit alone right after partition."""
-    partition = Partition.create(spec, units, module, rule=Rule(assign))
+    partition = partition_backbone(spec, units, module=module, rule=Rule(assign))
 
     def task(number: int, levels: Sequence[int]) -> Task:
         order = tuple(paper_order(number, units))
@@ -178,7 +178,7 @@ def train(
 def top1(network: Forward, data: TaskData) -> float:
     """Per cent of all test images."""
     task = Task("all", data.classes, data.input_size, data.mean, data.std, (1,), (1,))
-    return evaluate(network, data.test, task, batch_size=1000, device=data.test.labels.device).top1
+    return measuring.measure(network, data.test, task, batch_size=1000, device=data.test.labels.device).top1
 
 
 def summarised(rows: Sequence[dict[str, Any]], units: int) -> list[dict[str, Any]]:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from dvn_cli.backbones import resolve
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.partition import Partition
 from dvn_cli.tasks import default_tasks
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     module = spec.build()
     channels = spec.in_chans
     tasks = default_tasks(options.units, spec.num_classes, spec.input_size, (0.5,) * channels, (0.25,) * channels)[:2]
-    dvn = DeepVirtualNetwork.from_backbone(Partition.create(spec, options.units, module), module, tasks)
+    dvn = DeepVirtualNetwork.from_backbone(partition_backbone(spec, options.units, module=module), module, tasks)
     dvn.make_private()
     dvn.train()
     alone = {network: dvn.virtual_network(*network) for network in dvn}

@@ -6,10 +6,11 @@ from pictures import COLOURS, MEAN, STD, write_folder
 
 from dvn_cli import cli
 from dvn_cli.backbones import resolve
-from dvn_cli.checkpoint import read_checkpoint, slice_file
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.partition import Partition
-from dvn_cli.tasks import Task
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import Task
+from dvn_cli.store.slicing import slice_file
 
 
 @pytest.fixture(scope="session")
@@ -20,7 +21,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     spec = resolve("wrn_10_1", num_classes=6, in_chans=1, input_size=(8, 8))
     module = spec.build()
-    partition = Partition.create(spec, 2, module)
+    partition = partition_backbone(spec, 2, module=module)
     colours = {"spec": {"source": "folder", "path": "pictures"}, "base": str(root / "recipes")}
     digits = {"spec": {"source": "digits", "classes": "0-2", "test_images": 40}, "base": str(root)}
     tasks = [

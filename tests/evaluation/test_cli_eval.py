@@ -4,14 +4,14 @@ import pytest
 from pictures import MEAN, STD
 
 from dvn_cli.errors import InputError
-from dvn_cli.tasks import Task
+from dvn_cli.store.metadata import DataSource, Task
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--min-accuracy", "0.95"], "--min-accuracy is in per cent: give 95 for 0.95"),
     (["--min-accuracy", "101"], "--min-accuracy is in per cent, 0 to 100, not 101"),
     (["--min-accuracy", "nan"], "--min-accuracy is in per cent, 0 to 100, not nan"),
-    (["--batch-size", "0"], "--batch-size is at least 1, not 0"),
+    (["--batch-size", "0"], "batch_size is at least 1, not 0"),
     (["--results-file", "r.txt"], "--results-file ends with .csv or .json, not 'r.txt'"),
     (["--device", "gpu"], "unknown device 'gpu': give auto, cpu, cuda or mps"),
     (["--task", "colour"], "there is no task 'colour'; did you mean 'colours'?"),
@@ -31,7 +31,7 @@ from dvn_cli.tasks import Task
 def test_bad_input_in_one_line(dvn, made, monkeypatch, arguments, message):
     (made / "empty").mkdir(exist_ok=True)
     (made / "taken" / "d.csv").mkdir(parents=True, exist_ok=True)
-    monkeypatch.setattr("dvn_cli.evaluation.measure.evaluate", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("dvn_cli.evaluation.measure.measure", lambda *_, **__: pytest.fail("computed"))
     code, out, err = dvn(*arguments)
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
@@ -52,7 +52,7 @@ def test_images_that_have_gone(dvn, made):
 def test_a_broken_file_is_found_before_anything_is_computed(dvn, made, monkeypatch):
     content = (made / "s22.safetensors").read_bytes()
     (made / "broken.safetensors").write_bytes(content[:-8])
-    monkeypatch.setattr("dvn_cli.evaluation.measure.evaluate", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("dvn_cli.evaluation.measure.measure", lambda *_, **__: pytest.fail("computed"))
     code, out, err = dvn("dvn.safetensors", "broken.safetensors")
     assert (code, out) == (2, "")
     assert err.startswith("dvn: 'broken.safetensors' is truncated")
@@ -62,6 +62,6 @@ def test_metadata_of_images_that_cannot_be_read(made):
     from dvn_cli.data import Reader
     from dvn_cli.evaluation.images import choose_images
 
-    task = Task("t", ("a", "b"), (8, 8), MEAN, STD, (1,), (1,), {"spec": {"source": "film"}, "base": "."})
+    task = Task("t", ("a", "b"), (8, 8), MEAN, STD, (1,), (1,), DataSource({"source": "film"}, "."))
     with pytest.raises(InputError, match="task 't': what it says of its images cannot be read; give them with --data"):
         choose_images(Reader(), task, 1)

@@ -37,9 +37,10 @@ def test_the_gate(dvn):
 def test_nan_fails_and_is_null_in_json(dvn, made, gate):
     tensors = load_file(made / "s12.safetensors")
     with safe_open(made / "s12.safetensors", framework="pt") as file:
-        metadata = file.metadata()
+        said = json.loads(file.metadata()["dvn"])
+    del said["checksums"]  # of the other bytes
     tensors["fc.bias"] = torch.full_like(tensors["fc.bias"], math.nan)
-    save_file(tensors, made / "nan.safetensors", metadata)
+    save_file(tensors, made / "nan.safetensors", {"dvn": json.dumps(said)})
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")

@@ -20,9 +20,9 @@ from dvn_cli.data import batches
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation.measure import open_files
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.tasks import Task
+from dvn_cli.store.metadata import Task
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.recipe import parse
-from dvn_cli.training.session import Session
 
 
 def test_a_folder_of_classes(dvn, made):
@@ -180,16 +180,16 @@ def test_the_tasks_own_classes_whatever_has_which_index_by_now(made, tmp_path):
         {"name": "two", "data": {**data, "groups": {"low": "0-2", "high": [4, 5, "d"]}}},
     ]
     recipe = parse({**content, "tasks": keys}, "r")
-    session = Session(recipe, tmp_path / "all", tmp_path / "d.safetensors", torch.device("cpu"))
+    session = prepare(recipe, tmp_path / "all", tmp_path / "d.safetensors", torch.device("cpu"))
     tasks = session.run.network.tasks
-    assert tasks[1].data["spec"]["groups"] == {"low": ["a", "b", "c"], "high": ["e", "f", "d"]}
+    assert tasks[1].data.spec["groups"] == {"low": ["a", "b", "c"], "high": ["e", "f", "d"]}
     for left_out in ((), ("train",), ("train", "test/b")):
         now = tmp_path / "-".join(("now", *left_out)).replace("/", "")
         shutil.copytree(tmp_path / "all", now)
         for folder in left_out:
             shutil.rmtree(now / folder)
         notes: list[str] = []
-        moved = [replace(task, data={**task.data, "base": str(now)}) for task in tasks]
+        moved = [replace(task, data=replace(task.data, base=str(now))) for task in tasks]
         some, two = labels_by_grey(made, moved, notes)
         b = {} if "test/b" in left_out else {1: 0}
         assert some == {**b, 2: 1, 3: 2, 4: 3}

@@ -12,9 +12,9 @@ from torch import nn
 
 import dvn_cli
 from dvn_cli.data import Split
-from dvn_cli.evaluation.measure import evaluate, evaluate_all
+from dvn_cli.evaluation.measure import evaluate_all, measure
 from dvn_cli.evaluation.rendering import accuracy_table
-from dvn_cli.tasks import Task
+from dvn_cli.store.metadata import Task
 
 
 def test_all_networks_of_a_checkpoint_against_counting(dvn, made):
@@ -82,7 +82,7 @@ def test_any_logits_are_counted_exactly(data):
 
     seen: list[int] = []
     batch_size = data.draw(st.integers(1, 13))
-    result = evaluate(network, split, task, batch_size=batch_size, progress=seen.append)
+    result = measure(network, split, task, batch_size=batch_size, progress=seen.append)
     assert (sum(seen), max(seen)) == (count, min(count, batch_size))
     assert result.images == count
     assert result.top1 == 100 * sum(r < 1 for r in ranks) / count
@@ -93,7 +93,7 @@ def test_any_logits_are_counted_exactly(data):
 def test_a_network_in_train_mode_is_refused():
     split = Split(torch.zeros(2, 1, 1, 1, dtype=torch.uint8), torch.zeros(2, dtype=torch.long))
     with pytest.raises(ValueError, match="eval mode"):
-        evaluate(nn.Flatten().train(), split, Task("t", ("a", "b"), (1, 1), (0.0,), (1.0,), (1,), (1,)))
+        measure(nn.Flatten().train(), split, Task("t", ("a", "b"), (1, 1), (0.0,), (1.0,), (1,), (1,)))
 
 
 def test_evaluating_all_leaves_the_mode_and_takes_the_tasks_that_have_images(made):
@@ -102,8 +102,8 @@ def test_evaluating_all_leaves_the_mode_and_takes_the_tasks_that_have_images(mad
     split = Split(torch.zeros(3, 1, 8, 8, dtype=torch.uint8), torch.tensor([0, 1, 2]))
     rows = evaluate_all(network, {2: split})
     assert network.training
-    assert [(row.task, row.level, row.result.images) for row in rows] == [(2, 1, 3), (2, 2, 3)]
+    assert [(row.task, row.level, row.images) for row in rows] == [(2, 1, 3), (2, 2, 3)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.file_tensors().items())
-    table = accuracy_table(network.tasks, rows)
+    table = accuracy_table(rows)
     assert [column.header for column in table.columns] == ["top-1 in %", "level 1", "level 2", "images"]
     assert table.row_count == 1

@@ -32,7 +32,6 @@ import torch
 from torch import Tensor
 
 import dvn_cli
-from dvn_cli.backbones import BackboneSpec
 from dvn_cli.cli import main as dvn_main
 from dvn_cli.errors import DvnError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
@@ -220,7 +219,7 @@ def _load(images: Tensor) -> None:
     whole, cut = dvn_cli.load("dvn.safetensors"), dvn_cli.load("dvn-task2-level1.safetensors")
     assert isinstance(whole, DeepVirtualNetwork)
     assert isinstance(cut, VirtualNetwork)
-    module = BackboneSpec.from_dict(whole.partition.metadata()["backbone"]).build()
+    module = whole.partition.spec.build()
     tensors = whole.tensors(1, 2)
     state = module.state_dict()  # some modules read the version that it has beside its tensors
     state.update(tensors)

@@ -33,9 +33,10 @@ import torch
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.backbones.registry import classifier_tensors
 from dvn_cli.check import GAINS, TOLERANCE, Comparison, networks
+from dvn_cli.dividing import ENOUGH, partition_backbone, share_divided
 from dvn_cli.errors import InputError
-from dvn_cli.graph.hollow import hollow
-from dvn_cli.partition import ENOUGH, Partition, share_divided
+from dvn_cli.graph.empty_init import empty_init
+from dvn_cli.partition import Partition
 from dvn_cli.units.assign import Assignment
 
 HERE = Path(__file__).parent
@@ -51,7 +52,7 @@ class Row:
     """One model.
 
     Attributes:
-        partition_s: time of `Partition.create` for 4 units, in seconds of one core.
+        partition_s: time of `partition_backbone` for 4 units, in seconds of one core.
         partition_mb: the memory it took at its peak, in MB beyond that of the imported libraries.
         divided: share of the parameters that units own, for the number of units for which it is least.
         networks: how many narrow networks were compared with masked ones.
@@ -138,7 +139,7 @@ def examine(name: str, quick: bool, device: str, largest: float) -> Row:
 def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str, largest: float) -> None:
     row.params, row.size = sum(p.numel() for p in spec.build("meta").parameters()), spec.input_size[0]
     before, start = peak(), time.process_time()
-    partition = Partition.create(spec, 4)
+    partition = partition_backbone(spec, 4)
     row.partition_s, row.partition_mb = round(time.process_time() - start, 2), peak() - before
     row.divided = divided(partition, partition.assignment)
     if row.params > largest:
@@ -153,7 +154,7 @@ def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str, largest: fl
 def _is_rounding(row: Row, partition: Partition, quick: bool, device: str, gain: float) -> bool:
     """Compares all networks, up to the first that is wrong. Returns whether that may be for rounding errors alone."""
     spec, modes = partition.spec, (False,) if quick else (False, True)
-    comparison = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), modes, device=device, gain=gain)
+    comparison = Comparison(empty_init(spec.build), (spec.in_chans, *spec.input_size), modes, device=device, gain=gain)
     for units in (4, 2):
         assignment = comparison.divide(units)
         if not quick and units == 4 and assignment != partition.assignment:
@@ -221,7 +222,7 @@ def in_processes(
         jobs: processes at a time.
         limit: seconds for one.
     """
-    Partition.create(resolve("timm/resnet18", num_classes=10), 2)
+    partition_backbone(resolve("timm/resnet18", num_classes=10), 2)
     context = multiprocessing.get_context("fork")
     waiting, running = list(names)[::-1], dict[Connection, Job]()
     while waiting or running:

@@ -2,9 +2,9 @@ import pytest
 from torch import nn
 
 from dvn_cli.backbones import BackboneSpec
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
-from dvn_cli.partition import Partition
-from dvn_cli.units.count import whole
+from dvn_cli.undivided import whole
 
 SPEC = BackboneSpec("timm", "small", 4, 3, (8, 8))
 
@@ -16,7 +16,7 @@ FEATURES = [nn.Identity(), nn.AdaptiveAvgPool2d(1), nn.Sequential(nn.Flatten(), 
 def test_what_gives_no_logits_is_refused(last):
     module = nn.Sequential(nn.Conv2d(3, 8, 1), last)
     with pytest.raises(InputError, match=r"^small has no classifier of 4 classes: it gives something else$"):
-        Partition.create(SPEC, 2, module)
+        partition_backbone(SPEC, 2, module=module)
 
 
 @pytest.mark.parametrize("units", [2, 4])
@@ -31,11 +31,11 @@ def test_groups_are_divided_so_that_more_is(units):
         def forward(self, x):
             return self.head(sum(self.groups(self.stem(x)).chunk(4, 1)).mean((2, 3)))
 
-    partition = Partition.create(SPEC, units, Summed())
-    assert partition.assignment.axes[partition.assignment.tensors["stem.weight"][0]] == [
-        [[8 * group + 8 // units * unit, 8 * group + 8 // units * (unit + 1)] for group in range(4)]
+    partition = partition_backbone(SPEC, units, module=Summed())
+    assert partition.assignment.axes[partition.assignment.tensors["stem.weight"][0]] == tuple(
+        tuple((8 * group + 8 // units * unit, 8 * group + 8 // units * (unit + 1)) for group in range(4))
         for unit in range(units)
-    ]
+    )
 
 
 class Repeated(nn.Module):
@@ -63,7 +63,7 @@ class WithImage(nn.Module):
 
 
 def test_the_reason_for_what_is_whole_is_the_true_one():
-    reasons = {name: one.why for one in whole(Partition.create(SPEC, 2, WithImage())) for name in one.places}
+    reasons = {name: one.why for one in whole(partition_backbone(SPEC, 2, module=WithImage())) for name in one.places}
     because = "channels that all units need for operator aten.add.Tensor (WithImage)"
     assert reasons == {
         **dict.fromkeys(("stem.weight", "stem.bias", "back.bias"), because),
@@ -79,7 +79,7 @@ def test_the_reason_for_what_is_whole_is_the_true_one():
         def forward(self, x):
             return self.narrow(x) + self.wide(x)
 
-    reasons = {name: one.why for one in whole(Partition.create(SPEC, 4, Both())) for name in one.places}
+    reasons = {name: one.why for one in whole(partition_backbone(SPEC, 4, module=Both())) for name in one.places}
     assert reasons["narrow.stem.weight"] == "channels that only go together, in fewer groups than the 4 units"
     assert reasons["wide.stem.weight"] == because.replace("Tensor", "Tensor in wide")
     assert "wide.wide.weight" not in reasons

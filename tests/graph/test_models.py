@@ -38,7 +38,7 @@ def compare(name: str, size: int, every: bool) -> None:
     case = comparison(name, size)
     for units in (2, 4):
         case.divide(units)
-        assert any(bucket.sizes for bucket in case.buckets)
+        assert any(group.sizes for group in case.groups)
         for number, kept in enumerate(networks(units) if every or units == 4 else [(1,), (2,)]):
             for train in (False, True) if every or kept == (1,) else (number % 2 == 0,):
                 assert case.error(kept, train) < 1e-8, (units, kept, train)

@@ -7,7 +7,7 @@ import panel
 import pytest
 
 from dvn_cli.check import Comparison
-from dvn_cli.graph.hollow import hollow
+from dvn_cli.graph.empty_init import empty_init
 
 SMALL = 4_000_000  # parameters
 SAMPLE = random.Random(0).sample(sorted(name for name, count in panel.chosen().items() if count <= SMALL), 10)
@@ -18,9 +18,9 @@ def test_narrowed_is_masked(number, name):
     """One network of each, by turns of 2 and of 4 units, in train and in eval graphs."""
     units, train = (2, 4)[number % 2], number % 4 < 2
     spec = panel.spec_of(name)
-    case = Comparison(hollow(spec.build), (spec.in_chans, *spec.input_size), modes=(train,))
+    case = Comparison(empty_init(spec.build), (spec.in_chans, *spec.input_size), modes=(train,))
     case.divide(units)
-    assert any(bucket.sizes for bucket in case.buckets)
+    assert any(group.sizes for group in case.groups)
     assert case.error((2,), train) < panel.TOLERANCE
 
 

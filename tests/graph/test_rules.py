@@ -11,13 +11,12 @@ from torch import Tensor, nn
 
 from dvn_cli.backbones import BackboneSpec
 from dvn_cli.check import Comparison
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
-from dvn_cli.graph.cast import recast
+from dvn_cli.graph.dtype import recast
 from dvn_cli.graph.labels import Labeller
-from dvn_cli.graph.narrow import _Narrower, on_device
-from dvn_cli.graph.rules import RULES, kind_of
+from dvn_cli.graph.narrow import Narrower, on_device
 from dvn_cli.graph.trace import trace
-from dvn_cli.partition import Partition
 
 
 class Between(nn.Module):
@@ -151,6 +150,7 @@ def standardised(x: Tensor, conv: nn.Module) -> Tensor:
     return F.conv2d(x, weight.reshape_as(conv.weight), padding=1)
 
 
+TABLE = torch.tensor([1, 0, 3, 2, 5, 4, 7, 6])
 SHARED_CONV = nn.Conv2d(8, 8, 3, padding=1)
 CASES = {
     "lstm": Between(through_lstm, 16, lstm=nn.LSTM(8, 8, 2, batch_first=True, bidirectional=True)),
@@ -195,6 +195,8 @@ CASES = {
     "sum of groups": Between(  # as in ResNeSt: whole groups are one class here, every group alike is eight
         lambda x, conv: conv(x).unflatten(1, (2, 8)).sum(1), conv=nn.Conv2d(8, 16, 3, padding=1, groups=2)
     ),
+    "channels by a table": Between(lambda x: x[:, TABLE] + x.index_select(1, TABLE.flip(0))),
+    "some channels by a table": Between(lambda x: x[:, TABLE[:6]], 6),
     "einsum": Between(lambda x: torch.einsum("bchw,bcij->bchi", x, x) / 9),
 }
 
@@ -300,22 +302,16 @@ def refusal(module: nn.Module) -> str:
 
 def test_what_fits_the_traced_batch_alone_is_refused(monkeypatch):
     """A model with kernels for every image, whose groups are here as many as at the size that it was traced with."""
-    monkeypatch.setattr(_Narrower, "scaled", lambda self, number, now: now)
+    monkeypatch.setattr(Narrower, "scaled", lambda self, number, now: now)
     spec = BackboneSpec("timm", "small", 4, 3, (6, 6))
-    partition = Partition.create(spec, 2, CASES["generated kernel of two groups"])
+    partition = partition_backbone(spec, 2, module=CASES["generated kernel of two groups"])
     with pytest.raises(InputError, match=r"operator aten.conv2d.default \(Between\) cannot be narrowed so"):
-        partition.networks((1,), 4)
+        partition.network((1,), 4)
 
 
 def test_an_unknown_operator_is_refused_by_name():
     message = refusal(Between(lambda x, odd: odd(x), odd=Twist()))
     assert message == "operator dvn_test.twist.default in inner.odd (Twist) is not supported"
-
-
-def test_a_new_operator_is_one_function(monkeypatch):
-    monkeypatch.setitem(RULES, "twist", lambda labeller, call: call.labels("x"))
-    assert kind_of(torch.ops.dvn_test.twist.default) == "rule"
-    Labeller(2).run(trace(Between(lambda x, odd: odd(x), odd=Twist()), (3, 6, 6), False))
 
 
 class Picked(nn.Module):

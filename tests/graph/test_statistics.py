@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from dvn_cli.backbones import resolve
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.partition import Partition
 from dvn_cli.tasks import default_tasks
 
 
@@ -27,10 +27,10 @@ def refused_by_torch(module: nn.Module, size: int) -> bool:
 def test_as_torch_refuses(name: str, size: int, one_pixel: bool) -> None:
     spec = resolve(name, num_classes=3, in_chans=3, input_size=(size, size))
     module = spec.build()
-    partition = Partition.create(spec, 2, module)
+    partition = partition_backbone(spec, 2, module=module)
     tasks = default_tasks(2, 3, (size, size), (0.5,) * 3, (0.2,) * 3)
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks)
     tensors = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in network.tensors(1, 1).items()}
-    found = norm_of_a_single_value(network.networks(1, 1).train, tensors, (3, size, size))
+    found = norm_of_a_single_value(network.narrowed(1, 1, training=True), tensors, (3, size, size))
     assert (found is not None) == one_pixel == refused_by_torch(module, size)
     assert found is None or isinstance(module.get_submodule(found), nn.BatchNorm2d)

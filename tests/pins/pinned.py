@@ -44,12 +44,12 @@ def losses(name: str, data_sets: Any, folder: Path) -> Losses:
     import synthetic
 
     from dvn_cli.training import recipe as recipes
-    from dvn_cli.training.session import Session
+    from dvn_cli.training.experiment import prepare
 
     path, words = cases()[name]
     if name != "digits":
         words = [*synthetic.overrides(path, data_sets), *words]
-    session = Session(recipes.read(path, words), path.parent, folder / f"{name}.safetensors", torch.device("cpu"))
+    session = prepare(recipes.read(path, words), path.parent, folder / f"{name}.safetensors", torch.device("cpu"))
     session.train(lambda _: None, lambda *_: None)
     return [entry["loss"] for entry in session.run.history]
 

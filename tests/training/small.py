@@ -1,6 +1,5 @@
 """The smallest run there is: two tasks of the digits, two units, four steps."""
 
-import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dvn_cli.backbones import BackboneSpec
-from dvn_cli.checkpoint import kept_runs
 from dvn_cli.data import TaskData
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.partition import Partition
 from dvn_cli.training import recipe as recipes
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.loop import Run
 from dvn_cli.training.session import Session
 
@@ -47,7 +44,7 @@ def session(
     """A session of the small recipe whose checkpoint is `dvn.safetensors` in a folder."""
     read = recipes.resolved(content(**keys), overrides, "small.yaml")
     output, told = folder / "dvn.safetensors", note or nothing
-    return Session(recipes.parse(read, "small.yaml"), folder, output, CPU, resume, force=force, note=told)
+    return prepare(recipes.parse(read, "small.yaml"), folder, output, CPU, resume, force=force, note=told)
 
 
 def trained(folder: Path, *overrides: str, resume: bool = False, **keys: Any) -> Session:
@@ -83,12 +80,6 @@ def history(run: Run) -> list[dict[str, Any]]:
     return [{key: value for key, value in entry.items() if key != "seconds"} for entry in run.history]
 
 
-@functools.lru_cache(maxsize=32)
-def partitioned(spec: BackboneSpec, units: int) -> Partition:
-    """A partition holds no weights, so that tests may share it."""
-    return Partition.create(spec, units)
-
-
 def copied(network: DeepVirtualNetwork) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor in network.file_tensors().items()}
 
@@ -103,16 +94,10 @@ def labels_of(images: Tensor, data: TaskData) -> Tensor:
 
 
 def indices(network: DeepVirtualNetwork, name: str, task: int, level: int) -> list[Tensor]:
-    """Along each dimension of a full tensor what a network keeps, from the runs that the file lists."""
-    assignment = network.partition.assignment
-    kept = network.tasks[task - 1].kept(level)
-    own = []
-    for dim, (size, axis) in enumerate(zip(network.partition.shapes[name], assignment.tensors[name], strict=True)):
-        runs = [(0, size)] if axis is None else kept_runs(assignment.axes[axis], kept, size)
-        index = torch.cat([torch.arange(start, stop) for start, stop in runs])
-        limit = len(network.tasks[task - 1].classes) if (name, dim) in assignment.classes else size
-        own.append(index[index < limit])
-    return own
+    """Along each dimension of a full tensor what a network has, from the runs that the file lists."""
+    entry, shape = network.tasks[task - 1], network.partition.shapes[name]
+    runs = network.partition.assignment.runs(name, shape, entry.units(level), len(entry.classes))
+    return [torch.cat([torch.arange(start, stop) for start, stop in along]) for along in runs]
 
 
 def gathered(network: DeepVirtualNetwork, copies: Mapping[tuple[int, int], nn.Module]) -> dict[str, Tensor]:

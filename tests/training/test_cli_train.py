@@ -23,6 +23,7 @@ from dvn_cli.data import DataSpec, batches, load_test
 from dvn_cli.errors import DvnError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 from dvn_cli.training import recipe as recipes
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.loop import Run
 from dvn_cli.training.session import Session
 
@@ -109,7 +110,7 @@ def test_only_these_files(typed: tuple[Path, list[str]]) -> None:
 
 def test_as_if_nothing_had_interrupted_it(typed: tuple[Path, list[str]], tmp_path: Path) -> None:
     path = recipes.find("digits")
-    session = Session(recipes.read(path, WORDS[2:]), path.parent, tmp_path / "dvn.safetensors", small.CPU)
+    session = prepare(recipes.read(path, WORDS[2:]), path.parent, tmp_path / "dvn.safetensors", small.CPU)
     session.train(small.nothing, small.nothing)
     record = json.loads((typed[0] / "dvn.run.json").read_text())
     for mine, theirs in zip(session.run.history, record["epochs"], strict=True):
@@ -242,7 +243,7 @@ def test_the_classes_are_told_and_recorded(
     assert record["recipe"]["tasks"][0]["data"]["classes"] == ["yes", 2, 10]
     trained = dvn_cli.load("dvn.safetensors").tasks
     assert [task.classes for task in trained] == [("yes", "2", "10"), ("no", "0")]
-    assert trained[1].data["spec"]["groups"] == {"no": ["10", "yes"], "0": ["1", "2"]}
+    assert trained[1].data.spec["groups"] == {"no": ["10", "yes"], "0": ["1", "2"]}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import small
 import torch
 
 from dvn_cli.training import step
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.loop import Run, numbers
 from dvn_cli.training.recipe import parse, resolved
 from dvn_cli.training.session import Session
@@ -19,7 +20,7 @@ SEQUENTIAL = ("learning=sequential", "sequential.grow=true", "sequential.warmup_
 def session(folder: Path, *overrides: str) -> Session:
     folder.mkdir(exist_ok=True)
     recipe = parse(resolved(small.content(), ("epochs=4", *overrides), "small.yaml"), "small.yaml")
-    return Session(recipe, folder, folder / "dvn.safetensors", torch.device("cuda"))
+    return prepare(recipe, folder, folder / "dvn.safetensors", torch.device("cuda"))
 
 
 def trained(folder: Path, *overrides: str) -> Run:

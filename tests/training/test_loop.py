@@ -172,7 +172,7 @@ def test_tasks_of_different_sizes(tmp_path: Path) -> None:
     network.eval()
     for task, size in ((1, 16), (2, 8)):
         assert network.tasks[task - 1].input_size == (size, size)
-        graph = network.networks(task, 2).eval.module.graph
+        graph = network.narrowed(task, 2, training=False).module.graph
         convolution = next(node for node in graph.nodes if "conv2d" in str(node.target))
         sizes[task] = size // convolution.args[3][0] if len(convolution.args) > 3 else size
         assert network(torch.randn(2, 1, size, size), task, 1).isfinite().all()

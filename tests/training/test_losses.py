@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dvn_cli.tasks import Task
+from dvn_cli.store.metadata import Task
 from dvn_cli.training.losses import as_seen_by, distillation
 
 temperatures = st.floats(0.5, 20)

@@ -8,10 +8,11 @@ import small
 import torch
 import torch.nn.functional as F
 
-from dvn_cli.checkpoint import read_checkpoint, slice_file
 from dvn_cli.errors import InputError
-from dvn_cli.network import load
-from dvn_cli.tasks import Task
+from dvn_cli.loading import load
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import Task
+from dvn_cli.store.slicing import slice_file
 from dvn_cli.training.methods import METHODS, Stage, plan
 from dvn_cli.units.order import paper_order
 
@@ -88,7 +89,7 @@ def test_more_units_than_tasks() -> None:
     first, second, third = stages("dvn", of, grow=True)
     assert first.learn == ((1, 1),)
     assert second.learn == ((2, 1), (2, 2))
-    assert second.hold == (((1, 1), (1, 1)), ((1, 2), (1, 1)))
+    assert second.distilled == (((1, 1), (1, 1)), ((1, 2), (1, 1)))
     assert third.learn == ((3, 1), (3, 2), (3, 3))
     assert third.before == ((1, 1), (1, 2), (2, 1), (2, 2))
 
@@ -153,7 +154,7 @@ ALL, UNIT = (1, 2), (1,)
 def test_networks(tmp_path: Path, method: str, units: dict[Any, Any], private: set[str] | None) -> None:
     """Which there are, what each one has of its own, and that it can be cut out of what was written."""
     network = small.trained(tmp_path, "epochs=1", method=method).run.network
-    assert {of: network.tasks[of[0] - 1].kept(of[1]) for of in network} == units
+    assert {of: network.tasks[of[0] - 1].units(of[1]) for of in network} == units
     orders = [(1, 2), (2, 1)] if method in ("dvn", "baseline") else [(1, 2), (1, 2)]
     assert [task.order for task in network.tasks] == orders
     own: dict[Any, set[str]] = {}
@@ -198,7 +199,7 @@ def test_hidden_layers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("method", "kept"), [("nestednet", [(1,), (1, 2)]), ("packnet", [(1,), (1, 2)])])
 def test_one_task_has_all_levels(tmp_path: Path, method: str, kept: list[tuple[int, ...]]) -> None:
     network = small.session(tmp_path, method=method, tasks=small.content()["tasks"][:1]).run.network
-    assert [network.tasks[0].kept(level) for _, level in network] == kept
+    assert [network.tasks[0].units(level) for _, level in network] == kept
 
 
 def test_a_task_for_which_there_is_no_level(tmp_path: Path) -> None:

@@ -14,15 +14,17 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from dvn_cli.backbones import Preprocessing
-from dvn_cli.checkpoint import read_checkpoint, read_header, slice_file
 from dvn_cli.cli import main
 from dvn_cli.data import DataSpec, batches
 from dvn_cli.data.resize import Resize
 from dvn_cli.evaluation import measure
-from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, load
+from dvn_cli.loading import load
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+from dvn_cli.store.file import read_checkpoint, read_header
+from dvn_cli.store.slicing import slice_file
+from dvn_cli.training import experiment
 from dvn_cli.training import recipe as recipes
-from dvn_cli.training import setup
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.session import Session
 
 BACKBONE = "test_byobnet"  # of timm
@@ -64,7 +66,7 @@ def session(folder: Path, notes: list[str] | None = None, data: dict[str, Any] |
     }
     recipe = recipes.parse(content, "r.yaml")
     notes = [] if notes is None else notes
-    return Session(recipe, folder, folder / "dvn.safetensors", small.CPU, force=True, note=notes.append)
+    return prepare(recipe, folder, folder / "dvn.safetensors", small.CPU, force=True, note=notes.append)
 
 
 def test_images_are_prepared_as_for_the_weights_and_it_is_said(folder: Path) -> None:
@@ -81,11 +83,11 @@ def test_images_are_prepared_as_for_the_weights_and_it_is_said(folder: Path) -> 
     made.train(small.nothing, small.nothing)
     header = read_checkpoint(folder / "dvn.safetensors")
     slice_file(header, 1, 1, folder / "slice.safetensors")
-    of_slice = read_header(folder / "slice.safetensors").metadata["task"]
-    for entry in (header.metadata["tasks"][0], of_slice):
+    of_slice = read_header(folder / "slice.safetensors").metadata.task
+    for entry in (header.metadata.tasks[0], of_slice):
         assert (entry["interpolation"], entry["crop_pct"], entry["crop_mode"]) == ("bicubic", 0.95, "center")
         assert (entry["mean"], entry["std"]) == ([*MEAN], [*STD])
-    assert Preprocessing.from_dict(header.metadata["preprocessing"]).crop_pct == 0.95
+    assert header.metadata.preprocessing.crop_pct == 0.95
     images = DataSpec(source="folder", path=str(folder / "photos"))
     (opened,) = measure.open_files([folder / "slice.safetensors"], data=images)
     assert torch.equal(opened.splits[1].images, made.run.data[1].test.images)
@@ -112,7 +114,7 @@ def test_images_that_are_taken_as_they_are_are_not_cut(folder: Path) -> None:
     keys = {"name": BACKBONE, "weights": str(folder / "weights.safetensors")}
     tasks = [{"name": "digits", "data": small.data()}]
     recipe = recipes.parse({"backbone": keys, "units": 2, "tasks": tasks}, "r.yaml")
-    (data,) = setup.load_data(recipe, folder)
+    (data,) = experiment.load_data(recipe, folder)
     assert Resize.of(data.spec) == Resize()
     assert data.input_size == (8, 8)
     assert (data.mean, data.std) == (MEAN, STD)

@@ -8,6 +8,7 @@ import os
 import shlex
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from dvn_cli import cli
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training import recipe as recipes
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.methods import METHODS
 from dvn_cli.training.recipe import BackboneKeys, OptimizerKeys, Recipe, ScheduleKeys, SequentialKeys, TaskKeys
 from dvn_cli.training.schedule import factor
@@ -72,7 +74,7 @@ def test_every_scale_setting_and_method(path: Path) -> None:
 
 
 def session_of(path: Path, folder: Path, *overrides: str) -> Session:
-    return Session(recipes.read(path, overrides), path.parent, folder / "dvn.safetensors", small.CPU)
+    return prepare(recipes.read(path, overrides), path.parent, folder / "dvn.safetensors", small.CPU)
 
 
 @pytest.mark.slow
@@ -101,7 +103,7 @@ def test_every_method_has_its_networks(path: Path, method: str, data_sets: DataS
     """In the order and with the levels of each recipe: none is left out of all stages."""
     run = session_of(path, tmp_path, *synthetic.overrides(path, data_sets), f"method={method}").run
     assert {network for stage in run.stages for network in stage.learn} == set(run.network) - {
-        student for stage in run.stages for student, teacher in stage.hold if student != teacher
+        student for stage in run.stages for student, teacher in stage.distilled if student != teacher
     }
 
 
@@ -439,7 +441,7 @@ def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
     network = session.run.network
     return {
         "tensors": {name: tensor.detach().numpy().tobytes() for name, tensor in network.file_tensors().items()},
-        "tasks": [{**task.to_dict(), "data": None} for task in network.tasks],
+        "tasks": [replace(task, data=None) for task in network.tasks],
         "history": small.history(session.run),
         "best": session.run.best,
         "threads": threads,
@@ -536,7 +538,7 @@ def test_partition(tmp_path: Path, classes: int) -> None:
 
 def replaced(session: Session, classes: int) -> Any:
     spec = session.run.network.partition.spec
-    return type(spec).from_dict({**spec.to_dict(), "num_classes": classes})
+    return replace(spec, num_classes=classes)
 
 
 def test_no_partition(tmp_path: Path) -> None:

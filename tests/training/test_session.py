@@ -16,12 +16,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from dvn_cli.checkpoint import read_header, slice_file
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError
-from dvn_cli.network import DeepVirtualNetwork, load
+from dvn_cli.loading import load
+from dvn_cli.network import DeepVirtualNetwork, to_data
+from dvn_cli.store.file import read_header, write
+from dvn_cli.store.slicing import slice_file
 from dvn_cli.training import loop, state
 from dvn_cli.training import recipe as recipes
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.session import Session, complete_run
 from dvn_cli.training.step import Step
 
@@ -59,8 +62,8 @@ def test_files(whole: tuple[Path, Session]) -> None:
         assert all(0 <= value <= 100 for levels in entry["validation"] for value in levels)
         assert entry["seconds"] > 0
     header = read_header(folder / "dvn.safetensors")
-    assert header.metadata["training"]["recipe"] == record["recipe"]
-    assert header.metadata["training"]["epochs"] == 2
+    assert header.metadata.training.recipe == record["recipe"]
+    assert header.metadata.training.epochs == 2
     loaded = load(folder / "dvn.safetensors")
     assert isinstance(loaded, DeepVirtualNetwork)
     own = session.run.network.file_tensors()
@@ -71,7 +74,7 @@ def test_the_same_again(whole: tuple[Path, Session], tmp_path: Path) -> None:
     """To the bit, whatever happened in the process before. The checkpoint names the folder that paths start from."""
     folder, first = whole
     torch.manual_seed(99)
-    again = Session(first.recipe, folder, tmp_path / "dvn.safetensors", small.CPU)
+    again = prepare(first.recipe, folder, tmp_path / "dvn.safetensors", small.CPU)
     torch.rand(3)
     again.train(small.nothing, small.nothing)
     assert small.history(again.run) == small.history(first.run)
@@ -103,7 +106,7 @@ def test_resume_before_the_checkpoint_is_written(whole: tuple[Path, Session], tm
     """All epochs done, but not the last file."""
     folder, first = whole
     interrupted(tmp_path, epoch=2)
-    session = Session(first.recipe, folder, tmp_path / "dvn.safetensors", small.CPU, resume=True)
+    session = prepare(first.recipe, folder, tmp_path / "dvn.safetensors", small.CPU, resume=True)
     session.train(small.nothing, small.nothing)
     assert (tmp_path / "dvn.safetensors").read_bytes() == (folder / "dvn.safetensors").read_bytes()
 
@@ -124,7 +127,7 @@ def test_resume_in_any_stage(one_by_one: tuple[Path, Session], tmp_path: Path, e
     folder, first = one_by_one
     interrupted(tmp_path, *SEQUENTIAL, epoch=epoch, step=step)
     torch.manual_seed(99)
-    session = Session(first.recipe, folder, tmp_path / "dvn.safetensors", small.CPU, resume=True)
+    session = prepare(first.recipe, folder, tmp_path / "dvn.safetensors", small.CPU, resume=True)
     session.train(small.nothing, small.nothing)
     assert [entry["stage"] for entry in session.run.history] == [1, 1, 2, 2, 3, 3]
     assert small.history(session.run) == small.history(first.run)
@@ -138,11 +141,12 @@ def test_state_goes_round(tmp_path: Path, more: list[str], epoch: int) -> None:
     session = small.session(tmp_path, *words)
     with pytest.raises(small.Stopped):
         session.train(*small.stop_after(epoch))
-    tensors, metadata = session.run.state()
+    tensors = session.run.state()
     parts = {name.split("/")[0] for name in tensors}
     assert parts == {"network", "best", "optimizer", "generator", "random"} | ({"teacher"} if epoch > 1 else set())
-    again, metadata_again = small.session(tmp_path, *words, resume=True).run.state()
-    assert metadata_again == metadata
+    resumed = small.session(tmp_path, *words, resume=True).run
+    assert all(getattr(resumed, key) == getattr(session.run, key) for key in ("epochs_done", "history", "best"))
+    again = resumed.state()
     assert again.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert tensor.dtype == again[name].dtype
@@ -172,7 +176,7 @@ def test_what_another_run_has_left_is_not_replaced(whole: tuple[Path, Session], 
         told = "is not the state of a run that this dvn reads"
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dvn_cli.training.setup.load_data", lambda *_: pytest.fail("read images"))
+        patch.setattr("dvn_cli.training.experiment.load_data", lambda *_: pytest.fail("read images"))
         with pytest.raises(InputError, match=f"{told}.*-o writes elsewhere, --force replaces it"):
             small.session(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -191,7 +195,7 @@ def test_more_epochs(tmp_path: Path) -> None:
             with pytest.raises(small.Stopped):
                 small.session(tmp_path / name, "epochs=4", resume=True).train(*small.stop_after(3))
             assert names(tmp_path / name) == {"dvn.safetensors", "dvn.run.json", STATE}
-        session = Session(
+        session = prepare(
             recipe, tmp_path / name, tmp_path / name / "dvn.safetensors", small.CPU, resume=True, note=noted.append
         )
         first = session.run.epochs_done
@@ -201,7 +205,7 @@ def test_more_epochs(tmp_path: Path) -> None:
         assert ("going on at its place in the schedule of 4 epochs" in noted[0]) == (name == "a")
     a, b = (tmp_path / name / "dvn.safetensors" for name in ("a", "b"))
     assert a.read_bytes() == b.read_bytes()
-    assert read_header(a).metadata["training"]["restarts"] == [2]
+    assert read_header(a).metadata.training.restarts == (2,)
     record = json.loads((tmp_path / "a" / "dvn.run.json").read_text())
     assert record["restarts"] == [2]
     assert [entry["epoch"] for entry in record["epochs"]] == [1, 2, 3, 4]
@@ -215,7 +219,7 @@ def test_nothing_is_left_to_do(whole: tuple[Path, Session]) -> None:
     output = folder / "dvn.safetensors"
     assert complete_run(first.recipe, output) is None, "it lacks the accuracies on test images"
     before = output.read_bytes()
-    session = Session(first.recipe, folder, output, small.CPU, resume=True)
+    session = prepare(first.recipe, folder, output, small.CPU, resume=True)
     session.train(small.nothing, lambda *_: pytest.fail("trained"))
     assert output.read_bytes() == before
     session.finish([])
@@ -304,7 +308,7 @@ def test_nothing_to_resume(whole: tuple[Path, Session], tmp_path: Path) -> None:
     """Then it starts; a partition is nothing to resume either, and a slice is no run."""
     noted: list[str] = []
     recipe = whole[1].recipe
-    session = Session(recipe, tmp_path, tmp_path / "dvn.safetensors", small.CPU, resume=True, note=noted.append)
+    session = prepare(recipe, tmp_path, tmp_path / "dvn.safetensors", small.CPU, resume=True, note=noted.append)
     assert session.run.epochs_done == 0
     assert noted == ["there is nothing to resume: the run starts from its beginning"]
     slice_file(read_header(whole[0] / "dvn.safetensors"), 1, 1, tmp_path / "dvn.safetensors")
@@ -327,13 +331,14 @@ def test_damaged_state(whole: tuple[Path, Session], tmp_path: Path, damage: str)
     elif damage == "foreign":
         save_file({"x": torch.zeros(3)}, path)
     else:
-        tensors, metadata = state.load(path)
+        header = state.read(path)
+        tensors = state.tensors(header)
         name = "network/shared/layer1.0.conv1.weight"
         if damage == "lacking":
             del tensors[name]
         else:
             tensors[name] = tensors[name][:-1].clone()
-        state.save(path, tensors, metadata)
+        write(path, to_data(tensors), header.metadata)
     told = "does not fit the networks" if damage in ("lacking", "narrower") else "is damaged, or not the state of a run"
     with pytest.raises(InputError, match=f"{STATE}' {told}.*start again with --force"):
         small.session(tmp_path, resume=True)

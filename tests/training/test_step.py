@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dvn_cli.network import VirtualNetwork
+from dvn_cli.store.metadata import TaskLevel
 from dvn_cli.training.loop import Run
-from dvn_cli.training.methods import Network
 
 GROW = ["learning=sequential", "sequential.grow=true"]
 
@@ -29,16 +29,16 @@ class SecondStep:
 
     def __init__(self, run: Run, stage: int) -> None:
         self.run, self.stage = run, stage
-        self.old: dict[Network, VirtualNetwork] = {}
-        self.students: dict[Network, VirtualNetwork] = {}
-        self.images: dict[Network, Tensor] = {}
+        self.old: dict[TaskLevel, VirtualNetwork] = {}
+        self.students: dict[TaskLevel, VirtualNetwork] = {}
+        self.images: dict[TaskLevel, Tensor] = {}
         self.gradients: dict[str, Tensor] = {}
         self.now = False
         run.network.register_forward_pre_hook(self.forward)
         with pytest.raises(small.Stopped):
             run.run(self.epoch, self.step)
 
-    def copies(self) -> dict[Network, VirtualNetwork]:
+    def copies(self) -> dict[TaskLevel, VirtualNetwork]:
         return {network: self.run.network.virtual_network(*network) for network in self.run.network}
 
     def epoch(self, run: Run) -> None:
@@ -98,9 +98,9 @@ def test_gradients(
     tmp_path: Path,
     words: list[str],
     stage: int,
-    from_labels: set[Network],
-    from_top: Mapping[Network, Network],
-    held: Mapping[Network, Network],
+    from_labels: set[TaskLevel],
+    from_top: Mapping[TaskLevel, TaskLevel],
+    held: Mapping[TaskLevel, TaskLevel],
 ) -> None:
     seen = SecondStep(small.session(tmp_path, "tasks.0.data.augment=none", "sequential.lr_factor=1", *words).run, stage)
     run, students, images = seen.run, seen.students, seen.images

@@ -62,12 +62,12 @@ def owners(assignment: Assignment, name: str, dim: int, size: int) -> list[set[i
 
 def test_units_are_even_and_contiguous():
     _, assignment, buckets = divide(4)
-    assert assignment.axes[assignment.tensors["stem.weight"][0]] == [[[0, 6]], [[6, 11]], [[11, 17]], [[17, 22]]]
+    assert assignment.axes[assignment.tensors["stem.weight"][0]] == (((0, 6),), ((6, 11),), ((11, 17),), ((17, 22),))
     by_place = {place: bucket for bucket in buckets for place in bucket.places}
     assert by_place["stem.weight", 0].sizes == (6, 5, 6, 5)
     assert by_place["stem.weight", 0] == by_place["block.weight", 1] == by_place["norm.running_var", 0]
     assert by_place["narrow.weight", 0].sizes == ()  # fewer channels than units
-    assert assignment.tensors["narrow.weight"] == [None, assignment.tensors["stem.weight"][0], None, None]
+    assert assignment.tensors["narrow.weight"] == (None, assignment.tensors["stem.weight"][0], None, None)
     assert assignment.tensors["stem.weight"][1] is None
     assert assignment.tensors["fc.weight"][0] is None
     assert set(assignment.classes) == {("fc.weight", 0), ("fc.bias", 0)}
@@ -75,7 +75,7 @@ def test_units_are_even_and_contiguous():
 
 def test_a_grouped_convolution_keeps_its_groups_whole():
     _, assignment, _ = divide(4)
-    assert assignment.axes[assignment.tensors["grouped.weight"][0]] == [[[6 * u, 6 * u + 6]] for u in range(4)]
+    assert assignment.axes[assignment.tensors["grouped.weight"][0]] == tuple(((6 * u, 6 * u + 6),) for u in range(4))
     assert assignment.tensors["grouped.weight"][1] is None
 
 
@@ -118,8 +118,8 @@ def test_the_assignment_comes_back_from_a_file_and_must_fit():
     again.run(traced())
     torch.testing.assert_close(unit_of_labels(again, assignment), unit_of_labels(labeller, assignment))
     axis = assignment.tensors["stem.weight"][0]
-    other = Assignment(4, [*assignment.axes, assignment.axes[axis][::-1]], dict(assignment.tensors), [])
-    other.tensors["block.weight"] = [len(assignment.axes), axis, None, None]
+    tensors = {**assignment.tensors, "block.weight": (len(assignment.axes), axis, None, None)}
+    other = Assignment(4, (*assignment.axes, assignment.axes[axis][::-1]), tensors, ())
     with pytest.raises(InputError, match=r"the units of .* do not fit"):
         unit_of_labels(labeller, other)
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from dvn_cli.backbones import BackboneSpec
-from dvn_cli.partition import Partition
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.units.count import macs
 
 
@@ -25,7 +25,8 @@ class Tables(nn.Module):
 
 
 def test_integer_tables_of_the_state_keep_their_type():
-    partition = Partition.create(BackboneSpec("timm", "small", 4, 3, (4, 4)), 2, Tables())
+    partition = partition_backbone(BackboneSpec("timm", "small", 4, 3, (4, 4)), 2, module=Tables())
     assert partition.dtypes["order"] == torch.int32
     for units, width in (((1,), 4), ((1, 2), 8)):
-        assert macs(partition, partition.networks(units, 4), (4, 4)) == 16 * 3 * width + 4 * width
+        narrowed, tensors = partition.network(units, 4), partition.tensors(units, 4)
+        assert macs(narrowed, tensors, (3, 4, 4)) == 16 * 3 * width + 4 * width

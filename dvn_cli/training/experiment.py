@@ -1,45 +1,206 @@
-"""From a recipe to what the loop needs: the tasks' images and the untrained networks."""
+"""A recipe, trained: from its data and backbone to the networks and their accuracies."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import copy
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dvn_cli import checkpoint
-from dvn_cli.backbones import (
-    BackboneSpec,
-    Preprocessing,
-    default,
-    load_pretrained,
-    load_weights,
-    preprocessing,
-    resolve,
-)
+from dvn_cli.backbones import default, preprocessing, resolve
 from dvn_cli.data import DataSpec, Reader, TaskData
 from dvn_cli.data.resize import Resize
 from dvn_cli.data.spec import locate
+from dvn_cli.device import choose
+from dvn_cli.dividing import Note, partition_backbone, silent
+from dvn_cli.dividing import build as build_backbone
 from dvn_cli.errors import InputError
-from dvn_cli.network import DeepVirtualNetwork, load
-from dvn_cli.partition import Owner, Partition
-from dvn_cli.tasks import Task
-from dvn_cli.training.methods import METHODS, Method, Network, levels_of
+from dvn_cli.evaluation import measure
+from dvn_cli.evaluation.measure import Evaluation
+from dvn_cli.files import check_writable
+from dvn_cli.loading import load
+from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.partition import Partition
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import DataSource, Owner, Preprocessing, Rule, Task, TaskLevel
+from dvn_cli.training import recipe as recipes
+from dvn_cli.training.loop import Run
+from dvn_cli.training.methods import METHODS, Method, levels_of
 from dvn_cli.training.recipe import Recipe
-from dvn_cli.units.assign import Rule
+from dvn_cli.training.session import (
+    Files,
+    Finished,
+    Session,
+    complete_run,
+    enough_memory_for,
+    interrupted_run,
+    refuse_to_lose,
+)
 from dvn_cli.units.order import paper_order
 
-Note = Callable[[str], None]
-"""Told, in a line each, of what is done that the recipe does not say."""
+
+@dataclass(frozen=True)
+class Trained:
+    """What a run leaves.
+
+    Attributes:
+        checkpoint: the file of the trained networks.
+        record: the JSON file that says how they were trained.
+        results: of every network on the test images, by task and level.
+        history: for each epoch its learning rate, losses and validation accuracies; see `Run`.
+    """
+
+    checkpoint: Path
+    record: Path
+    results: list[Evaluation]
+    history: list[dict[str, Any]]
 
 
-def _silent(text: str) -> None:
-    pass
+class Observer:
+    """Is told how a run goes, and keeps it to itself. A subclass shows it."""
+
+    def note(self, line: str) -> None:
+        """What is used for what, and where an interrupted run goes on."""
+
+    def begins(self, session: Session) -> None:
+        """All is read and divided; the first step comes next."""
+
+    def step(self, run: Run, step: int) -> None:
+        """A step has been taken, by number from 1 in its epoch."""
+
+    def epoch(self, run: Run) -> None:
+        """An epoch has ended, and can be resumed after."""
+
+    def measures(self) -> None:
+        """The networks are written; their accuracies on the test images come next."""
+
+    def ends(self, trained: Trained) -> None:
+        """The results are there, and about to be filed."""
 
 
-def load_data(recipe: Recipe, base: Path, note: Note = _silent) -> list[TaskData]:
+def train(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    output: str | os.PathLike[str] = "dvn.safetensors",
+    *,
+    overrides: Sequence[str] = (),
+    device: str | torch.device = "auto",
+    resume: bool = False,
+    force: bool = False,
+    observer: Observer | None = None,
+) -> Trained:
+    """Trains the networks of all tasks and levels as a recipe says, and measures them on the test images.
+
+    Args:
+        recipe: its file, the name of one that comes with dvn, a mapping of keys, or a `Recipe`. Relative paths in it
+            start from its file's folder, else from the working directory.
+        output: the checkpoint to write; its record lies beside it, and so does what `resume` goes on from.
+        overrides: `key=value` with dotted keys and values in YAML, as on the command line: `optimizer.lr=0.05`.
+        device: `auto`, or by torch's name.
+        resume: go on with the run whose files are there: interrupted, or finished with fewer epochs. Where there is
+            none, start; where nothing is left to do, return what it left.
+        force: replace what another run has left there.
+        observer: is told how it goes.
+
+    Raises:
+        InputError: recipe, data, backbone or output cannot be used so, or there is another run's work where this one
+            would write.
+        DvnError: a loss is not a number, memory is too small, or a file cannot be written.
+
+    Example:
+        >>> trained = dvn_cli.train("digits", overrides=["epochs=5"])  # doctest: +SKIP
+        >>> [round(result.top1) for result in trained.results]  # doctest: +SKIP
+    """
+    observer, output, base = observer or Observer(), Path(output), Path()
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise InputError("a Recipe is complete: give its keys as a mapping to override some of them")
+    elif isinstance(recipe, Mapping):
+        recipe = recipes.parse(recipes.resolved(copy.deepcopy(dict(recipe)), overrides, "the recipe"), "the recipe")
+    else:
+        file = recipes.find(os.fspath(recipe))
+        recipe, base = recipes.read(file, overrides), recipes.folder(file)
+    if resume and (finished := complete_run(recipe, output)) is not None:
+        observer.note(f"{output} has all of its {finished.epochs} epochs: there is nothing left to do")
+        return Trained(output, Files.of(output).record, finished.results or [], finished.history)
+    where = device if isinstance(device, torch.device) else choose(device)
+    session = prepare(recipe, base, output, where, resume, force=force, note=observer.note)
+    observer.begins(session)
+    session.train(observer.epoch, observer.step)
+    observer.measures()
+    splits = {number: data.test for number, data in session.run.data.items()}
+    results = measure.evaluate_all(session.run.network, splits, device=where)
+    trained = Trained(output, session.files.record, results, session.run.history)
+    try:
+        observer.ends(trained)
+    finally:  # whichever of the two fails, the other one has the results
+        session.finish(results)
+    return trained
+
+
+def prepare(
+    recipe: Recipe,
+    base: Path,
+    output: Path,
+    device: torch.device,
+    resume: bool = False,
+    *,
+    force: bool = False,
+    note: Note = silent,
+) -> Session:
+    """Reads and divides all that a run needs, up to its first step or the one that an earlier run would take next.
+
+    Args:
+        recipe: what is trained.
+        base: the folder of the recipe, which its relative paths start from.
+        output: the checkpoint; its other files lie beside it.
+        device: to compute on.
+        resume: go on with the run whose files are there, interrupted, or finished with fewer epochs.
+        force: replace what another run has left there.
+        note: is told, in a line each, what is used for what and where the run goes on.
+
+    Raises:
+        InputError: data, backbone or output are not as the recipe says, there is another run's work where this one
+            would write, or what is there is of another recipe.
+        DvnError: the device's memory is too small.
+    """
+    files = Files.of(output)
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    start = recipe.partition or recipe.continues
+    if start is not None and _same_file(locate(start, base), output):
+        raise InputError(f"'{output}' is what the recipe starts from: give another output with -o")
+    for file in vars(files).values():
+        check_writable(file)  # now, not after the last epoch
+    if not resume and not force:
+        refuse_to_lose(files)
+    interrupted = interrupted_run(recipe, files) if resume else None
+    finished = Finished.read(files) if resume and interrupted is None else None
+    if finished is not None:
+        finished.check(recipe)
+    data = load_data(recipe, base, note)
+    network, before = build(recipe, data, base, note)
+    with enough_memory_for(recipe, device):
+        run = Run(recipe, network, dict(enumerate(data, len(network.tasks) - len(data) + 1)), device, before)
+    run.check_batches()
+    session = Session(run, files, note)
+    if interrupted is not None:
+        session.restore(interrupted)
+    elif finished is not None:
+        session.extend(finished)
+    elif resume:
+        note("there is nothing to resume: the run starts from its beginning")
+    return session
+
+
+def _same_file(a: Path, b: Path) -> bool:
+    return a.exists() and b.exists() and a.samefile(b)
+
+
+def load_data(recipe: Recipe, base: Path, note: Note = silent) -> list[TaskData]:
     """Reads the images of all tasks; paths are relative to `base`, else to the working directory.
 
     What a task does not say of how its images are prepared is as for the weights that the recipe starts from.
@@ -79,8 +240,7 @@ def _preprocessing(recipe: Recipe, base: Path, channels: int) -> Preprocessing |
     """How images were prepared for the weights that a recipe starts from; None where those are random."""
     start = recipe.partition or recipe.continues
     if start is not None:
-        found = checkpoint.read_checkpoint(locate(start, base)).metadata.get("preprocessing")
-        return None if found is None else Preprocessing.from_dict(found)
+        return read_checkpoint(locate(start, base)).metadata.preprocessing
     assert recipe.backbone is not None
     if recipe.backbone.weights is None and not recipe.backbone.pretrained:
         return None
@@ -97,8 +257,8 @@ def _prepared(spec: DataSpec, weights: Preprocessing | None) -> DataSpec:
 
 
 def build(
-    recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note = _silent
-) -> tuple[DeepVirtualNetwork, list[Network]]:
+    recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note = silent
+) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
     """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
 
     Returns:
@@ -115,6 +275,7 @@ def build(
     tasks = _tasks(recipe, data, partition, base)
     network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
     network.make_private(owners(method, partition))
+    network.check()
     return network, []
 
 
@@ -130,8 +291,7 @@ def _channels(recipe: Recipe, base: Path) -> int:
     """Channels of the images, before any is read."""
     start = recipe.partition or recipe.continues
     if start is not None:
-        header = checkpoint.read_checkpoint(locate(start, base))
-        return BackboneSpec.from_dict(header.metadata["backbone"]).in_chans
+        return read_checkpoint(locate(start, base)).metadata.backbone.in_chans
     assert recipe.backbone is not None
     return recipe.backbone.in_chans or default(recipe.backbone.name).in_chans
 
@@ -148,24 +308,18 @@ def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note) -
         input_size=(asked, asked) if isinstance(asked, int) else asked or smallest,
     )
     spec = replace(spec, hidden_layers=METHODS[recipe.method].hidden)
-    torch.manual_seed(recipe.seed)
-    module = spec.build()
-    if recipe.backbone.zero_init_last:
-        _zero_last_norms(module, spec)
-    if recipe.backbone.weights is not None:
-        load_weights(module, spec, locate(recipe.backbone.weights, base), note)
-    elif recipe.backbone.pretrained:
-        load_pretrained(module, spec, note)
-    partition = Partition.create(spec, recipe.units, module, rule=Rule(recipe.assign, recipe.round_to))
+    given = recipe.backbone.weights
+    module, _ = build_backbone(
+        spec,
+        seed=recipe.seed,
+        weights=None if given is None else locate(given, base),
+        pretrained=recipe.backbone.pretrained,
+        zero_init_last=recipe.backbone.zero_init_last,
+        note=note,
+    )
+    rule = Rule(recipe.assign, recipe.round_to)
+    partition = partition_backbone(spec, recipe.units, rule, module if rule.assign != "even" else None)
     return partition, _templates(partition, module)
-
-
-def _zero_last_norms(module: nn.Module, spec: BackboneSpec) -> None:
-    zero: list[Any] = [block for block in module.modules() if hasattr(block, "zero_init_last")]
-    if not zero:
-        raise InputError(f"backbone.zero_init_last: the blocks of {spec.name} have no zero_init_last(), as timm's do")
-    for block in zero:
-        block.zero_init_last()
 
 
 def _templates(partition: Partition, module: nn.Module) -> dict[str, Tensor]:
@@ -198,13 +352,13 @@ def _opened(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Parti
     return opened.partition, opened.file_tensors()
 
 
-def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[Network]]:
+def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
     """A trained checkpoint, with new tasks and, where a new unit makes them possible, new levels of the old tasks."""
     assert recipe.continues is not None
     opened, method = _open(recipe.continues, base), METHODS[recipe.method]
     if opened.training_record is None:
         raise InputError(f"'{recipe.continues}' has not been trained yet: give it as partition")
-    trained = opened.training_record["recipe"].get("method", "dvn")
+    trained = opened.training_record.recipe.get("method", "dvn")
     if trained != recipe.method:
         raise InputError(f"'{recipe.continues}' was trained with method={trained}: continue with the same")
     known, units = opened.tasks, opened.partition.units
@@ -214,7 +368,7 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     before = list(opened)
     tasks = [*known, *_tasks(recipe, data, opened.partition, base, len(known))]
     if method.levels == "all":
-        used = max(unit for of in before for unit in known[of[0] - 1].kept(of[1]))
+        used = max(unit for task, level in before for unit in known[task - 1].units(level))
         there = min(used + len(data), units) if recipe.sequential.grow else units
         wanted = recipe.levels or range(1, units + 1)
         for place, task in enumerate(tasks):
@@ -224,12 +378,12 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     partition = opened.partition
     most = max(len(task.classes) for task in tasks)
     if most > partition.spec.num_classes:
-        spec = replace(partition.spec, num_classes=most)
-        partition = Partition.create(spec, units, assignment=partition.assignment, rule=partition.rule)
+        partition = partition.rebuilt(replace(partition.spec, num_classes=most))
     torch.manual_seed(recipe.seed)
     tensors = {**_templates(partition, partition.spec.build()), **opened.file_tensors()}
     network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=opened.preprocessing)
     network.make_private(owners(method, partition))
+    network.check()
     return network, before
 
 
@@ -267,10 +421,10 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], partition: Partition, base:
                 tuple(images.std),
                 tuple(order),
                 levels_of(method, number, count, levels, keys.name),
-                {
-                    "spec": images.spec.model_dump(mode="json"),
-                    "base": str(base.resolve()) if images.spec.has_relative_path else None,
-                },
+                DataSource(
+                    images.spec.model_dump(mode="json"),
+                    str(base.resolve()) if images.spec.has_relative_path else None,
+                ),
                 resize.interpolation,
                 resize.crop_pct,
                 resize.crop_mode,

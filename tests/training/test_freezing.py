@@ -1,4 +1,4 @@
-"""Which elements of which tensors each method moves in each stage, to the bit; described by units, not by its code."""
+"""Which elements of which tensors each method trains in each stage, to the bit; described by units, not by its code."""
 
 import fnmatch
 import itertools
@@ -36,9 +36,9 @@ def places(network: DeepVirtualNetwork, name: str) -> tuple[Tensor, dict[int, Pl
     statistic = any(fnmatch.fnmatch(name, pattern) for pattern in STATISTICS)
     metadata, shape = network.partition.metadata(), network.file_tensors()[name].shape
     keys = torch.zeros(shape, dtype=torch.long)
-    for dim, axis in enumerate(metadata["tensors"][parts[-1]]["axes"] if not level else ()):
+    for dim, axis in enumerate(metadata.tensors[parts[-1]].axes if not level else ()):
         along = torch.zeros(shape[dim], dtype=torch.long)
-        for unit, runs in enumerate(metadata["axes"][axis] if axis is not None else (), 1):
+        for unit, runs in enumerate(metadata.axes[axis] if axis is not None else (), 1):
             for start, stop in runs:
                 along[start:stop] = 1 << unit
         keys |= along.view(-1, *(1,) * (len(shape) - dim - 1))
@@ -128,7 +128,7 @@ def check(run: Run, moved: list[Moved]) -> None:
             for key, place in of.items():
                 expected |= (keys == key) & rule(place)
             changed = tensor != after[name]
-            assert not (changed & ~expected).any(), f"{name} moves in stage {number}"
+            assert not (changed & ~expected).any(), f"{name} changes in stage {number}"
             # Of many elements one may have come back to where it was.
             assert (expected & ~changed).sum() <= expected.sum() / 1000, f"{name} stays in stage {number}"
     for (_, ended), (begun, _), stage in zip(seen[:-1], seen[1:], run.stages[1:], strict=True):
@@ -140,7 +140,7 @@ def check(run: Run, moved: list[Moved]) -> None:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("case", CASES)
-def test_what_moves(tmp_path: Path, case: str, optimizer: str) -> None:
+def test_what_is_trained(tmp_path: Path, case: str, optimizer: str) -> None:
     """With momentum and weight decay, which move what is merely without gradient."""
     overrides, moved = CASES[case]
     check(small.session(tmp_path, *overrides, f"optimizer={OPTIMIZERS[optimizer]}").run, moved)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 
 from dvn_cli.backbones import resolve
-from dvn_cli.graph.hollow import hollow
+from dvn_cli.dividing import partition_backbone
+from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.labels import Labeller, Labels
 from dvn_cli.graph.trace import trace
-from dvn_cli.partition import Partition
 
 
 class Table(nn.Module):
@@ -42,7 +42,7 @@ class Looked(nn.Module):
 
 
 def test_parameters_are_there_in_shape_and_buffers_in_full():
-    module, real = hollow(Table), Table()
+    module, real = empty_init(Table), Table()
     assert {n: (p.shape, p.device) for n, p in module.named_parameters()} == {
         n: (p.shape, p.device) for n, p in real.named_parameters()
     }
@@ -54,7 +54,7 @@ def test_parameters_are_there_in_shape_and_buffers_in_full():
 
 @pytest.mark.parametrize(("build", "value"), [(Derived, [0, 1, 2]), (Looked, [1, 1, 1])])
 def test_what_needs_its_parameters_has_them(build, value):
-    assert hollow(build).weight.tolist() == value
+    assert empty_init(build).weight.tolist() == value
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_what_needs_its_parameters_has_them(build, value):
 )
 def test_it_is_divided_as_with_weights(name, size):
     spec = resolve(name, num_classes=5, input_size=(size, size))
-    assert Partition.create(spec, 2).metadata() == Partition.create(spec, 2, spec.build()).metadata()
+    assert partition_backbone(spec, 2).metadata() == partition_backbone(spec, 2, module=spec.build()).metadata()
 
 
 def test_a_partition_takes_no_memory_for_weights():
@@ -72,14 +72,14 @@ def test_a_partition_takes_no_memory_for_weights():
     if not statm.exists():
         pytest.skip("no /proc here")
     before = int(statm.read_text().split()[1])
-    module = hollow(resolve("vit_large_patch16_224").build)
+    module = empty_init(resolve("vit_large_patch16_224").build)
     assert sum(p.numel() for p in module.parameters()) * 4 > 1.2e9
     assert (int(statm.read_text().split()[1]) - before) * 4096 < 1e8
 
 
 def test_labels_keep_no_more_than_what_varies():
     spec = resolve("timm/test_maxvit", num_classes=5, input_size=(64, 64))
-    labels = Labeller(2).run(trace(hollow(spec.build), (3, *spec.input_size), False)).values()
+    labels = Labeller(2).run(trace(empty_init(spec.build), (3, *spec.input_size), False)).values()
     layers = [layer for value in labels if isinstance(value, Labels) for layer in value.layers]
     assert layers
     kept: dict[int, Tensor] = {layer.data_ptr(): layer for layer in layers}

@@ -1,6 +1,7 @@
 """What a run starts from: a checkpoint that other tasks are added to, and a backbone's blocks that begin at zero."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,12 @@ import pytest
 import small
 import torch
 
-from dvn_cli.checkpoint import read_checkpoint, slice_file
 from dvn_cli.errors import InputError
-from dvn_cli.network import DeepVirtualNetwork, load
+from dvn_cli.loading import load
+from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.slicing import slice_file
+from dvn_cli.training.experiment import prepare
 from dvn_cli.training.session import Session
 
 LOW = {"name": "low", "data": small.data(classes="0-4", augment="crop", pad=1)}
@@ -64,8 +68,8 @@ def test_as_if_both_tasks_had_been_there(tmp_path: Path, words: list[str], of_th
     session.train(small.nothing, small.nothing)
     run = session.run
     assert path.read_bytes() == before
-    assert [{**task.to_dict(), "data": None} for task in run.network.tasks] == [
-        {**task.to_dict(), "data": None} for task in whole.network.tasks
+    assert [replace(task, data=None) for task in run.network.tasks] == [
+        replace(task, data=None) for task in whole.network.tasks
     ]
     expected = whole.network.file_tensors()
     written = opened(session.files.checkpoint).file_tensors()
@@ -85,7 +89,7 @@ def test_one_unit_with_each_run(tmp_path: Path) -> None:
         session.train(small.nothing, small.nothing)
         path = session.files.checkpoint
         network = opened(path)
-        kept.append([[of.kept(level) for level in range(1, len(of.levels) + 1)] for of in network.tasks])
+        kept.append([[of.units(level) for level in range(1, len(of.levels) + 1)] for of in network.tasks])
         assert set(network) == set(session.run.stages[-1].trained)
     assert kept[0] == [[(1,), (1, 2)], [(2,), (1, 2)]]
     assert kept[1] == [
@@ -105,7 +109,7 @@ def test_more_classes_than_the_backbone_had(tmp_path: Path) -> None:
     assert (old.partition.spec.num_classes, network.partition.spec.num_classes) == (5, 10)
     assert old.partition.rule.assign == "importance"
     kept = ("units", "rule", "axes")
-    assert all(network.partition.metadata()[key] == old.partition.metadata()[key] for key in kept)
+    assert all(getattr(network.partition.metadata(), key) == getattr(old.partition.metadata(), key) for key in kept)
     images = torch.randn(3, 1, 8, 8)
     with torch.no_grad():
         for level in (1, 2):
@@ -126,7 +130,7 @@ def test_continued_and_interrupted(tmp_path: Path) -> None:
     session = added(tmp_path / "second", path, *words)
     with pytest.raises(small.Stopped):
         session.train(*small.stop_after(2, 1))
-    again = Session(session.recipe, tmp_path / "second", session.files.checkpoint, small.CPU, resume=True)
+    again = prepare(session.recipe, tmp_path / "second", session.files.checkpoint, small.CPU, resume=True)
     assert again.run.epochs_done == 2
     again.train(small.nothing, small.nothing)
     assert small.history(again.run) == small.history(whole.run)

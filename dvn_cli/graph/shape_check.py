@@ -1,4 +1,4 @@
-"""A narrow network run without data: that its shapes fit, and what it would compute."""
+"""Run a narrow network without data: to see that its shapes fit, and what it would compute."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.labels import located
 from dvn_cli.graph.narrow import Narrowed, on_device
+from dvn_cli.graph.trace import located
 
 
 class _Interpreter(fx.Interpreter):
@@ -19,7 +19,7 @@ class _Interpreter(fx.Interpreter):
         return super().run_node(n)
 
 
-def dry_run(network: Narrowed, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], image: Tensor) -> Tensor:
+def shape_check(network: Narrowed, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], image: Tensor) -> Tensor:
     """Runs a network on the meta device.
 
     Args:

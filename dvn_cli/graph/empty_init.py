@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-def hollow(build: Callable[[], nn.Module], device: str = "cpu") -> nn.Module:
+def empty_init(build: Callable[[], nn.Module], device: str = "cpu") -> nn.Module:
     """Builds a module whose parameters are there in shape only: memory that nobody writes to is never taken.
 
     Buffers hold what they hold, since tables of indices decide where data goes.

@@ -1,0 +1,131 @@
+"""How `dvn train` shows a run that goes on: lines and a bar on stderr, the results on stdout."""
+
+from collections.abc import Callable
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from dvn_cli import report
+from dvn_cli.data.classes import few
+from dvn_cli.training import loop
+from dvn_cli.training.experiment import Observer, Trained
+from dvn_cli.training.loop import Run
+from dvn_cli.training.session import Session
+
+
+class Terminal(Observer):
+    """A bar on a terminal, a line per epoch elsewhere; a context, that says how to go on where it is left by Ctrl-C."""
+
+    def __init__(self, console: Console, show: Callable[[Trained], None]) -> None:
+        """`show` prints the results."""
+        self.console, self.show = console, show
+        self.session: Session | None = None
+        self.status = console.status("reading data and dividing the backbone ...")
+        self.bars = Progress(
+            TextColumn("epoch"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> "Terminal":
+        self.status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.status.stop()
+        self.bars.stop()
+        if self.session is not None and kind is KeyboardInterrupt:
+            self.note(how_to_go_on(self.session))
+
+    def note(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
+    def begins(self, session: Session) -> None:
+        self.session, run = session, session.run
+        self.status.stop()
+        count = len(list(run.network))
+        self.note(
+            f"{run.network.partition.spec.name}, {run.network.partition.units} units, "
+            f"{'1 network' if count == 1 else f'{count} networks'}, on {run.device}: "
+            f"{run.total_epochs} epochs of {run.steps} steps"
+        )
+        report.show(self.console, task_table(run))
+        for line in class_lines(run, self.console.width):
+            self.note(line)
+        self.bar = self.bars.add_task("", total=run.total_epochs, completed=run.epochs_done)
+        self.bars.start()
+
+    def step(self, run: Run, step: int) -> None:
+        self.bars.update(self.bar, completed=run.epochs_done + step / run.steps)
+
+    def epoch(self, run: Run) -> None:
+        last = run.history[-1]
+        losses = loop.numbers(last["loss"])
+        text = f"loss {sum(losses) / len(losses):.3f}"
+        if last["validation"] is not None:
+            values = loop.numbers(last["validation"])
+            text += f", validation {min(values):.1f} to {max(values):.1f} %"
+        if len(run.stages) > 1:
+            (task,) = run.stage.tasks
+            alone = ", new parts alone" if run.stage.warmup else ""
+            text = f"task {task} {run.network.tasks[task - 1].name}{alone}: {text}"
+        self.bars.update(self.bar, completed=run.epochs_done, description=text)
+        if self.bars.disable:
+            line = f"epoch {run.epochs_done}/{run.total_epochs}: {text}, {last['seconds']:.1f} s"
+            self.console.print(line, soft_wrap=True)
+
+    def measures(self) -> None:
+        self.bars.stop()
+        self.status = self.console.status("evaluating on the test images ...")
+        self.status.start()
+
+    def ends(self, trained: Trained) -> None:
+        self.status.stop()
+        self.show(trained)
+
+
+def task_table(run: Run) -> report.FittedTable:
+    """What is about to be trained: a row for each task."""
+    made = report.table("task", "classes", "train", "validation", "test", "units, level by level", text=1)
+    for number, task in enumerate(run.network.tasks, 1):
+        images: tuple[str, ...] = ("-", "-", "-")  # of a task learnt in an earlier run
+        if data := run.data.get(number):
+            images = tuple(map(str, data.counts.values()))
+        bounds = zip((0, *task.levels), task.levels, strict=False)
+        units = " | ".join(" ".join(map(str, task.order[start:stop])) for start, stop in bounds)
+        made.add_row(f"{number} {task.name}", str(len(task.classes)), *images, units)
+    return made
+
+
+def class_lines(run: Run, width: int) -> list[str]:
+    """Which classes each task has, as many as fit into a line, and which of them a split has no images of."""
+    lines = []
+    for number, data in run.data.items():
+        name = f"task {number} {run.network.tasks[number - 1].name}"
+        groups = data.spec.groups or {}
+        made_of = {new: list(map(str, old if isinstance(old, list) else [old])) for new, old in groups.items()}
+        most = (40, 20, 10, 6, 3)
+        shown = [", ".join(f"'{new}' ({few(old, n)})" for new, old in made_of.items()) for n in most if made_of]
+        shown = [f"{name}: classes {text}" for text in (*shown, *(few(data.classes, n) for n in most))]
+        lines.append(next((line for line in shown if len(line) <= width), shown[-1]))
+        for split, labels in (("train", data.train.labels), ("test", data.test.labels)):
+            there = set(labels.tolist())
+            missing = [of_class for label, of_class in enumerate(data.classes) if label not in there]
+            if missing:
+                lines.append(f"{name}: no {split} images of {few(missing)}")
+    return lines
+
+
+def how_to_go_on(session: Session) -> str:
+    """What someone who has stopped a run wants to know."""
+    run = session.run
+    if not run.epochs_done:
+        return "stopped within the first epoch: nothing has been written"
+    if session.files.state.exists():
+        return f"stopped after epoch {run.epochs_done}: the same command with --resume goes on from there"
+    return f"stopped after training: {session.files.checkpoint} is written, `dvn eval` measures it"

@@ -1,0 +1,114 @@
+"""Standalone files of single networks, cut out of a checkpoint without torch."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dvn_cli.errors import DvnError
+from dvn_cli.files import check_folder_writable
+from dvn_cli.store.file import Header, read_checkpoint
+from dvn_cli.store.metadata import CheckpointMetadata, TaskLevel, check_level, find_task
+from dvn_cli.store.slicing import slice_file
+
+FORMATS = ("safetensors",)
+"""Of the files that networks are cut into."""
+
+
+@dataclass(frozen=True)
+class SliceFile:
+    """A file of one network.
+
+    Attributes:
+        file: where it is.
+        task: number of its task, from 1.
+        name: of its task.
+        level: from 1.
+        levels: how many its task has.
+        units: that it is made of, by number from 1.
+        params: elements of its parameters.
+        bytes: of the file.
+    """
+
+    file: Path
+    task: int
+    name: str
+    level: int
+    levels: int
+    units: tuple[int, ...]
+    params: int
+    bytes: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `dvn slice --json` has it."""
+        fields = {key: value for key, value in vars(self).items() if key != "levels"}
+        return fields | {"file": str(self.file), "units": list(self.units)}
+
+
+def slice(
+    checkpoint: str | os.PathLike[str] = "dvn.safetensors",
+    task: int | str = 1,
+    level: int = 1,
+    output: str | os.PathLike[str] | None = None,
+) -> SliceFile:
+    """Cuts the network of a task and level out of a checkpoint, into a file that needs nothing else.
+
+    Args:
+        checkpoint: the file of all networks.
+        task: by name or by number from 1.
+        level: from 1.
+        output: a file or an existing folder; by default STEM-taskT-levelL.safetensors in the working directory, STEM
+            being the checkpoint's name.
+
+    Raises:
+        InputError: no such task or level, a slice in place of a checkpoint, or an output that cannot be written.
+        DvnError: writing failed, such as on a full disk.
+
+    Example:
+        >>> cut = dvn_cli.slice("dvn.safetensors", task=2, level=1)  # doctest: +SKIP
+        >>> network = dvn_cli.load(cut.file)  # doctest: +SKIP
+    """
+    header = read_checkpoint(checkpoint)
+    tasks = header.metadata.tasks
+    number = find_task(tasks, task)
+    network = TaskLevel(number, check_level(tasks[number - 1], level))
+    file = Path(_name(header, network) if output is None else output)
+    return _cut(header, network, file / _name(header, network) if file.is_dir() else file)
+
+
+def slice_all(
+    checkpoint: str | os.PathLike[str] = "dvn.safetensors", folder: str | os.PathLike[str] | None = None
+) -> Iterator[SliceFile]:
+    """Cuts every network out of a checkpoint, each when it is asked for.
+
+    Args:
+        checkpoint: the file of all networks.
+        folder: for the files, made where it is missing; by default STEM-slices in the working directory.
+
+    Raises:
+        InputError, DvnError: as `slice`.
+    """
+    header = read_checkpoint(checkpoint)
+    folder = Path(f"{header.path.stem}-slices" if folder is None else folder)
+    check_folder_writable(folder)
+    for network in header.metadata.networks:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            yield _cut(header, network, folder / _name(header, network))
+        except DvnError:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+            raise
+
+
+def _cut(header: Header[CheckpointMetadata], network: TaskLevel, file: Path) -> SliceFile:
+    task = header.metadata.tasks[network.task - 1]
+    params = slice_file(header, *network, file).params
+    units, size = task.units(network.level), file.stat().st_size
+    return SliceFile(file, network.task, task.name, network.level, len(task.levels), units, params, size)
+
+
+def _name(header: Header[CheckpointMetadata], network: TaskLevel) -> str:
+    return f"{header.path.stem}-task{network.task}-level{network.level}.safetensors"
