@@ -147,8 +147,8 @@ def test_then_slice_and_eval(typed: tuple[Path, list[str]]) -> None:
         assert alone.task.data is None
         data_of_task = network.tasks[row["task"] - 1].data
         assert data_of_task is not None
-        assert data_of_task["base"] is None, "digits need no folder"
-        split, _ = load_test(DataSpec.model_validate(data_of_task["spec"]), channels=1)
+        assert data_of_task.base is None, "digits need no folder"
+        split, _ = load_test(DataSpec.model_validate(data_of_task.spec), channels=1)
         with torch.no_grad():
             for images, _ in batches(split, 250, mean=alone.task.mean, std=alone.task.std):
                 expected = network(images, row["task"], row["level"])

@@ -85,8 +85,8 @@ def test_images_are_prepared_as_for_the_weights_and_it_is_said(folder: Path) -> 
     slice_file(header, 1, 1, folder / "slice.safetensors")
     of_slice = read_header(folder / "slice.safetensors").metadata.task
     for entry in (header.metadata.tasks[0], of_slice):
-        assert (entry["interpolation"], entry["crop_pct"], entry["crop_mode"]) == ("bicubic", 0.95, "center")
-        assert (entry["mean"], entry["std"]) == ([*MEAN], [*STD])
+        assert (entry.interpolation, entry.crop_pct, entry.crop_mode) == ("bicubic", 0.95, "center")
+        assert (entry.mean, entry.std) == (MEAN, STD)
     assert header.metadata.preprocessing.crop_pct == 0.95
     images = DataSpec(source="folder", path=str(folder / "photos"))
     (opened,) = measure.open_files([folder / "slice.safetensors"], data=images)
@@ -183,7 +183,7 @@ def test_a_partition_made_from_weights_hands_their_preprocessing_on(folder: Path
     [
         (("--crop-pct", "87.5"), "crop_pct is a share"),
         (("--interpolation", "bicubik"), "did you mean 'bicubic'"),
-        (("--mean", "0.5,0.5"), "--mean has 2 values for images of 3 channels"),
+        (("--mean", "0.5,0.5"), "mean has 2 values for images of 3 channels"),
         (("--std", "grey"), "--std takes numbers"),
         (("--std", "0"), "above 0"),
     ],
@@ -199,7 +199,7 @@ def test_flags_that_say_nothing_possible(
 
 def test_flags_without_weights(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert dvn("partition", "wrn_10_1", "--units", 2, "--crop-pct", 0.9, "-o", tmp_path / "x.safetensors") == 2
-    assert "--crop-pct says how images are prepared for weights" in capsys.readouterr().err
+    assert "crop_pct says how images are prepared for weights" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
