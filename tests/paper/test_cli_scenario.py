@@ -197,10 +197,14 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dvn: Callab
     assert code == 0, err
     top1 = {(row["task"], row["level"]): row["top1"] for row in json.loads(out)["results"]}
 
-    def measure(targets: Sequence[benchmark.Target], *_: object) -> list[benchmark.Result]:
+    def measure(targets: Sequence[benchmark.Target], *_: object) -> list[benchmark.Measurement]:
         assert [(target.task, target.level) for target in targets] == [(2, 1), (2, 2)]
         return [
-            benchmark.Result("", 2, "all", level, 1, 1.0, 1, (seconds,) * 3, None, 0.008 / seconds)
+            benchmark.Measurement(
+                *("", 2, "all", level, tuple(range(1, level + 1)), 1, 1.0, 1),
+                *((seconds,) * 3, None, 0.008 / seconds),
+                batch_size=4,
+            )
             for level, seconds in ((1, 0.002), (2, 0.008))
         ]
 

@@ -23,8 +23,10 @@ from hypothesis import strategies as st
 from synthetic import DataSets
 
 from dvn_cli import cli
+from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.store.metadata import TrainingRecord
 from dvn_cli.training import recipe as recipes
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.methods import METHODS
@@ -518,7 +520,7 @@ def test_partition(tmp_path: Path, classes: int) -> None:
     """Networks of a partition's file, made for another number of classes too: their logits are its first ones."""
     first = small.session(tmp_path)
     torch.manual_seed(5)
-    partition = small.partitioned(replaced(first, classes), 2)
+    partition = partition_backbone(replaced(first, classes), 2)
     module = partition.spec.build()
     tasks = first.run.network.tasks
     DeepVirtualNetwork.from_backbone(partition, module, tasks).save(tmp_path / "p.safetensors")
@@ -544,13 +546,13 @@ def replaced(session: Session, classes: int) -> Any:
 def test_no_partition(tmp_path: Path) -> None:
     first = small.session(tmp_path)
     words = ("backbone=", "units=", "partition=p.safetensors")
-    partition = small.partitioned(replaced(first, 5), 2)
+    partition = partition_backbone(replaced(first, 5), 2)
     tasks = first.run.network.tasks[:1]
     fresh = DeepVirtualNetwork.from_backbone(partition, partition.spec.build(), tasks)
     fresh.save(tmp_path / "p.safetensors")
     with pytest.raises(InputError, match=r"task 'all' has 10 classes, .* 5: partition with --num-classes 10"):
         small.session(tmp_path, *words)
-    fresh.training_record = {}
+    fresh.training_record = TrainingRecord({})
     fresh.save(tmp_path / "p.safetensors")
     with pytest.raises(InputError, match="has been trained already"):
         small.session(tmp_path, *words)
