@@ -11,7 +11,7 @@ from dvn_cli.overrides import read_yaml
     "groups: {a: [1], a: [2]}", "groups: {1: [1], '1': [2]}", "data: {groups: {<<: {}, yes: 1, yes: 2}}",
 ])  # fmt: skip
 def test_a_group_is_given_once(text):
-    with pytest.raises(InputError, match=r"groups has '.*' twice"):
+    with pytest.raises(InputError, match=r"key '.*' is there twice"):
         read_yaml(text)
 
 
