@@ -10,7 +10,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.errors import InputError, did_you_mean, shortened
 
 _OF_CLASSES = {"classes", "groups"}
 _CORE = "tag:yaml.org,2002:"
@@ -195,11 +195,6 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     given = problem["input"]
     shown = f", not {shortened(repr(given))}" if isinstance(given, str | int | float | bool) or given is None else ""
     return f"{where}: {message}{shown}" if where else message
-
-
-def shortened(text: str) -> str:
-    """Returns a text, of a long one its beginning."""
-    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _keys_along(annotation: Any, location: Sequence[int | str]) -> tuple[list[str], list[str]]:

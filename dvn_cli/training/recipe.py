@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dvn_cli.data import DataSpec
 from dvn_cli.data.spec import MAY_DIFFER
-from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.errors import InputError, did_you_mean, shortened
 from dvn_cli.files import check_length, read_bytes
-from dvn_cli.overrides import LARGEST, first_problem, override_key, parse_override, read_yaml, shortened
+from dvn_cli.overrides import LARGEST, first_problem, override_key, parse_override, read_yaml
 from dvn_cli.training.methods import METHODS, together
 
 FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")

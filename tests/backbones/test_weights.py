@@ -241,7 +241,7 @@ def test_pickled_objects_are_not_opened_and_named(tmp_path):
 def test_what_holds_no_tensors_by_name(tmp_path):
     for content, what in (([torch.ones(2)], "a list"), ({"epoch": 3}, "but epoch"), ({}, "holds nothing")):
         refused(save_torch(content, tmp_path / "w.pt"), what)
-    refused(tmp_path / "none.pt", "no file")
+    refused(tmp_path / "none.pt", "there is no file")
     refused(tmp_path, "is a folder")
 
 

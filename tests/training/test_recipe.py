@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import shlex
-import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
