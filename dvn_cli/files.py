@@ -1,4 +1,4 @@
-"""Files are read where they are files, and replaced whole or not at all; what prevents that is known before long work."""
+"""Files are read where they are files, and replaced whole or not at all; what prevents that is known before work."""
 
 import contextlib
 import datetime

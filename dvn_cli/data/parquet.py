@@ -4,7 +4,9 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from dvn_cli.data.decode import Item
-from dvn_cli.data.sources import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present
+from dvn_cli.data.sources import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, files_below, first_present
 from dvn_cli.errors import DvnError, InputError, did_you_mean
 from dvn_cli.files import check_regular
 
@@ -76,10 +78,8 @@ def _files(request: Request) -> dict[str, list[Path]]:
     root = _root(request)
     known = {*TRAIN_SPLITS, *TEST_SPLITS, *request.splits("test")}
     subsets: dict[str, dict[str, list[Path]]] = {}
-    for path in sorted(root.rglob("*.parquet")):
+    for path in parquet_files(root):
         parts = path.relative_to(root).parts
-        if any(part.startswith(".") for part in parts):  # what systems and programs leave there
-            continue
         for depth in range(len(parts) - 1, -1, -1):
             split = re.split(r"[-.]", parts[depth])[0]
             if split in known:
@@ -98,10 +98,15 @@ def _files(request: Request) -> dict[str, list[Path]]:
     return subsets[request.subset]
 
 
+def parquet_files(root: Path) -> list[Path]:
+    """Lists the parquet files below a folder, in order; links are followed, what is hidden is left out."""
+    return sorted(map(Path, files_below(root, lambda name: name.endswith(".parquet"), Counter())))
+
+
 def _root(request: Request) -> Path:
     """The local folder, or the hub's: of the main revision, or of the converted one where that has no parquet files."""
     if request.path is not None:
-        if not request.path.is_dir():
+        if not os.path.isdir(request.path):
             raise InputError(f"no folder {request.path}")
         return request.path
     from huggingface_hub import snapshot_download
@@ -120,7 +125,7 @@ def _root(request: Request) -> Path:
         except Exception as error:  # offline, a failed download, no such revision: the hub's client raises many kinds
             problem = error
             continue
-        if next(root.rglob("*.parquet"), None) is not None:
+        if parquet_files(root):
             return root
     if problem is None:
         raise InputError(f"the data set '{name}' on the hub has no parquet files")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from dvn_cli.data import Chosen, DataSpec, Reader
 from dvn_cli.data.classes import corresponding, few, is_range
-from dvn_cli.data.sources import TEST_SPLITS
+from dvn_cli.data.parquet import parquet_files
+from dvn_cli.data.sources import TEST_SPLITS, subfolders
 from dvn_cli.errors import InputError
 from dvn_cli.files import read_bytes
 from dvn_cli.overrides import LARGEST, first_problem, override_key, parse_override, read_yaml
@@ -214,9 +215,9 @@ def parse_data(
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    if next(path.rglob("*.parquet"), None) is not None:
+    if parquet_files(path):
         return {"source": "hf", "path": str(path)}
-    folders = {entry.name for entry in path.iterdir() if entry.is_dir()}
+    folders = set(subfolders(path))
     if not folders:
         raise InputError(f"--data {path}: there are neither parquet files in it nor folders of classes")
     return {"source": "folder", "path": str(path)} | ({} if folders & set(TEST_SPLITS) else {"test_split": "."})
