@@ -52,7 +52,7 @@ Classes = Annotated[
 class DataSpec(BaseModel):
     """Where a task's images come from, which of them, and how they are prepared. `model_dump()` is JSON."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     source: Kind = Field(
         description="digits: the handwritten digits that come with dvn. torchvision: a data set of "
@@ -139,7 +139,7 @@ class DataSpec(BaseModel):
         description="Augmentation of training images. crop: random shifts by up to `pad` pixels. crop-flip: random "
         "horizontal flips too.",
     )
-    pad: PositiveInt = Field(default=4, description="Pixels of black border added before a random crop.")
+    pad: PositiveInt = Field(default=4, le=10**6, description="Pixels of black border added before a random crop.")
     mean: list[float] | None = Field(
         default=None,
         description="Mean of each channel, for pixels in 0..1, subtracted from images. By default that of the "

@@ -206,7 +206,7 @@ class Recipe(Keys):
         description="Passes over the training images of the task that has the most; with sequential learning, over "
         "each task's own.",
     )
-    batch_size: Count = Field(default=128, description="Images of each task in every step.")
+    batch_size: Count = Field(default=128, le=10**6, description="Images of each task in every step.")
     optimizer: OptimizerKeys = Field(default=OptimizerKeys(), description="Settings of the optimizer.")
     schedule: ScheduleKeys = Field(default=ScheduleKeys(), description="Settings of the learning rate schedule.")
     reduction: Literal["sum", "mean"] = Field(

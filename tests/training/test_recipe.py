@@ -219,7 +219,7 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("backbone.name=wrn_11_1", "wrn_11_1"),
         ("backbone.name=resnt18", "did you mean 'resnet18'?"),
         ("backbone.input_size=32", "images of 8x8 cannot meet those of 32x32"),
-        ("backbone.weights=no.pth", "no file no.pth"),
+        ("backbone.weights=no.pth", "there is no file 'no.pth'"),
         ("backbone.pretrained=true", "there are no pretrained weights of wrn_10_1"),
     ],
 )
