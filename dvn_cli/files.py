@@ -85,7 +85,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         _remove_leftovers(path.parent)
         file, temporary = _open_temporary(path)
     except OSError as error:
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise InputError(f"cannot write '{shown}': there is no folder '{path.parent}'") from None
         as_asked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
         raise (InputError if as_asked else DvnError)(f"cannot write '{shown}': {reason(error)}") from None
@@ -149,7 +149,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def check_folder_writable(folder: Path) -> None:
     """Raises InputError unless files can be written to a folder, or to one that is made where it is not yet."""
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-    if not there.is_dir():
+    if not os.path.isdir(there):
         raise InputError(f"cannot write to the folder '{folder}': '{there}' is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to the folder '{folder}': '{there}' is not writable")
