@@ -184,11 +184,17 @@ def test_classes_that_are_only_tested(tmp_path):
     assert task(tmp_path, classes="1-2").classes == ("1", "2")
 
 
-@pytest.mark.parametrize("damage", [
-    lambda content: content[:100], lambda content: content[:-4] + b"xxxx", lambda content: b"PAR1" + bytes(900) + content[904:],
-    lambda content: content.replace(b"image", b"\xff\xff\xff\xff\xff"), lambda content: b"",
-    lambda content: content[: len(content) // 2] + b"\xff" * 50 + content[len(content) // 2 + 50 :],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:100],
+        lambda content: content[:-4] + b"xxxx",
+        lambda content: b"PAR1" + bytes(900) + content[904:],
+        lambda content: content[: len(content) // 2] + b"\xff" * 50 + content[len(content) // 2 + 50 :],
+        lambda content: content.replace(b"image", b"\xff\xff\xff\xff\xff"),
+    ],
+)
 def test_a_damaged_file_is_named(tmp_path, damage):
     write(tmp_path, train=rows([0, 1] * 10), test=rows([0, 1] * 10))
     file = tmp_path / "train-0.parquet"
