@@ -267,10 +267,10 @@ def _recipe(folder: Path) -> None:
 
 def _state(folder: Path) -> None:
     from dvn_cli.training import recipe as recipes
-    from dvn_cli.training.session import Session
+    from dvn_cli.training.experiment import prepare
 
     _recipe(folder)
-    session = Session(recipes.read(folder / "recipe.yaml"), folder, folder / "dvn.safetensors", torch.device("cpu"))
+    session = prepare(recipes.read(folder / "recipe.yaml"), folder, folder / "dvn.safetensors", torch.device("cpu"))
 
     class Stopped(Exception):
         pass
@@ -397,7 +397,7 @@ def _read_recipe(folder: Path) -> None:
 def _read_state(folder: Path) -> None:
     from dvn_cli.training import state
 
-    state.load(folder / "dvn.state.safetensors")
+    state.tensors(state.read(folder / "dvn.state.safetensors"))
 
 
 def _partition(file: str, folder: Path) -> list[Any]:

@@ -10,8 +10,6 @@ import pytest
 
 from dvn_cli.errors import DvnError
 
-KINDS = [name for name in hostile.KINDS if name not in ("checkpoint", "slice", "state")]
-
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
@@ -33,13 +31,13 @@ def late(*_: object) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # of what torch says of the kinds of tensors
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", hostile.KINDS)
 def test_a_damaged_file_is_read_or_refused(
     name: str, whole: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal.signal(signal.SIGALRM, late)
     kind = hostile.KINDS[name]
-    for number in range(33):
+    for number in range(34):
         folder = tmp_path / str(number)
         hostile.damage(kind, whole(name), folder, f"{name} {number}")
         monkeypatch.chdir(folder)
@@ -55,7 +53,7 @@ def test_a_damaged_file_is_read_or_refused(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", hostile.KINDS)
 def test_in_processes_with_limits(name: str, tmp_path: Path) -> None:
     """Some 3,000 files, every tenth with the whole command."""
     assert hostile.faults(name, 334, tmp_path) == []
