@@ -28,6 +28,8 @@ from dvn_cli.undivided import Whole, whole
 from dvn_cli.units import count
 from dvn_cli.units.assign import EVEN, Bucket, assign, unit_of_labels
 
+MOST_UNITS = 1024
+
 ENOUGH = 0.9
 """Share of the parameters that is divided where nobody asks for more."""
 
@@ -207,8 +209,8 @@ def _partitioned(spec: BackboneSpec, units: int, rule: Rule) -> Partition:
 
 
 def _partition(spec: BackboneSpec, units: int, rule: Rule, module: nn.Module) -> Partition:
-    if units < 1:
-        raise InputError(f"a backbone has at least 1 unit, not {units}")
+    if not 1 <= units <= MOST_UNITS:
+        raise InputError(f"a backbone has 1 to {MOST_UNITS:,} units, not {units}")
     graphs = {train: trace(module, (spec.in_chans, *spec.input_size), train) for train in (False, True)}
     division = divide_graphs(graphs.values(), units, module.state_dict(keep_vars=True), rule)
     labeller, assignment, groups = division.labeller, division.assignment, division.groups

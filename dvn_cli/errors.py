@@ -23,6 +23,11 @@ def did_you_mean(word: object, choices: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
+def shortened(text: str) -> str:
+    """Returns a text, of a long one its beginning."""
+    return text if len(text) <= 80 else f"{text[:79]}…"
+
+
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "std::bad_alloc")
 """What torch's allocators say, of which only the one on CUDA has an exception of its own."""
 

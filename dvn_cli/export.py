@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvn_cli.errors import DvnError
-from dvn_cli.files import check_folder_writable
+from dvn_cli.errors import DvnError, InputError
+from dvn_cli.files import check_folder_writable, reason
 from dvn_cli.store.file import Header, read_checkpoint
 from dvn_cli.store.metadata import CheckpointMetadata, TaskLevel, check_level, find_task
 from dvn_cli.store.slicing import slice_file
@@ -75,7 +75,7 @@ def slice(
     number = find_task(tasks, task)
     network = TaskLevel(number, check_level(tasks[number - 1], level))
     file = Path(_name(header, network) if output is None else output)
-    return _cut(header, network, file / _name(header, network) if file.is_dir() else file)
+    return _cut(header, network, file / _name(header, network) if os.path.isdir(file) else file)
 
 
 def slice_all(
@@ -94,7 +94,10 @@ def slice_all(
     folder = Path(f"{header.path.stem}-slices" if folder is None else folder)
     check_folder_writable(folder)
     for network in header.metadata.networks:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write to the folder '{folder}': {reason(error)}") from None
         try:
             yield _cut(header, network, folder / _name(header, network))
         except DvnError:

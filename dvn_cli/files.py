@@ -1,4 +1,4 @@
-"""Files are replaced whole or not at all, and what prevents that is known before long work begins."""
+"""Files are read where they are files, and replaced whole or not at all; what prevents that is known before work."""
 
 import contextlib
 import datetime
@@ -17,7 +17,54 @@ try:
 except ImportError:  # Windows: a killed process's temporary file stays until someone removes it
     fcntl = None  # type: ignore[assignment]
 
+_DESCRIPTOR = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
+"""What shells call a pipe that they hand to a command, as for `<(...)`."""
+
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
+
+
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raises InputError unless a path leads to a regular file: to open a pipe or a device may wait for ever."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise InputError(f"there is no file '{path}'") from None
+    except (OSError, ValueError) as error:  # ValueError: there is a NUL in it
+        raise InputError(f"cannot read '{path}': {reason(error)}") from None
+    if not stat.S_ISREG(mode):
+        raise InputError(f"cannot read '{path}': it is {_kind(mode)}")
+
+
+def read_bytes(path: str | os.PathLike[str], limit: int) -> bytes:
+    """Returns what is in a regular file, or in a pipe that the shell hands over (`/dev/stdin`, `<(...)`).
+
+    Raises:
+        InputError: it is neither, cannot be read, or holds more bytes than `limit`.
+    """
+    if not _DESCRIPTOR.fullmatch(os.fspath(path)):
+        check_regular(path)
+    try:
+        with open(path, "rb") as file:
+            content = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f"cannot read '{path}': {reason(error)}") from None
+    return check_length(content, limit, f"'{path}'")
+
+
+def check_length(content: bytes, limit: int, shown: str) -> bytes:
+    """Returns what was read of a file, of which `limit` bytes and one more were asked for.
+
+    Raises:
+        InputError: it holds more than `limit`; the message calls it `shown`.
+    """
+    if len(content) > limit:
+        raise InputError(f"cannot read {shown}: it is larger than {limit >> 20} MiB")
+    return content
+
+
+def _kind(mode: int) -> str:
+    """Returns what a path leads to that is no regular file."""
+    return "a folder" if stat.S_ISDIR(mode) else "not a regular file"
 
 
 @contextlib.contextmanager
@@ -34,12 +81,11 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     shown, path = path, Path(os.path.realpath(path))  # through a link, the file it leads to is replaced
     try:
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            what = "a folder" if path.is_dir() else "not a regular file"
-            raise InputError(f"cannot write '{shown}': it is {what}")
+            raise InputError(f"cannot write '{shown}': it is {_kind(path.stat().st_mode)}")
         _remove_leftovers(path.parent)
         file, temporary = _open_temporary(path)
     except OSError as error:
-        if not path.parent.is_dir():
+        if not os.path.isdir(path.parent):
             raise InputError(f"cannot write '{shown}': there is no folder '{path.parent}'") from None
         as_asked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
         raise (InputError if as_asked else DvnError)(f"cannot write '{shown}': {reason(error)}") from None
@@ -103,7 +149,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
 def check_folder_writable(folder: Path) -> None:
     """Raises InputError unless files can be written to a folder, or to one that is made where it is not yet."""
     there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
-    if not there.is_dir():
+    if not os.path.isdir(there):
         raise InputError(f"cannot write to the folder '{folder}': '{there}' is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise InputError(f"cannot write to the folder '{folder}': '{there}' is not writable")

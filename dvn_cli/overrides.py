@@ -1,6 +1,7 @@
 """Keys and values as a user writes them: YAML files, `key=value`, and what is wrong with a key or value."""
 
 import copy
+import math
 import re
 from collections.abc import Sequence
 from types import UnionType
@@ -9,10 +10,14 @@ from typing import Annotated, Any, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from dvn_cli.errors import InputError, did_you_mean
+from dvn_cli.errors import InputError, did_you_mean, shortened
 
 _OF_CLASSES = {"classes", "groups"}
 _CORE = "tag:yaml.org,2002:"
+LARGEST = 1 << 20
+"""Bytes of a file of YAML, and of the values that it stands for once every alias is what it is an alias of."""
+
+_DIGITS = 1000  # of an integer; Python prints no number of more than 4,300
 _WORDS = {_CORE + kind for kind in ("bool", "float", "int", "null", "timestamp", "value")}
 
 
@@ -28,23 +33,60 @@ def read_yaml(text: str, key: str = "") -> Any:
         key: The dotted key whose value the text is; of a whole file none.
 
     Raises:
-        yaml.YAMLError: It is not YAML.
-        ValueError: A value is none of its kind, such as a date that there is not.
-        InputError: One of `groups` is given twice.
+        yaml.YAMLError: It is not YAML, or a value is none of its kind, such as a date that there is not.
+        InputError: It is too deep or too large, has a key twice, or a number that is too long.
     """
     loader = yaml.SafeLoader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
+        _check(node, "", {})
         parts = key.split(".")
         if _OF_CLASSES & set(parts):
             node = _names(node, loader, parts[-1] in _OF_CLASSES)
         else:
             _keep_names(node, loader, set())
         return loader.construct_document(node)
+    except RecursionError:
+        raise InputError("it is nested too deeply") from None
+    except (ArithmeticError, AttributeError, LookupError, ValueError) as error:  # what a scalar's reader raises
+        raise yaml.YAMLError(str(error)) from None
     finally:
         loader.dispose()
+
+
+def _check(node: yaml.Node, path: str, sizes: dict[int, float]) -> float:
+    """Returns how many bytes of values a node stands for, with aliases as often as they are used.
+
+    Args:
+        node: The node.
+        path: The keys that lead to it, each with a dot after it.
+        sizes: Those of the nodes that are known, by `id`.
+
+    Raises:
+        InputError: It is too large, or has a key twice, of which YAML silently takes the last, or too long a number.
+    """
+    if id(node) in sizes:
+        return sizes[id(node)]
+    sizes[id(node)] = math.inf  # where it is met in itself
+    inner: list[tuple[str, yaml.Node]] = []
+    if isinstance(node, yaml.SequenceNode):
+        inner = [(str(index), value) for index, value in enumerate(node.value)]
+    elif isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and name in lines:
+                raise InputError(f"key '{path}{name}' is there twice, in lines {lines[name]} and {line}: leave one out")
+            lines[name] = line
+            inner += [(name, key), (name, value)]
+    sizes[id(node)] = max(1, len(node.value)) + sum(_check(value, f"{path}{name}.", sizes) for name, value in inner)
+    if sizes[id(node)] > LARGEST:
+        raise InputError(f"with its aliases it is larger than {LARGEST >> 20} MiB")
+    if node.tag == _CORE + "int" and len(node.value) > _DIGITS:
+        raise InputError(f"{path.rstrip('.') or 'it'} is a number of {len(node.value):,} digits")
+    return sizes[id(node)]
 
 
 def _keep_names(node: yaml.Node, loader: yaml.SafeLoader, seen: set[int]) -> None:
@@ -83,13 +125,9 @@ def _mark(node: yaml.Node, loader: yaml.SafeLoader, seen: set[int]) -> None:
             node.tag = _CORE + "str"
     elif isinstance(node, yaml.MappingNode):
         loader.flatten_mapping(node)  # `<<`, whose keys are keys of this mapping
-        keys = set()
         for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                key.tag = _CORE + "str" if key.tag in _WORDS else key.tag
-                if key.value in keys:
-                    raise InputError(f"groups has '{key.value}' twice")
-                keys.add(key.value)
+            if isinstance(key, yaml.ScalarNode) and key.tag in _WORDS:
+                key.tag = _CORE + "str"
             _mark(value, loader, seen)
     else:
         for value in node.value:
@@ -100,11 +138,13 @@ def parse_override(override: str) -> tuple[str, Any]:
     """The key and the value, in YAML, of `key=value`."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise InputError(f"'{override}' is no override: give key=value, such as optimizer.lr=0.05")
+        raise InputError(f"'{shortened(override)}' is no override: give key=value, such as optimizer.lr=0.05")
     try:
         return key, read_yaml(text, key)
-    except (ValueError, yaml.YAMLError):
-        raise InputError(f"the value of {key} is not YAML: {text}") from None
+    except yaml.YAMLError:
+        raise InputError(f"the value of {key} is not YAML: {shortened(text)}") from None
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from None
 
 
 def override_key(content: dict[str, Any], key: str, value: Any) -> None:
@@ -135,7 +175,7 @@ def _places(place: Any, part: str, path: str) -> list[tuple[str, Any]]:
         raise InputError(f"{path} has no keys: there is no {path}.{part}")
     if part == "*":
         return [(str(index), index) for index in range(len(place))]
-    if not part.isdecimal() or int(part) >= len(place):
+    if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(place):
         allowed = f"give a number from 0 to {len(place) - 1}, or *" if place else "the list is empty"
         raise InputError(f"{path}.{part}: {allowed}")
     return [(part, int(part))]
@@ -153,7 +193,7 @@ def first_problem(error: ValidationError, model: type[BaseModel]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     given = problem["input"]
-    shown = f", not {given!r}" if isinstance(given, str | int | float | bool) or given is None else ""
+    shown = f", not {shortened(repr(given))}" if isinstance(given, str | int | float | bool) or given is None else ""
     return f"{where}: {message}{shown}" if where else message
 
 

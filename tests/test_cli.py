@@ -5,6 +5,7 @@ import importlib.resources
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,6 +67,16 @@ def test_wrong_usage_is_one_line_and_2(
     assert captured.err.startswith("dvn: ")
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+def test_a_working_directory_that_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert run(monkeypatch, "slice", "--all") == 2
+    assert capsys.readouterr().err.startswith("dvn: the working directory is gone (")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")

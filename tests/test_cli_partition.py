@@ -405,7 +405,7 @@ def test_a_check_tells_a_wrong_network_and_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["wrn_10_1", "--units", "0"], "at least 1 unit"),
+        (["wrn_10_1", "--units", "0"], "1 to 1,024 units, not 0"),
         (["wrn_10_1", "--units", "65"], "cannot be divided into 65 units: at most 64 channels"),
         (["wrn_10_1"], "units"),
         (["wrm_10_1", "--units", "2"], "unknown backbone 'wrm_10_1'"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dvn_cli.errors import InputError
-from dvn_cli.files import atomic, check_folder_writable, check_writable
+from dvn_cli.files import atomic, check_folder_writable, check_regular, check_writable, read_bytes
 
 
 @pytest.fixture
@@ -55,3 +55,25 @@ def test_a_write_at_the_same_time_is_left_alone(file):
         assert file.read_bytes() == b"quick"
     assert file.read_bytes() == b"slow"
     assert os.listdir(file.parent) == [file.name]
+
+
+def test_what_is_no_regular_file_is_not_waited_for(file):
+    os.mkfifo("pipe")
+    Path("loop").symlink_to("loop")
+    Path("link").symlink_to("pipe")
+    check_regular(file)
+    assert read_bytes(file, 2) == b"{}"
+    odd = (("pipe", "not a regular"), ("link", "not a regular"), (".", "a folder"), ("/dev/zero", "not a regular"))
+    wrong = (("none", "there is no file"), ("loop", "symbolic"), ("x" * 4000, "too long"), ("a\0b", "null"))
+    for path, why in (*odd, *wrong):
+        for read in (check_regular, lambda path: read_bytes(path, 2)):
+            with pytest.raises(InputError, match=why):
+                read(path)
+
+
+def test_what_is_read_is_bounded(file):
+    with pytest.raises(InputError, match=r"'/dev/fd/\d+': it is larger than 1 MiB"), open("/dev/zero", "rb") as endless:
+        read_bytes(f"/dev/fd/{endless.fileno()}", 1 << 20)
+    file.write_bytes(bytes(3))
+    with pytest.raises(InputError, match="larger"):
+        read_bytes(file, 2)

@@ -14,13 +14,16 @@ import torch.nn.functional as F
 from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
 from torch import Tensor, nn
 
-from dvn_cli.errors import InputError
+from dvn_cli.errors import InputError, shortened
 
 COMMON = (
     *("wrn_16_4", "wrn_28_2", "wrn_28_4", "wrn_28_10", "wrn_32_2", "wrn_32_4", "wrn_32_8", "wrn_40_2", "wrn_40_4"),
     *("resnet_18", "resnet_34", "resnet_42", "resnet_50", "resnet_20", "resnet_32", "resnet_44", "resnet_56"),
     *("resnet_110", "cifar_resnet_20", "cifar_resnet_32", "cifar_resnet_44", "cifar_resnet_56", "cifar_resnet_110"),
 )
+
+MOST_LAYERS, MOST_PARAMETERS = 2000, 10**10
+"""Of a network that a name asks for: more is a slip, and would take hours to find out."""
 
 default_cfgs: dict[str, Any] = {}  # timm's registry looks for this name in the module of an entry point
 
@@ -57,6 +60,16 @@ class Shape(NamedTuple):
     stem: int  # channels of the first convolution
     widths: tuple[int, ...]  # channels of each stage
     blocks: int  # basic blocks in each stage
+
+    def check(self, name: str) -> "Shape":
+        """Returns the same; InputError where nobody means a network of that size, called by `name`."""
+        layers = 2 + 2 * self.blocks * len(self.widths)
+        before = (self.stem, *self.widths)
+        parameters = sum(9 * (a * b + (2 * self.blocks - 1) * b * b) for a, b in zip(before, self.widths, strict=False))
+        if layers > MOST_LAYERS or parameters > MOST_PARAMETERS:
+            most = f"{MOST_LAYERS:,} layers and {MOST_PARAMETERS:,} parameters"
+            raise InputError(f"{shortened(name)} has {layers:,} layers and {parameters:,} parameters, more than {most}")
+        return self
 
 
 class PaperResNet(nn.Module):
@@ -123,23 +136,23 @@ def shape_of(name: str) -> Shape | None:
     where N = 8 m + 2 (ImageNet style), else as `cifar_resnet_N`: three stages of width 16, 32, 64 with N = 6 m + 2.
 
     Raises:
-        InputError: The pattern is right, but no network has that depth or width.
+        InputError: The pattern is right, but no network has that depth or width, or it is too large.
     """
-    match = re.fullmatch(r"(?:(wrn)_(\d+)_(\d+)|(cifar_)?resnet_(\d+))", name)
+    match = re.fullmatch(r"(?:(wrn)_(\d{1,9})_(\d{1,9})|(cifar_)?resnet_(\d{1,9}))", name)
     if match is None:
         return None
     if match[1]:
         depth, widening = int(match[2]), int(match[3])
         if depth < 8 or depth % 6 not in (2, 4) or widening < 1:
             raise InputError(f"{name}: wrn_N_S wants N = 6m + 2 or 6m + 4 (8, 10, ..., 28, 32, 40) and S from 1")
-        return Shape(16, (16 * widening, 32 * widening, 64 * widening), (depth - 2) // 6)
+        return Shape(16, (16 * widening, 32 * widening, 64 * widening), (depth - 2) // 6).check(name)
     depth = int(match[5])
     if not match[4] and depth >= 10 and depth % 8 == 2:
-        return Shape(64, (64, 128, 256, 512), (depth - 2) // 8)
+        return Shape(64, (64, 128, 256, 512), (depth - 2) // 8).check(name)
     if depth < 8 or depth % 6 != 2:
         four = "" if match[4] else "N = 8m + 2 (10, 18, 26, 34, 42, 50) or "
         raise InputError(f"{name}: {match[4] or ''}resnet_N wants {four}N = 6m + 2 (8, 14, 20, 32, 44, 56, 110)")
-    return Shape(16, (16, 32, 64), (depth - 2) // 6)
+    return Shape(16, (16, 32, 64), (depth - 2) // 6).check(name)
 
 
 def register(name: str) -> bool:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+MOST_CLASSES, MOST_CHANNELS, MOST_PIXELS = 1 << 20, 1 << 10, 1 << 13
+"""Of a classifier, of images, and of their sides."""
+
 FAMILIES = {
     "convnext": "convnext_tiny",
     "deit": "deit_small_patch16_224",
@@ -109,18 +112,20 @@ def resolve(
         raise InputError(f"a factory does not say what {spec.name} is for: give {' and '.join(missing)}")
     if num_classes is None and spec.num_classes < 1:
         raise InputError(f"{spec.name} comes without a classifier: give the number of classes")
-    if num_classes is not None and num_classes < 2:
-        raise InputError(f"a classifier needs at least 2 classes, not {num_classes}")
-    if in_chans is not None and in_chans < 1:
-        raise InputError(f"images have at least 1 channel, not {in_chans}")
-    if input_size is not None and min(input_size) < 1:
-        raise InputError(f"images have at least 1x1 pixels, not {input_size[0]}x{input_size[1]}")
+    if num_classes is not None and not 2 <= num_classes <= MOST_CLASSES:
+        raise InputError(f"a classifier has 2 to {MOST_CLASSES:,} classes, not {num_classes}")
+    if in_chans is not None and not 1 <= in_chans <= MOST_CHANNELS:
+        raise InputError(f"images have 1 to {MOST_CHANNELS:,} channels, not {in_chans}")
+    if input_size is not None and not 1 <= min(input_size) <= max(input_size) <= MOST_PIXELS:
+        raise InputError(f"images have 1 to {MOST_PIXELS:,} pixels a side, not {input_size[0]}x{input_size[1]}")
     asked = replace(
         spec,
         num_classes=num_classes or spec.num_classes,
         in_chans=in_chans or spec.in_chans,
         input_size=input_size or spec.input_size,
     )
+    if asked != spec:
+        _check_memory(asked)
     if (asked.in_chans, asked.input_size) != (spec.in_chans, spec.input_size):
         _try_images(asked)
     return asked
@@ -148,6 +153,25 @@ def default(name: str) -> BackboneSpec:
 
 def _images(spec: BackboneSpec) -> str:
     return f"images of {spec.in_chans}x{spec.input_size[0]}x{spec.input_size[1]}"
+
+
+def _check_memory(spec: BackboneSpec) -> None:
+    """Raises InputError where the weights do not fit the memory that is free, found out on the meta device."""
+    import torch
+
+    from dvn_cli.data import memory
+
+    try:
+        with torch.device("meta"):
+            state = LIBRARIES[spec.source].build(spec).state_dict().values()
+    except Exception:  # few models cannot be built there: some read tensors that they make
+        return
+    size, free = sum(tensor.nbytes for tensor in state), memory.available()
+    if free is not None and size > free:
+        raise InputError(
+            f"{spec.name} for {_images(spec)} and {spec.num_classes:,} classes takes {memory.in_words(size)}, and "
+            f"{memory.in_words(free)} of memory are free"
+        )
 
 
 def _try_images(spec: BackboneSpec) -> None:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dvn_cli.errors import InputError
+from dvn_cli.errors import InputError, shortened
+from dvn_cli.files import check_regular
 
 SAVE = "save the weights alone, with torch.save(model.state_dict(), FILE) or as safetensors"
 
@@ -19,6 +20,11 @@ CUT = "it is damaged or cut short"
 
 COUNTERS = {"total_ops", "total_params", "n_averaged"}
 """What profilers (thop) and averaging (`torch.optim.swa_utils`) leave among a module's buffers."""
+
+_ARCHIVE = b"PK\x03\x04"
+
+_DEPTH = 100
+"""Of the dicts in a file that are looked at."""
 
 BEGINNINGS = {
     rb"version https://git-lfs": "it is a pointer of Git LFS to the file: `git lfs pull` fetches the file itself",
@@ -66,10 +72,7 @@ def read(path: Path) -> Any:
     import torch
     from safetensors.torch import load_file
 
-    if path.is_dir():
-        raise InputError(f"{path} is a folder: give the file of weights in it")
-    if not path.is_file():
-        raise InputError(f"no file {path}")
+    check_regular(path)
     not_weights = f"{path} is not a file of weights"
     try:
         with open(path, "rb") as file:
@@ -79,9 +82,16 @@ def read(path: Path) -> Any:
     for pattern, what in BEGINNINGS.items():
         if re.match(pattern, beginning, re.DOTALL):
             raise InputError(f"{not_weights}: {what}")
+    packed: list[str] = []
     try:
         if beginning[8:9] == b"{":
             return load_file(path)
+        if beginning.startswith(_ARCHIVE):
+            with zipfile.ZipFile(path) as archive:
+                packed = archive.namelist()
+                size = sum(entry.file_size for entry in archive.infolist())
+            if is_unpacked(size, path.stat().st_size):
+                raise InputError(f"{not_weights}: it would unpack to {size / 2**30:,.1f} GiB")
         stands_in = [(type(name, (_Foreign,), {}), name) for name in _foreign_names(path)]
         with (
             warnings.catch_warnings(),
@@ -90,17 +100,24 @@ def read(path: Path) -> Any:
         ):
             warnings.simplefilter("ignore")  # of formats that it reads all the same
             return torch.load(file, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # each reader fails in its own ways at a file that is not its own
-        raise InputError(f"{not_weights}: {_why(path, beginning, error)}") from error
+        raise InputError(f"{not_weights}: {_why(beginning, packed, error)}") from error
 
 
-def _why(path: Path, beginning: bytes, error: Exception) -> str:
-    """Why a file cannot be read, in words."""
+def is_unpacked(size: int, stored: int) -> bool:
+    """Tells whether values are so many more bytes than what is stored of them that nobody has saved them so."""
+    return size > 4 * stored + (64 << 20)
+
+
+def _why(beginning: bytes, packed: Sequence[str], error: Exception) -> str:
+    """Why a file cannot be read, in words; `packed` are the names in an archive."""
     if beginning[8:9] == b"{":
         return f"its safetensors header or data are damaged ({next(iter(str(error).splitlines()), '')})"
-    if zipfile.is_zipfile(path) and any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+    if any(name.endswith("/constants.pkl") for name in packed):
         return f"it is a TorchScript module: {SAVE}"
-    if not beginning.startswith((b"PK\x03\x04", b"\x80")):  # torch's archives, and its pickles before 1.6
+    if not beginning.startswith((_ARCHIVE, b"\x80")):  # torch's archives, and its pickles before 1.6
         return "it is of no known kind"
     # What torch says advises to read the file unsafely.
     return f"what it pickles cannot be read safely: {SAVE}" if isinstance(error, pickle.UnpicklingError) else CUT
@@ -158,29 +175,40 @@ def find(content: Any, own: Mapping[str, Any], origin: str) -> Found:
 def few(names: Sequence[str], shown: int = 1) -> str:
     """The first of some names, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return ", ".join(map(shortened, names[:shown])) + more
 
 
-def _dicts(content: Any, where: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+def _dicts(content: Any) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Every dict with tensors by name in what a file holds, and the keys that lead to it."""
     import torch
 
-    if not isinstance(content, Mapping):
-        return
-    by_name = {key: value for key, value in content.items() if isinstance(key, str)}
-    if any(isinstance(value, torch.Tensor) for value in by_name.values()):
-        yield where, {key: value for key, value in by_name.items() if not isinstance(value, Mapping)}
-    for key, value in by_name.items():
-        yield from _dicts(value, (*where, key))
+    for where, mapping in _mappings(content):
+        by_name = {key: value for key, value in mapping.items() if isinstance(key, str)}
+        if any(isinstance(value, torch.Tensor) for value in by_name.values()):
+            yield where, {key: value for key, value in by_name.items() if not isinstance(value, Mapping)}
+
+
+def _mappings(content: Any) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Every mapping in what a file holds, once however often it is there, and the keys that lead to it."""
+    seen = set()
+    pending: list[tuple[tuple[str, ...], Any]] = [((), content)]
+    while pending:
+        where, value = pending.pop()
+        if isinstance(value, Mapping) and id(value) not in seen and len(where) <= _DEPTH:
+            seen.add(id(value))
+            yield where, value
+            inner = [((*where, key), below) for key, below in value.items() if isinstance(key, str)]
+            pending += reversed(inner)
 
 
 def _prefix(names: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, int]:
     """The prefix without which most names are a backbone's, and how many; of several the shortest."""
+    longest = max(map(len, own), default=0)
     found = Counter(
         name[:start]
         for name in names
         for start in (0, *(dot.end() for dot in re.finditer(r"\.", name)))
-        if name[start:] in own
+        if len(name) - start <= longest and name[start:] in own
     )
     prefix, fitting = max(found.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))
     return prefix, fitting
@@ -191,13 +219,12 @@ def _what(content: Any) -> str:
     if foreign := _foreign(content):
         return f"it is a whole pickled module ({foreign}), which would run its code to be opened: {SAVE}"
     if isinstance(content, Mapping):
-        keys = list(map(str, content))
+        keys = [key if isinstance(key, str) else type(key).__name__ for key in content]
         return f"it has no tensors by name, but {few(keys, 3)}" if keys else "it holds nothing"
     return f"it holds a {type(content).__name__}, not tensors by name"
 
 
 def _foreign(content: Any) -> str | None:
     """The class of the first pickled object in what a file holds."""
-    if isinstance(content, Mapping):
-        return next(filter(None, map(_foreign, content.values())), None)
-    return type(content).__name__ if isinstance(content, _Foreign) else None
+    values = (content, *(value for _, mapping in _mappings(content) for value in mapping.values()))
+    return next((type(value).__name__ for value in values if isinstance(value, _Foreign)), None)

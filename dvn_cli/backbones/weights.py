@@ -11,8 +11,8 @@ from unittest import mock
 
 from dvn_cli.backbones import state_dicts
 from dvn_cli.backbones.registry import BackboneSpec, classifier_tensors, first_line, head, timm_cfg, timm_options
-from dvn_cli.backbones.state_dicts import few
-from dvn_cli.errors import DvnError, InputError
+from dvn_cli.backbones.state_dicts import few, is_unpacked
+from dvn_cli.errors import DvnError, InputError, shortened
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -107,8 +107,9 @@ def _fill(
     """
     own = module.state_dict()
     state = {name: value for name, value in state.items() if not _is_off(module, name)}
-    if odd := next((f"{name} {why}" for name in own if name in state and (why := _odd(state[name], own[name]))), None):
-        raise InputError(f"{origin} cannot be loaded: {odd}")
+    for name, value in state.items():
+        if (name in own or _is_tensor(value)) and (why := _odd(value, own.get(name))):
+            raise InputError(f"{origin} cannot be loaded: {shortened(name)} {why}")
     fitted = _Fitted(spec, own, {name: value for name, value in state.items() if _is_tensor(value)}, list(done))
     if fitted.problems():
         fitted.adapt_input(module)
@@ -169,7 +170,7 @@ class _Fitted:
         return [
             *(f"{name} has shape {there}, not {here}" for name, there, here in shapes),
             *(f"{name} is missing" for name in self.missing()),
-            *(f"{name} is unknown" for name in self.tensors if name not in self.own),
+            *(f"{shortened(name)} is unknown" for name in self.tensors if name not in self.own),
         ]
 
     def leave_out_classifier(self) -> None:
@@ -278,18 +279,21 @@ def _first_convs(spec: BackboneSpec) -> tuple[str, ...]:
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
-def _odd(value: Any, own: "Tensor") -> str | None:
-    """Why a value is none to load, in words; None where it is one."""
+def _odd(value: Any, own: "Tensor | None") -> str | None:
+    """Why a value is none to load in place of the backbone's own, in words; None where it is one."""
     import torch
 
     if not _is_tensor(value):
         return f"is no tensor but a {type(value).__name__}"
     if value.is_meta:
         return "has a shape but no values (it is on the meta device)"
-    if value.is_quantized or (own.is_floating_point() and not value.is_floating_point()):
+    integer = own is not None and own.is_floating_point() and not value.is_floating_point()
+    if value.is_quantized or integer:
         return f"is quantised ({value.dtype}): give the weights before that"
-    if value.layout is not torch.strided:
-        return f"is sparse ({value.layout}): save it with .to_dense()"
+    if value.is_nested or value.layout is not torch.strided:
+        return f"is sparse or nested ({value.layout}): save it with .to_dense()"
+    if is_unpacked(value.nbytes, value.untyped_storage().nbytes()):
+        return f"repeats the values that are stored to {value.nbytes / 2**30:,.1f} GiB (it is expanded)"
     return None
 
 
@@ -300,7 +304,7 @@ def _is_tensor(value: Any) -> bool:
 
 
 def _is_finite(tensor: "Tensor") -> bool:
-    return bool(tensor.isfinite().all())
+    return bool((tensor if tensor.itemsize > 1 else tensor.float()).isfinite().all())  # of 8 bits it is not implemented
 
 
 def _without(shape: tuple[int, ...], dim: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from dvn_cli.cli.eval import eval_command
 from dvn_cli.cli.partition import partition_command
 from dvn_cli.cli.slice import slice_command
 from dvn_cli.cli.train import train_command
-from dvn_cli.errors import DvnError, enough_memory
+from dvn_cli.errors import DvnError, InputError, enough_memory
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, context_settings={"help_option_names": ["-h", "--help"]})
 app.command("partition")(partition_command)
@@ -57,6 +57,7 @@ def main() -> None:
     _prepare_streams()
     try:
         with enough_memory("this machine", "see what else runs on it, or set smaller images, batches or a backbone"):
+            _check_working_directory()
             code = app(standalone_mode=False)
     except DvnError as error:
         code = _fail(str(error), error.exit_code)
@@ -68,6 +69,13 @@ def main() -> None:
             raise
         code = _fail(error.format_message(), 2)
     sys.exit(code)
+
+
+def _check_working_directory() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise InputError(f"the working directory is gone ({error.strerror}): change to another one") from None
 
 
 def _prepare_streams() -> None:

@@ -56,7 +56,7 @@ def partition_command(
         str | None, typer.Option(metavar="center|squash|border", help="How that is cut out. Default: likewise.")
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="The checkpoint to write.")] = Path("dvn.safetensors"),
-    seed: Annotated[int, typer.Option(help="Of the random weights.")] = 0,
+    seed: Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="Of the random weights.")] = 0,
     force: Annotated[bool, typer.Option("--force", help="Replace a file that is no fresh partition.")] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Compare its networks with the backbone in which all else is zero.")

@@ -65,6 +65,17 @@ def size(item: Item) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _opened(item: Item) -> Iterator["Image"]:
+    with named(item), item.open() as image:
+        yield image
+
+
+@contextlib.contextmanager
+def named(item: Item) -> Iterator[None]:
+    """Says of an image what Pillow raises while it is opened, decoded or converted.
+
+    Raises:
+        InputError: Pillow refuses it; the message names it.
+    """
     from PIL import Image, UnidentifiedImageError
 
     with warnings.catch_warnings():
@@ -72,8 +83,7 @@ def _opened(item: Item) -> Iterator["Image"]:
         warnings.simplefilter("ignore")
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
-            with item.open() as image:
-                yield image
+            yield
         except (InputError, MemoryError):
             raise
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
@@ -83,7 +93,7 @@ def _opened(item: Item) -> Iterator["Image"]:
             raise InputError(f"{item.where} is not an image that Pillow can read") from None
         except FileNotFoundError:
             raise InputError(f"{item.where} is missing") from None
-        except Exception as error:  # Pillow's readers raise nearly anything at damaged bytes; nothing else runs here
+        except Exception as error:  # Pillow raises nearly anything at damaged bytes; nothing else runs here
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{item.where} cannot be read: {reason}") from error
 
@@ -124,7 +134,10 @@ def eight_bit(image: "Image", mode: str, full_scale: Callable[[str], int]) -> "I
     if image.mode.startswith(("I", "F")):
         white = full_scale(image.mode) if image.mode in FULL_SCALES else 65535
         values = np.asarray(image)
-        pixels = np.rint(values.astype(np.float64).clip(0, white) * (255 / white)).astype(np.uint8)
+        pixels = np.empty(values.shape, dtype=np.uint8)
+        for start in range(0, len(values), 256):  # some rows at a time, for memory
+            rows = slice(start, start + 256)
+            pixels[rows] = np.rint(values[rows].astype(np.float64).clip(0, white) * (255 / white))
         transparent = image.info.get("transparency")
         if isinstance(transparent, int):
             pixels[values == transparent] = 255

@@ -14,6 +14,11 @@ def available() -> int | None:
     return max(0, min(left)) if left else None
 
 
+def in_words(count: int) -> str:
+    """Returns a number of bytes in GiB or MiB."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"
+
+
 def _machine() -> Iterator[int]:
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

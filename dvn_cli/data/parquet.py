@@ -1,9 +1,12 @@
 """Hugging Face data sets: parquet files in a local folder, or on the hub and from then on in its cache."""
 
+import contextlib
 import functools
 import io
 import json
+import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,11 +15,13 @@ import numpy as np
 import torch
 
 from dvn_cli.data.decode import Item
-from dvn_cli.data.sources import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present
+from dvn_cli.data.sources import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, files_below, first_present
 from dvn_cli.errors import DvnError, InputError, did_you_mean
+from dvn_cli.files import check_regular
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import pyarrow.parquet as pq
     from PIL.Image import Image
 
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps what it converted to parquet itself
@@ -73,10 +78,8 @@ def _files(request: Request) -> dict[str, list[Path]]:
     root = _root(request)
     known = {*TRAIN_SPLITS, *TEST_SPLITS, *request.splits("test")}
     subsets: dict[str, dict[str, list[Path]]] = {}
-    for path in sorted(root.rglob("*.parquet")):
+    for path in parquet_files(root):
         parts = path.relative_to(root).parts
-        if any(part.startswith(".") for part in parts):  # what systems and programs leave there
-            continue
         for depth in range(len(parts) - 1, -1, -1):
             split = re.split(r"[-.]", parts[depth])[0]
             if split in known:
@@ -95,10 +98,15 @@ def _files(request: Request) -> dict[str, list[Path]]:
     return subsets[request.subset]
 
 
+def parquet_files(root: Path) -> list[Path]:
+    """Lists the parquet files below a folder, in order; links are followed, what is hidden is left out."""
+    return sorted(map(Path, files_below(root, lambda name: name.endswith(".parquet"), Counter())))
+
+
 def _root(request: Request) -> Path:
     """The local folder, or the hub's: of the main revision, or of the converted one where that has no parquet files."""
     if request.path is not None:
-        if not request.path.is_dir():
+        if not os.path.isdir(request.path):
             raise InputError(f"no folder {request.path}")
         return request.path
     from huggingface_hub import snapshot_download
@@ -117,7 +125,7 @@ def _root(request: Request) -> Path:
         except Exception as error:  # offline, a failed download, no such revision: the hub's client raises many kinds
             problem = error
             continue
-        if next(root.rglob("*.parquet"), None) is not None:
+        if parquet_files(root):
             return root
     if problem is None:
         raise InputError(f"the data set '{name}' on the hub has no parquet files")
@@ -126,6 +134,29 @@ def _root(request: Request) -> Path:
 
 def _first_sentence(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator["pq.ParquetFile"]:
+    """Opens a file; what fails while it is read is said with its name.
+
+    Raises:
+        InputError: It is no regular file, damaged, or has more rows than bytes, as no file of images has.
+    """
+    import pyarrow.parquet as pq
+
+    check_regular(file)
+    try:
+        with pq.ParquetFile(file) as opened:
+            rows, size = opened.metadata.num_rows, file.stat().st_size
+            if rows > size:
+                raise InputError(f"{file} cannot be read: it is said to have {rows:,} rows, in {size:,} bytes")
+            yield opened
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # pyarrow raises nearly anything at damaged bytes
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{file} cannot be read: {reason}") from error
 
 
 # Columns
@@ -153,13 +184,6 @@ class Column(NamedTuple):
 
 def _columns(file: Path) -> list[Column]:
     """The columns of a file, each nested one before its fields."""
-    import pyarrow.parquet as pq
-
-    schema = pq.read_schema(file)
-    try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-    except (KeyError, TypeError, ValueError):
-        features = {}
 
     def walk(fields: Iterable["pa.Field"], described: Any, prefix: str) -> Iterator[Column]:
         for field in fields:
@@ -169,7 +193,13 @@ def _columns(file: Path) -> list[Column]:
             if _is_nested(column):
                 yield from walk(field.type.fields, feature, f"{column.name}.")
 
-    return list(walk(schema, features, ""))
+    with _opened(file) as opened:
+        schema = opened.schema_arrow
+        try:
+            features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        except (KeyError, RecursionError, TypeError, ValueError):
+            features = {}
+        return list(walk(schema, features, ""))
 
 
 def _is_nested(column: Column) -> bool:
@@ -303,27 +333,26 @@ def _encoded(
         InputError: A file lacks the column, or a row a label.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     place: dict[Any, int] = {}
     codes = []
     for file in files:
-        with pq.ParquetFile(file) as opened:
+        with _opened(file) as opened:
             try:
                 column = _picked(opened.read(columns=[name]), name)
             except KeyError:
                 raise InputError(f"{file} has no column '{name}', as other files of {request} have") from None
-        if column.null_count and not nulls:
-            raise InputError(
-                f"column '{name}' of {request} has no label for {column.null_count} of {len(column)} images"
-            )
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if pa.types.is_boolean(column.type):
-            column = column.cast(pa.string())  # 'false' and 'true'
-        encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
-        own = [place.setdefault(value, len(place)) for value in encoded.dictionary.to_pylist()]
-        codes.append(np.array(own, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
+            if column.null_count and not nulls:
+                raise InputError(
+                    f"column '{name}' of {request} has no label for {column.null_count} of {len(column)} images"
+                )
+            if pa.types.is_dictionary(column.type):
+                column = column.cast(column.type.value_type)
+            if pa.types.is_boolean(column.type):
+                column = column.cast(pa.string())  # 'false' and 'true'
+            encoded = column.combine_chunks().dictionary_encode(null_encoding="encode")
+            own = [place.setdefault(value, len(place)) for value in encoded.dictionary.to_pylist()]
+            codes.append(np.array(own, dtype=np.int64)[encoded.indices.to_numpy(zero_copy_only=False)])
     return list(place), np.concatenate(codes)
 
 
@@ -331,7 +360,7 @@ def _class_names(file: Path, name: str) -> list[str] | None:
     """The names that a data set gives the classes of a column; None where it has none."""
     feature = next((column.feature for column in _columns(file) if column.name == name), {})
     names = feature.get("names")
-    return [str(item) for item in names] if isinstance(names, list) else None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def _class_index(value: int | str, names: Sequence[str]) -> int:
@@ -356,14 +385,13 @@ def _values_as_names(of_splits: Iterable[Sequence[int | str]]) -> list[str]:
 def _items(request: Request, part: Part, files: Sequence[Path], column: str, indices: np.ndarray) -> Iterator[Item]:
     """The images in some rows, counted through all files; groups of rows that have none of them are not read."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     def within(start: int, count: int) -> np.ndarray:
         return indices[np.searchsorted(indices, start) : np.searchsorted(indices, start + count)]
 
     first = 0  # row of the group
     for file in files:
-        with pq.ParquetFile(file) as opened:
+        with _opened(file) as opened:
             first_of_file = first
             for group in range(opened.num_row_groups):
                 row, first = first, first + opened.metadata.row_group(group).num_rows

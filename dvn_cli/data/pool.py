@@ -84,16 +84,12 @@ def too_large(pools: Iterable[Pool], free: int | None) -> InputError:
     total = sum(map(_bytes, largest_first))
     rest = len(largest_first) - 1
     others = f", and those of {'another split' if rest == 1 else f'{rest} other splits'}," if rest else ""
-    there_are = "" if free is None else f", and {_gib(free)} of memory are free"
+    there_are = "" if free is None else f", and {memory.in_words(free)} of memory are free"
     return InputError(
-        f"{largest_first[0]}{others} take {_gib(total)}{there_are}: set a smaller size, fewer train_images or "
-        "test_images, or fewer classes"
+        f"{largest_first[0]}{others} take {memory.in_words(total)}{there_are}: set a smaller size, fewer train_images "
+        "or test_images, or fewer classes"
     )
 
 
 def _bytes(pool: Pool) -> int:
     return math.prod(pool.shape)
-
-
-def _gib(count: int) -> str:
-    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"

@@ -18,7 +18,7 @@ from dvn_cli.data import decode
 from dvn_cli.data.decode import Item
 from dvn_cli.data.resize import Resize
 from dvn_cli.data.spec import DataSpec, locate
-from dvn_cli.errors import DvnError, InputError, did_you_mean
+from dvn_cli.errors import DvnError, InputError, did_you_mean, shortened
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -62,7 +62,7 @@ class Request(NamedTuple):
     @classmethod
     def of(cls, spec: DataSpec, channels: int, base: Path | None) -> "Request":
         """The request of a task's data, as images of `channels` channels, paths relative to `base`."""
-        path = None if spec.path is None else locate(spec.path, base).resolve()
+        path = None if spec.path is None else Path(os.path.realpath(locate(spec.path, base)))
         columns = spec.image, spec.label, spec.subset, spec.test_split
         return cls(spec.source, spec.name, path, *columns, spec.height_width, channels, Resize.of(spec))
 
@@ -166,7 +166,9 @@ def stack(items: Callable[[], Iterable[Item]], count: int, request: Request) -> 
     white = functools.cache(lambda of_mode: decode.white_of(items(), of_mode))
     out = np.empty((0, request.channels, 1, 1), dtype=np.uint8)
     for number, item in enumerate(items()):
-        image = decode.eight_bit(decode.upright(item), mode, white)
+        stored = decode.upright(item)
+        with decode.named(item):
+            image = decode.eight_bit(stored, mode, white)
         if request.size is not None:
             image = request.resize(image, request.size)
         if number == 0:
@@ -212,9 +214,9 @@ def folder(request: Request, part: Part) -> Listing | None:
     """
     root = request.path
     assert root is not None
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise InputError(f"no folder {root}")
-    folders = _subfolders(root)
+    folders = subfolders(root)
     if request.test_split == ".":
         if part == "train":
             raise InputError("the test split `.` is to evaluate on: leave test_split out to train")
@@ -240,7 +242,7 @@ def folder(request: Request, part: Part) -> Listing | None:
 def _is_flat(root: Path, folders: Sequence[str]) -> bool:
     """Whether folders are classes; not where some, or what is in them, are called as splits are."""
     first_words = {re.split(r"[^a-z]", name.casefold())[0] for name in folders}
-    in_them = (below for name in folders for below in _subfolders(root / name))
+    in_them = (below for name in folders for below in subfolders(root / name))
     return (
         bool(folders)
         and not any(map(_like_a_split, folders))
@@ -257,7 +259,7 @@ def _advice(root: Path, folders: Sequence[str], train_split: str | None) -> str:
     """What someone may do whose splits are not found."""
     if train_split is not None:
         return f"; with {root / train_split} for path, a fifth of its images is to test on"
-    inside = next((name for name in folders if any(map(_like_a_split, _subfolders(root / name)))), None)
+    inside = next((name for name in folders if any(map(_like_a_split, subfolders(root / name)))), None)
     if inside is not None and not any(map(_like_a_split, folders)):
         return f"; there are splits in '{inside}': is {root / inside} the path?"
     return ""
@@ -297,7 +299,7 @@ def _files_by_class(root: Path, split: str, classes: Sequence[str], part: Part) 
             left_out[f"{entry.name}/"] += 1
     for label, name in enumerate(classes):
         others: Counter[str] = Counter()
-        own = _image_files(root / name, others) if (root / name).is_dir() else []
+        own = files_below(root / name, _is_image, others) if os.path.isdir(root / name) else []
         paths += own
         labels += [label] * len(own)
         left_out += others
@@ -314,32 +316,47 @@ def _files_by_class(root: Path, split: str, classes: Sequence[str], part: Part) 
     return _labelled(split, labels, tuple(classes), key=(root, split), items=items, empty=empty, left_out=left_out)
 
 
-def _image_files(top: Path, left_out: Counter[str]) -> list[str]:
-    """Files of images below a folder, in the order of their folders' names and then of their own.
+def _is_image(name: str) -> bool:
+    return _kind(name) in decode.suffixes()
+
+
+def files_below(top: Path, wanted: Callable[[str], bool], left_out: Counter[str]) -> list[str]:
+    """Lists files below a folder, in the order of their folders' names and then of their own.
 
     Links to folders are followed, but no folder is read twice, so that links in a circle come to an end.
+
+    Args:
+        top: The folder.
+        wanted: Says by its name whether a file is one to list.
+        left_out: Counts the others by kind; hidden ones and what is no regular file are never listed.
     """
     found: list[tuple[str, str]] = []
     seen = set()
     pending = [str(top)]
     while pending:
         path = pending.pop()
-        real = os.path.realpath(path)
-        if real in seen:
+        entries = sorted(_entries(path), key=lambda entry: entry.name, reverse=True)
+        status = os.stat(path)
+        if (status.st_dev, status.st_ino) in seen:
             left_out["link to a folder that is read already"] += 1
             continue
-        seen.add(real)
-        for entry in sorted(_entries(path), key=lambda entry: entry.name, reverse=True):
+        seen.add((status.st_dev, status.st_ino))
+        for entry in entries:
             below = os.path.isdir(entry.path)
             if _hidden(entry.name):
                 left_out[f"{entry.name}/" if below else "hidden"] += 1
             elif below:
                 pending.append(entry.path)
-            elif _kind(entry.name) in decode.suffixes() and (entry.is_symlink() or entry.is_file()):
+            elif wanted(entry.name) and _is_file(entry):
                 found.append((path, entry.name))
             else:
                 left_out[_kind(entry.name)] += 1
     return [os.path.join(*pair) for pair in sorted(found)]
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a regular file, or a link to one or to nothing, which is named when it is read."""
+    return entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path) or not os.path.exists(entry.path)
 
 
 def _entries(path: str | Path) -> list[os.DirEntry[str]]:
@@ -347,10 +364,11 @@ def _entries(path: str | Path) -> list[os.DirEntry[str]]:
         with os.scandir(path) as entries:
             return list(entries)
     except OSError as error:
-        raise InputError(f"folder {path} cannot be read: {error.strerror}") from None
+        raise InputError(f"folder {shortened(str(path))} cannot be read: {error.strerror}") from None
 
 
-def _subfolders(root: Path) -> list[str]:
+def subfolders(root: Path) -> list[str]:
+    """Names of the folders in a folder, but for hidden ones, in order."""
     return sorted(entry.name for entry in _entries(root) if os.path.isdir(entry.path) and not _hidden(entry.name))
 
 
@@ -364,7 +382,7 @@ def _kind(name: str) -> str:
 
 
 def _class_folders(root: Path) -> tuple[str, ...]:
-    names = tuple(_subfolders(root))
+    names = tuple(subfolders(root))
     if not names:
         raise InputError(f"{root} has no folders of classes")
     return names
@@ -474,7 +492,7 @@ def _construct(name: str, options: dict[str, Any], choices: list[dict[str, Any]]
             return getattr(datasets, name)(**options, **choice), choice
         except (TypeError, ValueError) as error:  # it has no such split, or wants more than images by class need
             problem = problem or error
-        except (OSError, RuntimeError) as error:
+        except Exception as error:  # no connection, or whatever its reader raises at damaged files
             raise DvnError(f"torchvision's {name} cannot be had: {_line(error)}") from error
     raise InputError(f"torchvision's {name} cannot be used: {_line(problem or ValueError())}") from problem
 

@@ -1,5 +1,6 @@
 """The data of one task, as a recipe's YAML and a checkpoint's metadata describe it."""
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from dvn_cli.errors import InputError
 from dvn_cli.store.metadata import CropMode, Interpolation
 
 MAY_DIFFER = "may differ when a run is resumed"
@@ -50,7 +52,7 @@ Classes = Annotated[
 class DataSpec(BaseModel):
     """Where a task's images come from, which of them, and how they are prepared. `model_dump()` is JSON."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     source: Kind = Field(
         description="digits: the handwritten digits that come with dvn. torchvision: a data set of "
@@ -137,7 +139,7 @@ class DataSpec(BaseModel):
         description="Augmentation of training images. crop: random shifts by up to `pad` pixels. crop-flip: random "
         "horizontal flips too.",
     )
-    pad: PositiveInt = Field(default=4, description="Pixels of black border added before a random crop.")
+    pad: PositiveInt = Field(default=4, le=10**6, description="Pixels of black border added before a random crop.")
     mean: list[float] | None = Field(
         default=None,
         description="Mean of each channel, for pixels in 0..1, subtracted from images. By default that of the "
@@ -176,10 +178,16 @@ class DataSpec(BaseModel):
     @property
     def has_relative_path(self) -> bool:
         """Whether the path is relative, so that the folder it starts from must be known to read the data again."""
-        return self.path is not None and not Path(self.path).expanduser().is_absolute()
+        return self.path is not None and not os.path.isabs(os.path.expanduser(self.path))
 
 
 def locate(path: str, base: Path | None) -> Path:
-    """Returns the path, a relative one below `base` if it is there, else below the working directory."""
-    expanded = Path(path).expanduser()
-    return base / expanded if base is not None and (base / expanded).exists() else expanded
+    """Returns the path, a relative one below `base` if it is there, else below the working directory.
+
+    Raises:
+        InputError: There is a NUL in it, which no system takes.
+    """
+    if "\0" in path:
+        raise InputError(f"there is a NUL in the path {path!r}")
+    expanded = Path(os.path.expanduser(path))
+    return base / expanded if base is not None and os.path.exists(base / expanded) else expanded

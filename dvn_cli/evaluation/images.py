@@ -16,9 +16,11 @@ from torch import Tensor
 
 from dvn_cli.data import Chosen, DataSpec, Reader
 from dvn_cli.data.classes import corresponding, few, is_range
-from dvn_cli.data.sources import TEST_SPLITS
+from dvn_cli.data.parquet import parquet_files
+from dvn_cli.data.sources import TEST_SPLITS, subfolders
 from dvn_cli.errors import InputError
-from dvn_cli.overrides import first_problem, override_key, parse_override, read_yaml
+from dvn_cli.files import read_bytes
+from dvn_cli.overrides import LARGEST, first_problem, override_key, parse_override, read_yaml
 from dvn_cli.store.metadata import Task
 
 
@@ -191,7 +193,7 @@ def parse_data(
             content |= each
             continue
         word = os.fspath(each)
-        path, key = Path(word).expanduser(), word.partition("=")[0]
+        path, key = Path(os.path.expanduser(word)), word.partition("=")[0]
         if os.path.isdir(path):  # which is false, unlike pathlib's, of what is too long for a path: long KEY=VALUE
             content |= _folder(path)
             if note is not None:
@@ -213,18 +215,19 @@ def parse_data(
 
 
 def _folder(path: Path) -> dict[str, Any]:
-    if next(path.rglob("*.parquet"), None) is not None:
+    if parquet_files(path):
         return {"source": "hf", "path": str(path)}
-    folders = {entry.name for entry in path.iterdir() if entry.is_dir()}
+    folders = set(subfolders(path))
     if not folders:
         raise InputError(f"--data {path}: there are neither parquet files in it nor folders of classes")
     return {"source": "folder", "path": str(path)} | ({} if folders & set(TEST_SPLITS) else {"test_split": "."})
 
 
 def _yaml(path: Path) -> dict[str, Any]:
+    raw = read_bytes(path, LARGEST)
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: no text, or a date that there is not
+        content = read_yaml(raw.decode())
+    except (InputError, UnicodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read '{path}': {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"'{path}' describes no images: give a mapping of keys, such as source and path")

@@ -2,14 +2,19 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvn_cli.errors import InputError
+from dvn_cli.files import read_bytes
+
+LARGEST = 64 << 20
+"""Bytes of a record."""
 
 _APART = {"scenario", "scale", "setting", "method", "seed", "threads"}
 """Keys of a recipe in which runs that are compared may differ; besides these, where the images lie."""
@@ -19,6 +24,9 @@ class _Loose(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
 
+Count = Annotated[int, Field(ge=0, le=2**53)]
+
+
 class Keys(_Loose):
     """Of a resolved recipe, the keys that say where its run belongs; the others are extra."""
 
@@ -26,18 +34,18 @@ class Keys(_Loose):
     scale: str = "full"
     setting: str = "paper"
     method: str = "dvn"
-    seed: int
+    seed: Count
     tasks: list[dict[str, Any]]
 
 
 class Result(_Loose):
     """What a network made of the test images, see `evaluation.measure.Row`."""
 
-    task: int = Field(ge=1)
+    task: Count = Field(ge=1)
     name: str
-    level: int = Field(ge=1)
-    units: list[int] = Field(min_length=1)
-    params: int
+    level: Count = Field(ge=1)
+    units: list[Count] = Field(min_length=1)
+    params: Count
     density: float
     top1: float
 
@@ -45,7 +53,7 @@ class Result(_Loose):
 class Epoch(_Loose):
     """What an epoch gave: accuracy on validation images in per cent, by task and level."""
 
-    epoch: int
+    epoch: Count
     validation: list[list[float | None]] | None
 
 
@@ -55,7 +63,7 @@ class Record(_Loose):
     recipe: Keys
     versions: dict[str, str]
     device: str
-    stored: int | None = None
+    stored: Count | None = None
     epochs: list[Epoch]
     test: list[Result] = []
 
@@ -94,11 +102,12 @@ def read(name: str, paths: Sequence[Path]) -> list[Run]:
     runs: dict[Path, Run] = {}
     others = 0
     for path in paths:
-        files = sorted(path.glob("*.run.json")) if path.is_dir() else [path]
+        is_folder = os.path.isdir(path)
+        files = sorted(path.glob("*.run.json")) if is_folder else [path]
         for file in files:
             run = _read(file)
             if run.recipe.scenario != name:
-                if not path.is_dir():
+                if not is_folder:
                     is_of = f"of {run.recipe.scenario}" if run.recipe.scenario else "of no scenario"
                     raise InputError(f"the run of '{file}' is {is_of}, not of {name}")
                 others += 1
@@ -122,14 +131,12 @@ def read(name: str, paths: Sequence[Path]) -> list[Run]:
 def _read(file: Path) -> Run:
     given = file if file.suffix == ".safetensors" else None
     path = file if given is None else file.with_name(f"{file.stem}.run.json")
-    if not file.exists():
+    if not os.path.exists(file):
         raise InputError(f"there is no '{file}': give runs' records (NAME.run.json), checkpoints, or folders of them")
+    if not os.path.exists(path):
+        raise InputError(f"there is no record of the run of '{file}': '{path}' is missing")
     try:
-        record = Record.model_validate(json.loads(path.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        raise InputError(f"there is no record of the run of '{file}': '{path}' is missing") from None
-    except OSError as error:
-        raise InputError(f"cannot read '{path}': {error.strerror}") from None
+        record = Record.model_validate(json.loads(read_bytes(path, LARGEST)))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"])) or "JSON"

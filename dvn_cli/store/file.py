@@ -403,7 +403,7 @@ def lost_with(path: Path) -> str | None:
 
     None where there is none, or a fresh partition: the command that made that one makes it again.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
         metadata = read_header(path).metadata

@@ -197,7 +197,7 @@ def prepare(
 
 
 def _same_file(a: Path, b: Path) -> bool:
-    return a.exists() and b.exists() and a.samefile(b)
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def load_data(recipe: Recipe, base: Path, note: Note = silent) -> list[TaskData]:

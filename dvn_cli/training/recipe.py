@@ -1,8 +1,9 @@
 """A recipe: one typed definition that is the file's schema, its validation and its documentation."""
 
 import codecs
+import os
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -11,8 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from dvn_cli.data import DataSpec
 from dvn_cli.data.spec import MAY_DIFFER
-from dvn_cli.errors import InputError, did_you_mean
-from dvn_cli.overrides import first_problem, override_key, parse_override, read_yaml
+from dvn_cli.errors import InputError, did_you_mean, shortened
+from dvn_cli.files import check_length, read_bytes
+from dvn_cli.overrides import LARGEST, first_problem, override_key, parse_override, read_yaml
 from dvn_cli.training.methods import METHODS, together
 
 FOLDERS = (Path(__file__).parents[1] / "recipes", Path(__file__).parents[2] / "recipes")
@@ -204,7 +206,7 @@ class Recipe(Keys):
         description="Passes over the training images of the task that has the most; with sequential learning, over "
         "each task's own.",
     )
-    batch_size: Count = Field(default=128, description="Images of each task in every step.")
+    batch_size: Count = Field(default=128, le=10**6, description="Images of each task in every step.")
     optimizer: OptimizerKeys = Field(default=OptimizerKeys(), description="Settings of the optimizer.")
     schedule: ScheduleKeys = Field(default=ScheduleKeys(), description="Settings of the learning rate schedule.")
     reduction: Literal["sum", "mean"] = Field(
@@ -262,13 +264,13 @@ def shipped() -> dict[str, Path]:
 
 def folder(file: Path) -> Path:
     """The folder that a recipe's relative paths start from: that of its file, of a pipe the working directory."""
-    return file.parent if file.is_file() else Path()
+    return file.parent if os.path.isfile(file) else Path()
 
 
 def find(recipe: str) -> Path:
     """The file of a recipe, given by path or by the name of one that comes with dvn; `-` is stdin."""
     path = Path(recipe)
-    if path == STDIN or (path.exists() and not path.is_dir()):
+    if path == STDIN or (os.path.exists(path) and not os.path.isdir(path)):
         return path
     known = shipped()
     if recipe in known:
@@ -288,15 +290,16 @@ def read(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         InputError: not YAML, an unknown key, a value of the wrong type or out of range: the first of them.
     """
     name = "stdin" if path == STDIN else f"'{path}'"
+    if path == STDIN:
+        raw = check_length(sys.stdin.buffer.read(LARGEST + 1), LARGEST, name)
+    else:
+        raw = read_bytes(path, LARGEST)
     try:
-        raw = sys.stdin.buffer.read() if path == STDIN else path.read_bytes()
-        text = _decoded(raw)
-        twice = _named_twice(yaml.compose(text, yaml.SafeLoader))
-        content = read_yaml(text)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:  # ValueError: no text, or no such date
+        content = read_yaml(_decoded(raw))
+    except (UnicodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read the recipe {name}: {error}") from None
-    if twice is not None:
-        raise InputError(f"{path}: {twice}: leave one of them out")
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise InputError(f"'{path}' is no recipe: a recipe is a mapping of keys")
     return parse(resolved(content, overrides, str(path)), str(path))
@@ -306,23 +309,6 @@ def _decoded(raw: bytes) -> str:
     """The text of a file: UTF-16 where its byte order mark says so, else UTF-8, with a mark or without."""
     utf16 = raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     return raw.decode("utf-16" if utf16 else "utf-8-sig")
-
-
-def _named_twice(node: yaml.Node | None, path: str = "") -> str | None:
-    """What is wrong with the first key that a mapping has twice, of which YAML silently takes the last."""
-    inner: Iterable[tuple[str, yaml.Node]] = ()
-    if isinstance(node, yaml.MappingNode):
-        pairs = [(key, value) for key, value in node.value if isinstance(key, yaml.ScalarNode)]
-        lines: dict[str, int] = {}
-        for key, _ in pairs:
-            line = key.start_mark.line + 1
-            if key.value in lines:
-                return f"key '{path}{key.value}' is there twice, in lines {lines[key.value]} and {line}"
-            lines[key.value] = line
-        inner = ((key.value, value) for key, value in pairs)
-    elif isinstance(node, yaml.SequenceNode):
-        inner = ((str(index), value) for index, value in enumerate(node.value))
-    return next(filter(None, (_named_twice(value, f"{path}{key}.") for key, value in inner)), None)
 
 
 def resolved(content: dict[str, Any], overrides: Sequence[str], origin: str) -> dict[str, Any]:
@@ -338,7 +324,7 @@ def resolved(content: dict[str, Any], overrides: Sequence[str], origin: str) -> 
     for label, default, known in (("scale", "full", {"full": {}, **scales}), ("setting", "paper", SETTINGS)):
         name = dict(given).get(label, content.get(label, default))
         if not isinstance(name, str) or name not in known:
-            raise InputError(f"{origin}: {label} is one of {', '.join(map(str, known))}, not '{name}'")
+            raise InputError(f"{origin}: {label} is one of {', '.join(map(str, known))}, not '{shortened(str(name))}'")
         for key, value in known[name].items():
             if label == "setting" and key.startswith("backbone.") and content.get("backbone") is None:
                 continue  # the partition or checkpoint that the recipe starts from has one

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import platform
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -294,7 +295,7 @@ def complete_run(recipe: Recipe, output: Path) -> Finished | None:
         InputError: what is there is of another recipe.
     """
     files = Files.of(output)
-    finished = None if files.state.exists() else Finished.read(files)
+    finished = None if os.path.exists(files.state) else Finished.read(files)
     if finished is None:
         return None
     finished.check(recipe)
@@ -309,7 +310,7 @@ def refuse_to_lose(files: Files) -> None:
     if lost := lost_with(files.checkpoint):
         more = ", --resume trains it on to more epochs" if is_trained(files.checkpoint) else ""
         raise InputError(f"{lost}: {elsewhere}{more}")
-    if files.record.exists():
+    if os.path.exists(files.record):
         raise InputError(f"'{files.record}' is the record of a run: {elsewhere}")
 
 

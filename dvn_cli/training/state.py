@@ -40,7 +40,7 @@ def _damaged(path: str | os.PathLike[str], error: InputError) -> InputError:
 
 def lost_with(path: Path) -> str | None:
     """Returns in words what would be lost if a state were replaced; None where there is none."""
-    if not path.exists():
+    if not os.path.exists(path):
         return None
     try:
         metadata = read(path).metadata

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dvn_cli.backbones import BackboneSpec, classifier_tensors, preprocessing, registry, resolve
+from dvn_cli.data import memory
 from dvn_cli.data.resize import Resize
 from dvn_cli.errors import InputError
 from dvn_cli.store.metadata import Preprocessing
@@ -61,9 +62,15 @@ def test_defaults_are_the_models_own():
         (("vit_tiny_patch16_224_in21k",), "unknown backbone"),  # timm has it only as a deprecated alias
         (("resnet_43",), "8m"),
         (("vit_small_patch14_dinov2",), "without a classifier"),
-        (("resnet18", 1), "at least 2 classes, not 1"),
-        (("resnet18", 10, 0), "at least 1 channel"),
-        (("resnet18", 10, 3, (0, 8)), "1x1"),
+        (("resnet18", 1), "a classifier has 2 to 1,048,576 classes, not 1"),
+        (("wrn_10_1", 10**9), "2 to 1,048,576 classes, not 1000000000"),
+        (("wrn_999999_4",), "wrn_999999_4: wrn_N_S wants"),
+        (("wrn_999998_4",), "wrn_999998_4 has 999,998 layers"),
+        (("wrn_10_99999",), "wrn_10_99999 has 8 layers and 714,"),
+        (("resnet_99999998",), "resnet_99999998 has 99,999,998 layers"),
+        ((f"wrn_{'9' * 5000}_1",), "unknown backbone"),
+        (("resnet18", 10, 0), "images have 1 to 1,024 channels"),
+        (("resnet18", 10, 3, (0, 8)), "images have 1 to 8,192 pixels a side, not 0x8"),
         (("torchvision/resnet18", 10, 1), "takes 3 channels, not 1"),
         (("torchvision/vit_b_16", 10, 3, (32, 48)), "square"),
         (("torchvision/vit_b_16", 10, 3, (20, 20)), "patch size"),
@@ -74,6 +81,12 @@ def test_what_cannot_be_is_said_in_one_line(arguments, message):
     with pytest.raises(InputError, match=message) as caught:
         resolve(*arguments)
     assert "\n" not in str(caught.value)
+
+
+def test_what_does_not_fit_the_memory_is_refused_before_it_is_built(monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 40 << 20)
+    with pytest.raises(InputError, match=r"resnet18 for images .* and 10 classes takes 42\.7 MiB, and 40\.0 MiB"):
+        resolve("resnet18", 10)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Published weights into backbones."""
 
+import zipfile
 from argparse import Namespace
 from dataclasses import replace
 
@@ -192,6 +193,11 @@ def test_tables_of_relative_positions_follow_too(tmp_path):
         (lambda s: s.update({"bn1.bias": [1.0]}), "bn1.bias is no tensor but a list"),
         (lambda s: s.update({"bn1.bias": s["bn1.bias"].char()}), r"bn1.bias is quantised \(torch.int8\)"),
         (lambda s: s.update({"bn1.bias": s["bn1.bias"].to_sparse()}), "bn1.bias is sparse .*to_dense"),
+        (lambda s: s.update(extra=s["bn1.bias"].to_sparse()), "extra is sparse .*to_dense"),
+        (
+            lambda s: s.update({"fc.weight": torch.ones(1).expand(10**9, 64)}),
+            "fc.weight repeats the values .* 238.4 GiB",
+        ),
         (lambda s: s.update({"bn1.bias": s["bn1.bias"].to("meta")}), "bn1.bias has a shape but no values"),
         (lambda s: s["bn1.running_var"].fill_(torch.inf), "bn1.running_var has values that are not finite"),
         (lambda s: s["fc.weight"][3].fill_(torch.nan), "fc.weight has values that are not finite"),
@@ -241,7 +247,7 @@ def test_pickled_objects_are_not_opened_and_named(tmp_path):
 def test_what_holds_no_tensors_by_name(tmp_path):
     for content, what in (([torch.ones(2)], "a list"), ({"epoch": 3}, "but epoch"), ({}, "holds nothing")):
         refused(save_torch(content, tmp_path / "w.pt"), what)
-    refused(tmp_path / "none.pt", "no file")
+    refused(tmp_path / "none.pt", "there is no file")
     refused(tmp_path, "is a folder")
 
 
@@ -250,6 +256,38 @@ def refused(path, what):
         load_weights(SPEC.build(), SPEC, path)
     assert "\n" not in str(caught.value)
     assert "weights_only" not in str(caught.value)
+
+
+def test_what_is_packed_or_nested_without_end(tmp_path):
+    state = SPEC.build().state_dict()
+    shared = dict(state)
+    for _ in range(40):
+        shared = {"a": shared, "b": shared}
+    circle = {"x": 3}
+    circle["x"] = circle
+    deep = {"x": 3}
+    for _ in range(300):
+        deep = {"x": deep}
+    assert load(shared, tmp_path)[2] == [f"{tmp_path}/weights: taken from '{'.'.join('a' * 40)}'."]
+    for content in (circle, deep):
+        refused(save_torch(content, tmp_path / "w.pt"), "it has no tensors by name, but x")
+    torch.save(state, tmp_path / "w.pt")
+    content = (tmp_path / "w.pt").read_bytes()
+    with (
+        zipfile.ZipFile(tmp_path / "w.pt") as old,
+        zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as new,
+    ):
+        for name in old.namelist():
+            new.writestr(name, bytes(100 << 20) if name.endswith("data/0") else old.read(name))
+    refused(tmp_path / "b.pt", "it would unpack to 0.1 GiB")
+    (tmp_path / "c.pt").write_bytes(content.replace(b"PK\x01\x02", b"PK\x01\x03"))
+    refused(tmp_path / "c.pt", "damaged or cut short")
+
+
+def test_eight_bits_are_weights_too(tmp_path):
+    state = {name: value.clone() for name, value in SPEC.build().state_dict().items()}
+    state["conv1.weight"] = state["conv1.weight"].to(torch.float8_e4m3fn)
+    assert torch.equal(load(state, tmp_path)[0].conv1.weight, state["conv1.weight"].float())
 
 
 def test_heads_that_the_module_is_built_without_are_dropped(tmp_path):

@@ -238,12 +238,20 @@ def test_whatever_the_bytes_an_image_is_read_or_named(data):
         assert found.mode == "RGB"
 
 
+def without_palette():
+    """A PNG of indices into a palette that is not there: it is decoded, and cannot be converted."""
+    content = stored(Image.new("P", (4, 4)), "PNG")
+    start = content.index(b"PLTE") - 4
+    return content[:start] + content[start + 12 + int.from_bytes(content[start : start + 4], "big") :]
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda file: file.write_bytes(file.read_bytes()[:-50]), "test image .*/test/b/1.png cannot be read: "),
         (lambda file: file.write_bytes(b""), "test image .*/test/b/1.png is not an image that Pillow can read"),
         (lambda file: file.write_text("<html>404</html>"), "test image .*/test/b/1.png is not an image"),
+        (lambda file: file.write_bytes(without_palette()), "test image .*/test/b/1.png cannot be read: "),
         (lambda file: (file.unlink(), file.symlink_to("nowhere.png")), "test image .*/test/b/1.png is missing"),
         (lambda file: (file.unlink(), file.symlink_to(file)), "test image .*/test/b/1.png cannot be read: .*symbolic"),
     ],

@@ -1,6 +1,8 @@
 """Folders of images: what is a class, what is an image, and what each split is for."""
 
 import os
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -126,9 +128,33 @@ def test_links_to_classes_and_images_are_followed(tmp_path):
     assert torch.bincount(data.train.labels).tolist() == [5, 5, 4]
 
 
+def test_folders_a_thousand_deep(tmp_path, monkeypatch):
+    splits(tmp_path, train=5, test=2)
+    monkeypatch.chdir(tmp_path / "train" / "ant")
+    for _ in range(1200):
+        os.mkdir("d")
+        os.chdir("d")
+    put(Path(), 1, seed=9)
+    os.chdir(tmp_path)
+    assert len(told(tmp_path, validation=0)[0].train) == 11
+    with pytest.raises(InputError, match="no parquet files"):
+        load_task(DataSpec(source="hf", path=str(tmp_path)))
+    subprocess.run(["rm", "-r", tmp_path / "train"], check=True)  # which pytest could not
+
+
+@pytest.mark.parametrize("path", ["a\0b", "x" * 4000, "~nobody/x", "loop"])
+@pytest.mark.parametrize("source", ["folder", "hf"])
+def test_paths_that_no_system_has(tmp_path, monkeypatch, path, source):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    with pytest.raises(InputError, match=r"there is a NUL in the path|no folder"):
+        load_task(DataSpec(source=source, path=path))
+
+
 def test_a_pipe_with_the_name_of_an_image_is_not_waited_for(tmp_path):
     splits(tmp_path, train=5, test=2)
     os.mkfifo(tmp_path / "train" / "ant" / "pipe.png")
+    (tmp_path / "train" / "bee" / "link.png").symlink_to(tmp_path / "train" / "ant" / "pipe.png")
     assert len(told(tmp_path, validation=0)[0].train) == 10
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tracemalloc
 
 import pyarrow as pa
@@ -181,3 +182,44 @@ def test_classes_that_are_only_tested(tmp_path):
     with pytest.raises(InputError, match="there are test images of '-1' and no train images"):
         task(tmp_path)
     assert task(tmp_path, classes="1-2").classes == ("1", "2")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: b"",
+        lambda content: content[:100],
+        lambda content: content[:-4] + b"xxxx",
+        lambda content: b"PAR1" + bytes(900) + content[904:],
+        lambda content: content[: len(content) // 2] + b"\xff" * 50 + content[len(content) // 2 + 50 :],
+        lambda content: content.replace(b"image", b"\xff\xff\xff\xff\xff"),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, damage):
+    write(tmp_path, train=rows([0, 1] * 10), test=rows([0, 1] * 10))
+    file = tmp_path / "train-0.parquet"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(InputError, match=f"{file} cannot be read: "):
+        task(tmp_path)
+
+
+def test_a_file_of_more_rows_than_bytes_is_refused(tmp_path):
+    write(tmp_path, train=rows([0, 1] * 10), test=rows([0, 1] * 10))
+    table = pq.read_table(tmp_path / "train-0.parquet")
+    pq.write_table(table.take(pa.array([0] * 10**6)), tmp_path / "train-0.parquet")
+    with pytest.raises(InputError, match=r"train-0.parquet .* said to have 1,000,000 rows, in [\d,]+ bytes"):
+        task(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    write(tmp_path, test=rows([0, 1] * 10))
+    os.mkfifo(tmp_path / "train-0.parquet")
+    with pytest.raises(InputError, match="has no split train"):
+        task(tmp_path)
+
+
+@pytest.mark.parametrize("names", [[["a"], "b"], 3, [1, 2]])
+def test_names_that_are_none_are_left_out(tmp_path, names):
+    features = {"image": IMAGE, "label": {"_type": "ClassLabel", "names": names}}
+    write(tmp_path, features, train=rows([0, 1] * 10), test=rows([0, 1] * 10))
+    assert task(tmp_path).classes == ("0", "1")

@@ -1,6 +1,7 @@
 """`dvn bench --scenario`: the paper's tables from the records of runs."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -116,6 +117,14 @@ def _not_a_number(folder: Path) -> None:
     change(record(folder, "dvn"), lambda content: content["test"][0].update(top1=float("nan")))
 
 
+def _too_large(folder: Path) -> None:
+    change(record(folder, "dvn"), lambda content: content["test"][0].update(params=10**400))
+
+
+def _pipe(folder: Path) -> None:
+    os.mkfifo(folder / "pipe.run.json")
+
+
 def _one_task(folder: Path) -> None:
     record(folder, "dvn", networks=EVEN[:1])
 
@@ -154,6 +163,8 @@ def _of_another(folder: Path) -> None:
         (_foreign, ["--scenario", "j1"], "'foreign.run.json' is no record of a run: recipe"),
         (_cut_short, ["--scenario", "j1"], "'dvn-full-0.run.json' is no record of a run: it is not JSON"),
         (_not_a_number, ["--scenario", "j1"], "is no record of a run: test.0.top1"),
+        (_too_large, ["--scenario", "j1"], "is no record of a run: test.0.params"),
+        (_pipe, ["--scenario", "j1"], "cannot read 'pipe.run.json': it is not a regular file"),
         (_interrupted, ["--scenario", "j1"], "has no accuracies on test images"),
         (_one_task, ["--scenario", "j1"], "has 1 tasks, the scenario has 2"),
         (_other_tasks, ["--scenario", "j1"], "task 1 is 'fives' in 'lwf-full-0.run.json' and 'tens' in others"),
