@@ -78,12 +78,12 @@ def of_value(value: Any, rng: random.Random) -> Any:
     for _ in range(rng.choice((1, 1, 1, 2))):
         parents = [inner for inner in _walk(value) if isinstance(inner, dict | list) and inner]
         if not parents:
-            return rng.choice(VALUES)
+            return copy.deepcopy(rng.choice(VALUES))
         parent = rng.choice(parents)
         key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
         kind = rng.randrange(8)
         if kind < 4:
-            parent[key] = rng.choice(VALUES)
+            parent[key] = copy.deepcopy(rng.choice(VALUES))
         elif kind == 4:
             del parent[key]
         elif kind == 5:
@@ -91,9 +91,9 @@ def of_value(value: Any, rng: random.Random) -> Any:
         elif kind == 6 and isinstance(parent[key], int | float):
             parent[key] = type(parent[key])(parent[key] + rng.choice((-1, 1, 1000)))
         elif isinstance(parent, list):
-            parent.insert(key, parent[key])
+            parent.insert(key, copy.deepcopy(parent[key]))
         else:
-            parent[rng.choice(("x", "", "a.b", "a\0b"))] = parent[key]
+            parent[rng.choice(("x", "", "a.b", "a\0b"))] = copy.deepcopy(parent[key])
     return value
 
 
