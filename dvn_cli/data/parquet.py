@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 from dvn_cli.data.decode import Item
-from dvn_cli.data.sources import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, files_below, first_present
+from dvn_cli.data.folders import files_below
+from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present
 from dvn_cli.errors import DvnError, InputError, did_you_mean
 from dvn_cli.files import check_regular
 

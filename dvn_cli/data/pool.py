@@ -8,7 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from dvn_cli.data import decode, memory
-from dvn_cli.data.sources import Listing, Request, stack
+from dvn_cli.data.listing import Listing, Request
+from dvn_cli.data.sources import stack
 from dvn_cli.errors import InputError
 
 

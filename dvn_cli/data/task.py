@@ -13,6 +13,7 @@ from torch import Tensor
 from dvn_cli.data import sources
 from dvn_cli.data.batches import Split, batches
 from dvn_cli.data.classes import Selection, corresponding, few, resolved, select
+from dvn_cli.data.listing import VALIDATION_SPLITS, Listing, Part, Request, in_words, stratified_order
 from dvn_cli.data.pool import Pool, check_memory
 from dvn_cli.data.spec import DataSpec
 from dvn_cli.errors import InputError
@@ -93,7 +94,7 @@ class Reader:
 
     def __init__(self) -> None:
         self.notes: list[str] = []
-        self._listings: dict[tuple[sources.Request, sources.Part], sources.Listing | None] = {}
+        self._listings: dict[tuple[Request, Part], Listing | None] = {}
         self._pools: dict[Hashable, Pool] = {}
 
     def task(self, spec: DataSpec, *, channels: int = 3, base: Path | None = None) -> "TaskPlan":
@@ -109,7 +110,7 @@ class Reader:
                 images.
             DvnError: It cannot be downloaded.
         """
-        request = sources.Request.of(spec, channels, base)
+        request = Request.of(spec, channels, base)
         source = self._listing(request, "train")
         selection = select(spec, source.class_names)
         if len(selection.names) < 2:
@@ -128,7 +129,7 @@ class Reader:
             )
         own = self._own_validation(request, test_source) if spec.validation is None else None
         share = (VALIDATION_SHARE if own is None else 0) if spec.validation is None else spec.validation
-        order = sources.stratified_order(source.strata.numpy(), spec.seed)
+        order = stratified_order(source.strata.numpy(), spec.seed)
         held_out = np.zeros(len(order), dtype=bool)
         held_out[order[: round(share * len(order))]] = True
         order = order[new_label[order] >= 0]
@@ -163,7 +164,7 @@ class Reader:
         Raises:
             InputError, DvnError: As `task`.
         """
-        request = sources.Request.of(spec, channels, base)
+        request = Request.of(spec, channels, base)
         source = self._listing(request, "test")
         selection = select(spec, source.class_names, absent)
         self._note_left_out(request, source)
@@ -173,14 +174,14 @@ class Reader:
         """Checks that all images chosen and not decoded yet fit the memory; see `pool.check_memory`."""
         check_memory(self._pools.values())
 
-    def _listing(self, request: sources.Request, part: sources.Part) -> sources.Listing:
+    def _listing(self, request: Request, part: Part) -> Listing:
         if (request, part) not in self._listings:
             self._listings[request, part] = sources.read(request, part)
         listing = self._listings[request, part]
         assert listing is not None  # there is always a train and a test part, or an error
         return listing
 
-    def _own_validation(self, request: sources.Request, test: sources.Listing) -> sources.Listing | None:
+    def _own_validation(self, request: Request, test: Listing) -> Listing | None:
         """The data set's own validation split, None where it has none beside what is tested on."""
         beside = request._replace(test_split=test.split)
         if (beside, "validation") not in self._listings:
@@ -190,9 +191,9 @@ class Reader:
     def _beside_train(
         self,
         spec: DataSpec,
-        request: sources.Request,
-        part: sources.Part,
-        source: sources.Listing,
+        request: Request,
+        part: Part,
+        source: Listing,
         selection: Selection,
         names: Sequence[str],
     ) -> "Chosen":
@@ -206,7 +207,7 @@ class Reader:
             raise InputError(f"{part} has images of {few(foreign)}, which train has {has}: name the classes to keep")
         of_name = np.append(selection.relabelled(len(names)), -1)  # the last one for what has no place
         new_label = of_name[places][source.labels.numpy()]
-        order = sources.stratified_order(source.strata.numpy(), spec.seed)
+        order = stratified_order(source.strata.numpy(), spec.seed)
         order = order[new_label[order] >= 0]
         if len(order) == 0:
             advice = "" if part == "test" else "; with validation=0.1 a tenth of train is held out instead"
@@ -214,9 +215,7 @@ class Reader:
         limit = spec.test_images if part == "test" else spec.train_images
         return self._chosen(request, source, order[:limit], new_label)
 
-    def _chosen(
-        self, request: sources.Request, source: sources.Listing, indices: np.ndarray, new_label: np.ndarray
-    ) -> "Chosen":
+    def _chosen(self, request: Request, source: Listing, indices: np.ndarray, new_label: np.ndarray) -> "Chosen":
         indices = np.sort(indices)
         key = (source.key, request._replace(label=None, test_split=None))
         if key not in self._pools or self._pools[key].decoded:
@@ -226,24 +225,24 @@ class Reader:
 
     def _note_uses(
         self,
-        request: sources.Request,
-        train: sources.Listing,
-        own: sources.Listing | None,
-        test: sources.Listing,
+        request: Request,
+        train: Listing,
+        own: Listing | None,
+        test: Listing,
         share: float,
     ) -> None:
         if request.name is None and request.path is None:  # it comes with dvn, whose documentation says this
             return
         held_out = f" ({100 * share:.3g} % of that is held out to validate on)" if share > 0 else ""
         validated = "" if own is None else f", validates on {own.split}"
-        want = "" if request.test_split or test.split not in sources.VALIDATION_SPLITS else " (there is no test split)"
+        want = "" if request.test_split or test.split not in VALIDATION_SPLITS else " (there is no test split)"
         self._note(f"{request}: trains on {train.split}{held_out}{validated} and tests on {test.split}{want}")
         self._note_left_out(request, train, *([] if own is None else [own]), test)
 
-    def _note_left_out(self, request: sources.Request, *listings: sources.Listing) -> None:
+    def _note_left_out(self, request: Request, *listings: Listing) -> None:
         left_out = sum((listing.left_out for listing in listings), Counter[str]())
         if left_out:
-            self._note(f"{request}: left out {sources.in_words(left_out)}")
+            self._note(f"{request}: left out {in_words(left_out)}")
 
     def _note(self, line: str) -> None:
         if line not in self.notes:  # of several tasks of one data set

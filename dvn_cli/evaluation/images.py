@@ -16,8 +16,9 @@ from torch import Tensor
 
 from dvn_cli.data import Chosen, DataSpec, Reader
 from dvn_cli.data.classes import corresponding, few, is_range
+from dvn_cli.data.folders import subfolders
+from dvn_cli.data.listing import TEST_SPLITS
 from dvn_cli.data.parquet import parquet_files
-from dvn_cli.data.sources import TEST_SPLITS, subfolders
 from dvn_cli.errors import InputError
 from dvn_cli.files import read_bytes
 from dvn_cli.overrides import LARGEST, first_problem, override_key, parse_override, read_yaml

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dvn_cli.data import DataSpec, Reader, load_task, load_test
-from dvn_cli.data.sources import stratified_order
+from dvn_cli.data.listing import stratified_order
 from dvn_cli.errors import DvnError, InputError
 
 COLOURS = {"black": (0, 0, 0), "blue": (0, 0, 255), "red": (255, 0, 0), "white": (255, 255, 255)}
