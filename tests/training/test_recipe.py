@@ -476,7 +476,7 @@ def test_every_key_has_an_effect(
     assert changed != unchanged(*base)
     no_checkpoint = "there is no checkpoint 'not-there.safetensors'; `dvn partition` and `dvn train` write one"
     errors = {
-        "backbone.weights": "no file not-there.pth",
+        "backbone.weights": "there is no file 'not-there.pth'",
         "backbone.pretrained": "there are no pretrained weights of wrn_10_1",
         "partition": no_checkpoint,
         "continues": no_checkpoint,
