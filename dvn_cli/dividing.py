@@ -26,7 +26,7 @@ from dvn_cli.store.ownership import Assignment
 from dvn_cli.tasks import default_tasks
 from dvn_cli.undivided import Whole, whole
 from dvn_cli.units import count
-from dvn_cli.units.assign import EVEN, Bucket, assign, unit_of_labels
+from dvn_cli.units.assign import EVEN, CoupledGroup, assign, unit_of_labels
 
 MOST_UNITS = 1024
 
@@ -58,6 +58,7 @@ def divide(
     interpolation: str | None = None,
     crop_pct: float | None = None,
     crop_mode: str | None = None,
+    divide: str = "all",
     assign: str = "even",
     round_to: int = 1,
     seed: int = 0,
@@ -79,6 +80,7 @@ def divide(
         weights: a state dict to start from instead, as safetensors or torch's.
         mean, std: of pixels in 0..1, that the weights want, one for all channels or one for each; likewise.
         interpolation, crop_pct, crop_mode: how images are resized for the weights, by timm's names; likewise.
+        divide: `all` coupled groups of channels, or `inner` ones alone, so that all units share the residual stream.
         assign: `even`: units get runs of channels; `importance`: equally strong ones.
         round_to: what units' widths are multiples of, where there are enough channels.
         seed: of random weights.
@@ -103,7 +105,7 @@ def divide(
     if given and not pretrained and weights is None:
         what = next(iter(given))
         raise InputError(f"{what} says how images are prepared for weights: give weights or pretrained with it")
-    rule = Rule(assign, round_to)
+    rule = Rule(assign, round_to, divide)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     spec = resolve(backbone, num_classes, in_chans, size)
     prepared = _preprocessing(spec, given)
@@ -217,6 +219,10 @@ def _partition(spec: BackboneSpec, units: int, rule: Rule, module: nn.Module) ->
     if labeller.output is None or len(labeller.output) != spec.num_classes:
         raise InputError(f"{spec.name} has no classifier of {spec.num_classes} classes: it gives something else")
     if units > 1 and not any(group.sizes for group in groups):
+        if any(group.is_whole_stream(rule) for group in groups):
+            raise InputError(
+                f"{spec.name} has no inner channels for {units} units: sums couple all that there are; divide all"
+            )
         widest = max((group.channels for group in groups), default=0)
         raise InputError(
             f"{spec.name} cannot be divided into {units} units: at most {widest} channels can be told apart"
@@ -250,7 +256,7 @@ class Division:
     labeller: Labeller
     labels: dict[fx.Node, Any]
     assignment: Assignment
-    groups: list[Bucket]
+    groups: list[CoupledGroup]
 
 
 def divide_graphs(
@@ -340,8 +346,8 @@ class Summary:
 
     @property
     def warning(self) -> str | None:
-        """Why so few parameters are divided, where they are few."""
-        if self.levels[-1].divided >= ENOUGH:
+        """Why so few parameters are divided, where they are few and all were to be."""
+        if self.levels[-1].divided >= ENOUGH or self.partition.rule.divide != "all":
             return None
         most = self.whole[0]
         remedy = ". Fewer units divide more." if "than the" in most.why else "."
@@ -360,12 +366,17 @@ class Summary:
         """By their size the groups with fewer channels than there are units, each named by its first tensor."""
         found: dict[int, dict[str, None]] = {}
         for group in self.partition.groups:
-            if not group.sizes:
+            if not group.sizes and group not in self.stream:
                 found.setdefault(group.channels, {})[group.places[0][0]] = None
         return {channels: list(found[channels]) for channels in sorted(found)}
 
     @property
-    def inner(self) -> dict[str, list[int]]:
+    def stream(self) -> list[CoupledGroup]:
+        """The groups that stay whole because sums couple them, where only inner ones are divided."""
+        return [group for group in self.partition.groups if group.is_whole_stream(self.partition.rule)]
+
+    @property
+    def no_channels(self) -> dict[str, list[int]]:
         """Of each divided tensor the sizes along which nothing could be divided: image channels, kernels, positions."""
         partition = self.partition
         few = {place for group in partition.groups for place in group.places}

@@ -21,7 +21,7 @@ from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, trace
 from dvn_cli.store.metadata import DividedBackbone, Owner, Rule, TensorEntry
 from dvn_cli.store.ownership import Assignment
 from dvn_cli.store.schema import dumps, loads, parse
-from dvn_cli.units.assign import Bucket, class_dimensions, kept_labels, unit_of_labels
+from dvn_cli.units.assign import CoupledGroup, class_dimensions, kept_labels, unit_of_labels
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Partition:
     dtypes: dict[str, torch.dtype]
     parameters: set[str]
     aliases: dict[str, str]
-    groups: Sequence[Bucket] = ()
+    groups: Sequence[CoupledGroup] = ()
     _graphs: dict[bool, Labelled] = field(default_factory=dict, repr=False)
     _networks: dict[Any, Narrowed] = field(default_factory=dict, repr=False)
     _resized: dict[tuple[int, int], "Partition"] = field(default_factory=dict, repr=False)

@@ -44,7 +44,9 @@ def whole(partition: Partition) -> list[Whole]:
             continue
         places = {(name, dim) for dim in range(len(shape))}
         group = next((few[place] for place in sorted(places) if place in few), None)
-        if group is not None:
+        if group is not None and group.is_whole_stream(partition.rule):
+            why = "channels that sums couple, the residual stream"
+        elif group is not None:
             tied = any(_is_tied(labeller, *place) for place in group.places)
             what = "channels that only go together, in fewer groups" if tied else "fewer channels"
             why = f"{what} than the {partition.units} units"

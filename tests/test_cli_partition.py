@@ -180,7 +180,7 @@ def test_the_top_level_is_the_backbone_with_its_weights(capsys: pytest.CaptureFi
 def test_widths_are_rounded_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     document = partition(capsys, "wrn_10_1", "--units", 3, "--round-to", 8)
     assert (document["round_to"], document["assign"]) == (8, "even")
-    sizes = {bucket["channels"]: bucket["units"] for bucket in document["coupled"]}
+    sizes = {group["channels"]: group["units"] for group in document["coupled"]}
     assert sizes == {16: [6, 5, 5], 32: [16, 8, 8], 64: [24, 24, 16]}
     header = read_checkpoint("dvn.safetensors")
     assert [cut(header, task, 1)["layer3.0.conv1.weight"].shape[0] for task in (1, 2, 3)] == [24, 24, 16]
@@ -215,6 +215,24 @@ def test_importance_leaves_the_backbone_as_it_is(capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     assert json.loads(out)["warning"] is None
     assert "weights are random" in " ".join(err.split())
+
+
+def test_inner_groups_alone_are_divided(capsys: pytest.CaptureFixture[str]) -> None:
+    document = partition(capsys, "wrn_10_1", "--units", 2, "--divide", "inner")
+    assert (document["divide"], document["warning"]) == ("inner", None)
+    whole = {name: one["why"] for one in document["whole"] for name in one["places"]}
+    assert whole["layer1.0.bn2.weight"] == "channels that sums couple, the residual stream"
+    assert {group["places"][0][0]: group["units"] for group in document["coupled"] if group["units"]} == {
+        **{f"layer{stage}.0.conv1.weight": [width // 2] * 2 for stage, width in ((1, 16), (2, 32), (3, 64))},
+        "layer3.0.conv2.weight": [16, 16],  # the channels that the last block alone makes, where nothing is added
+    }
+    top = document["levels"][1]
+    assert top["divided"] == pytest.approx(1 - sum(one["params"] for one in document["whole"]) / top["params"])
+    loaded = dvn_cli.load("dvn.safetensors")
+    assert isinstance(loaded, DeepVirtualNetwork)
+    assert loaded.partition.rule.divide == "inner"
+    assert dvn("partition", "wrn_10_1", "--units", 2, "--divide", "inner") == 0
+    assert "the residual stream, channels that sums couple: 16 (" in " ".join(capsys.readouterr().out.split())
 
 
 def test_uneven_groups_are_shown_where_not_all_can_be(

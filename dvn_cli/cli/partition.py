@@ -29,6 +29,13 @@ def partition_command(
     round_to: Annotated[
         int, typer.Option(help="Make units multiples of so many channels wide, where there are enough.")
     ] = 1,
+    divide: Annotated[
+        str,
+        typer.Option(
+            metavar="all|inner",
+            help="Divide all coupled groups, or only those inside of blocks: all units share the residual stream.",
+        ),
+    ] = "all",
     assign: Annotated[
         str, typer.Option(metavar="even|importance", help="Give each unit a run of channels, or equally strong ones.")
     ] = "even",
@@ -89,6 +96,7 @@ def partition_command(
             interpolation=interpolation,
             crop_pct=crop_pct,
             crop_mode=crop_mode,
+            divide=divide,
             assign=assign,
             round_to=round_to,
             seed=seed,
@@ -112,6 +120,7 @@ def partition_command(
             "checkpoint": None if differs else str(output),
             "backbone": asdict(network.partition.spec),
             "units": units,
+            "divide": divide,
             "assign": assign,
             "round_to": round_to,
             "mean": network.tasks[0].mean,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from dvn_cli.dividing import Summary
     from dvn_cli.network import DeepVirtualNetwork
-    from dvn_cli.units.assign import Bucket
+    from dvn_cli.units.assign import CoupledGroup
 
 ROWS = 24
 """Of the table of what was divided; `--json` has all."""
@@ -53,7 +53,7 @@ def _sum(sizes: Sequence[int]) -> str:
 
 
 def _show_groups(console: "Console", summary: "Summary") -> None:
-    alike: dict[Any, list[Bucket]] = {}
+    alike: dict[Any, list[CoupledGroup]] = {}
     divided = [group for group in summary.partition.groups if group.sizes]
     for group in divided:
         alike.setdefault((group.channels, group.sizes, len({name for name, _ in group.places})), []).append(group)
@@ -74,13 +74,16 @@ def _show_groups(console: "Console", summary: "Summary") -> None:
 def _show_whole(console: "Console", summary: "Summary") -> None:
     share = math.floor(1000 * summary.levels[-1].divided) / 10  # what is not all is not shown as 100.0
     console.print(f"\n[bold]Shared by all units:[/] {share:.1f} % of the parameters are divided, the rest is whole")
+    if summary.stream:
+        shown = [f"{group.channels} ({group.places[0][0]})" for group in summary.stream]
+        console.print(f"  the residual stream, channels that sums couple: {and_more(shown, 4)}")
     for channels, names in summary.too_few.items():
         console.print(f"  groups of {channels}, fewer than {summary.partition.units} units: {and_more(names, 2)}")
     for one in summary.whole:
         console.print(f"  {short(one.params)} parameters of {and_more(one.places, 2)}: {one.why}")
-    inner = [f"{name} ({' x '.join(map(str, sizes))})" for name, sizes in summary.inner.items()]
-    if inner:
-        console.print(f"  image channels, kernels and positions are not channels: {and_more(inner, 2)}")
+    rest = [f"{name} ({' x '.join(map(str, sizes))})" for name, sizes in summary.no_channels.items()]
+    if rest:
+        console.print(f"  image channels, kernels and positions are not channels: {and_more(rest, 2)}")
     if summary.warning:
         console.print(f"[bold yellow]Warning:[/] {summary.warning}")
 

@@ -1,5 +1,6 @@
 """Channels that only go together: coupled groups."""
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +17,7 @@ class CoupledGroups:
     def __init__(self) -> None:
         self._parent = np.zeros(1, dtype=np.int64)
         self._produced: list[np.ndarray] = []
+        self._summed: list[np.ndarray] = []
         self.at: fx.Node | None = None  # the node whose rule is at work
         self._pinned: list[tuple[np.ndarray, np.ndarray, fx.Node | None]] = []
 
@@ -94,13 +96,31 @@ class CoupledGroups:
         """Notes that a contraction with a parameter makes these channels: only such can be divided among units."""
         self._produced.append(labels.reshape(-1).numpy())
 
+    def mark_summed(self, vectors: Sequence[Tensor]) -> None:
+        """Notes which channels, made by different layers, a sum is about to couple, as a residual connection does.
+
+        Args:
+            vectors: labels of the operands along one dimension, to be united next.
+        """
+        produced, first = self.produced(), self.find(vectors[0])
+        for vector in vectors[1:]:
+            a, b = (t.reshape(-1).numpy() for t in torch.broadcast_tensors(first, self.find(vector)))
+            self._summed.append(a[(a != b) & (a > 0) & (b > 0) & produced[a] & produced[b]])
+
     def roots(self) -> np.ndarray:
         """Returns the group of every label, shape (number of labels,)."""
         return self.find(torch.arange(len(self))).numpy()
 
     def produced(self) -> np.ndarray:
         """Tells of each label whether a group of that name has a channel that a parameter makes."""
+        return self._named_by(self._produced)
+
+    def summed(self) -> np.ndarray:
+        """Tells of each label whether a sum couples channels of a group of that name; see `mark_summed`."""
+        return self._named_by(self._summed)
+
+    def _named_by(self, marked: Sequence[np.ndarray]) -> np.ndarray:
         result = np.zeros(len(self), dtype=bool)
-        if self._produced:
-            result[self.find(torch.from_numpy(np.concatenate(self._produced))).numpy()] = True
+        if marked:
+            result[self.find(torch.from_numpy(np.concatenate(marked))).numpy()] = True
         return result

@@ -25,6 +25,7 @@ Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lan
 CropMode = Literal["center", "squash", "border"]
 
 ASSIGN = ("even", "importance")
+DIVIDE = ("all", "inner")
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,24 @@ class Rule:
         assign: `even`: consecutive channels; `importance`: by the L2 norm of all weights of coupled channels (Li et
             al., ICLR 2017; the group norm of Fang et al., CVPR 2023), so that units are equally strong.
         round_to: what widths of units are multiples of, wherever every unit then still has channels.
+        divide: `all` coupled groups, or the `inner` ones alone: those whose channels no sum couples with what another
+            layer makes. The residual stream then stays whole and belongs to all units.
 
     Raises:
-        InputError: no such `assign`, or `round_to` is below 1.
+        InputError: no such `assign` or `divide`, or `round_to` is below 1.
     """
 
     assign: str = "even"
     round_to: int = 1
+    divide: str = "all"
 
     def __post_init__(self) -> None:
         if self.assign not in ASSIGN:
             near = did_you_mean(self.assign, ASSIGN)
             raise InputError(f"channels are assigned {' or '.join(ASSIGN)}, not '{self.assign}'{near}")
+        if self.divide not in DIVIDE:
+            near = did_you_mean(self.divide, DIVIDE)
+            raise InputError(f"units divide {' or '.join(DIVIDE)} coupled groups, not '{self.divide}'{near}")
         if self.round_to < 1:
             raise InputError(f"widths are rounded to multiples of 1 or more (8, say), not {self.round_to}")
 

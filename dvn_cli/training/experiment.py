@@ -317,7 +317,7 @@ def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note) -
         zero_init_last=recipe.backbone.zero_init_last,
         note=note,
     )
-    rule = Rule(recipe.assign, recipe.round_to)
+    rule = Rule(recipe.assign, recipe.round_to, recipe.divide)
     partition = partition_backbone(spec, recipe.units, rule, module if rule.assign != "even" else None)
     return partition, _templates(partition, module)
 

@@ -189,6 +189,12 @@ class Recipe(Keys):
         default=None, description="Checkpoint of `dvn partition` to start from, instead of backbone and units."
     )
     units: Count | None = Field(default=None, description="Number of units that the backbone is divided into.")
+    divide: Literal["all", "inner"] = Field(
+        default="all",
+        description="Coupled groups of channels that are divided: all, or inner, those that one layer makes and no sum "
+        "couples with others (hidden units, heads, channels inside a block). The residual stream is then shared by "
+        "all units.",
+    )
     assign: Literal["even", "importance"] = Field(
         default="even",
         description="even: each unit gets a run of consecutive channels. importance: channels are assigned so that "
@@ -240,7 +246,7 @@ class Recipe(Keys):
             raise ValueError("give one of backbone (with units), partition and continues")
         if self.backbone is not None and self.units is None:
             raise ValueError("units is missing: into how many is the backbone divided?")
-        for key, unset in (("units", None), ("assign", "even"), ("round_to", 1)):
+        for key, unset in (("units", None), ("divide", "all"), ("assign", "even"), ("round_to", 1)):
             if self.backbone is None and getattr(self, key) != unset:
                 raise ValueError(f"{key} is given by the {'partition' if self.partition else 'checkpoint'}")
         if self.method not in METHODS:

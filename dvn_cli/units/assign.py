@@ -20,32 +20,38 @@ EVEN = Rule()
 
 
 @dataclass(frozen=True)
-class Bucket:
-    """Classes of coupled channels that play the same part, divided among the units together.
+class CoupledGroup:
+    """Channels that play the same part in the same tensors, divided among the units together.
 
     Attributes:
-        channels: how many classes there are.
+        channels: how many there are; what only goes together, as the dimensions of a head, counts as one.
         places: (name, dimension) of the tensors that they are indices of.
         sizes: channels of each unit; empty when they stay shared by all.
+        is_stream: whether a sum couples what several layers make, as in a residual stream; otherwise it is inner.
     """
 
     channels: int
     places: tuple[tuple[str, int], ...]
     sizes: tuple[int, ...]
+    is_stream: bool
+
+    def is_whole_stream(self, rule: Rule) -> bool:
+        """Tells whether it stays shared because it is no inner group."""
+        return self.is_stream and rule.divide == "inner"
 
 
 def assign(
     labeller: Labeller, names: Sequence[str], rule: Rule = EVEN, weights: Mapping[str, Tensor] | None = None
-) -> tuple[Assignment, list[Bucket]]:
-    """Divides each class of coupled channels among the units, as evenly as can be.
+) -> tuple[Assignment, list[CoupledGroup]]:
+    """Divides each coupled group among the units, as evenly as can be.
 
-    Classes that occur in the same dimensions of the same tensors, equally often, form a bucket; a bucket of m classes
-    in k units gives each m/k of them (see `Rule`). Fewer than k stay shared, and so does what no parameter makes
-    (positions, the input, tables).
+    Channels that occur in the same dimensions of the same tensors, equally often, form a group; of m channels each of k
+    units gets m/k (see `Rule`). Fewer than k stay shared, and so does what no parameter makes (positions, the input,
+    tables).
 
     Args:
         names: the tensors to say it of, among the labeller's sources.
-        rule: how classes are dealt.
+        rule: how channels are assigned.
         weights: the parameters, by name: what importance is measured by. Without them runs are consecutive.
     """
     roots = labeller.coupled.roots()
@@ -54,12 +60,12 @@ def assign(
     class_roots = np.unique(roots[labeller.output.numpy()]) if labeller.output is not None else np.zeros(0, np.int64)
     eligible[class_roots] = False
 
-    # A class's signature is the sum of a number for each place it occurs at, so equal ones are one bucket.
+    # A channel's signature is the sum of a number for each place it occurs at: those with equal ones are a group.
     places = [(name, dim) for name in names for dim in range(len(labeller.sources[name]))]
     numbers = np.random.default_rng(0).integers(1, 2**62, size=len(places), dtype=np.int64)
     signature = np.zeros(len(roots), dtype=np.int64)
     first = np.full(len(roots), -1, dtype=np.int64)
-    together = np.ones(len(roots), dtype=np.int64)  # neighbouring indices that are one class: those of a head, a group
+    together = np.ones(len(roots), dtype=np.int64)  # neighbouring indices that are one channel: those of a head
     energy = np.zeros(len(roots))
     seen: dict[int, np.ndarray] = {}
     start = 0
@@ -81,24 +87,24 @@ def assign(
     candidates = np.unique(roots[eligible[roots]])
     candidates = candidates[first[candidates] >= 0]
     candidates = candidates[np.argsort(first[candidates], kind="stable")]
-    groups: dict[int, list[int]] = {}
+    alike: dict[int, list[int]] = {}
     for root in candidates.tolist():
-        groups.setdefault(int(signature[root]), []).append(root)
+        alike.setdefault(int(signature[root]), []).append(root)
     where: dict[int, list[tuple[str, int]]] = {}
     for place, found_roots in seen.items():
         for key in np.unique(signature[found_roots]).tolist():
             where.setdefault(key, []).append(places[place])
-    buckets = []
+    groups, summed = [], labeller.coupled.summed()
     lead = np.zeros(labeller.units)
-    for key, members in groups.items():
-        sizes = np.zeros(0, np.int64)
-        if len(members) >= labeller.units:
+    for key, members in alike.items():
+        sizes, is_stream = np.zeros(0, np.int64), bool(summed[members].any())
+        if len(members) >= labeller.units and (rule.divide == "all" or not is_stream):
             step = rule.round_to // math.gcd(rule.round_to, *together[members].tolist())
             sizes = _sizes(len(members), labeller.units, step)
             even = np.repeat(np.arange(labeller.units), sizes)
             unit[members] = even if weights is None else _dealt(energy[members], sizes, lead)
-        buckets.append(Bucket(len(members), tuple(where[key]), tuple(sizes.tolist())))
-    return _collect(labeller, names, unit[roots]), buckets
+        groups.append(CoupledGroup(len(members), tuple(where[key]), tuple(sizes.tolist()), is_stream))
+    return _collect(labeller, names, unit[roots]), groups
 
 
 def _sizes(count: int, units: int, step: int) -> np.ndarray:
@@ -122,7 +128,7 @@ def _dealt(energy: np.ndarray, sizes: np.ndarray, lead: np.ndarray) -> np.ndarra
     Args:
         energy: squared norm of each channel.
         sizes: channels of each unit.
-        lead: for each unit by what share of a bucket it is ahead of the others so far; updated.
+        lead: for each unit by what share of a group it is ahead of the others so far; updated.
     """
     count = len(energy)
     share = energy / (energy.sum() or 1)
@@ -176,7 +182,7 @@ def _runs(mask: np.ndarray) -> tuple[Run, ...]:
 
 
 def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
-    """For each label the unit that owns its class (from 0), `SHARED` or `CLASS`: the assignment, back on the graph.
+    """For each label the unit that owns its channel (from 0), `SHARED` or `CLASS`: the assignment, back on the graph.
 
     Raises:
         InputError: the assignment does not fit the graph, as when a library's new version built another backbone.
@@ -206,7 +212,7 @@ def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
 
 
 def kept_labels(labeller: Labeller, unit: Tensor, kept: Sequence[int], classes: int) -> Tensor:
-    """For each label whether its class is in the network of some units.
+    """For each label whether its channel is in the network of some units.
 
     Args:
         unit: from `unit_of_labels`.

@@ -37,7 +37,9 @@ from dvn_cli.dividing import ENOUGH, partition_backbone, share_divided
 from dvn_cli.errors import InputError
 from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.partition import Partition
-from dvn_cli.units.assign import Assignment
+from dvn_cli.store.metadata import DIVIDE, Rule
+from dvn_cli.store.ownership import Assignment
+from dvn_cli.units.assign import EVEN
 
 HERE = Path(__file__).parent
 NAMES = HERE / "panel.txt"
@@ -120,12 +122,12 @@ def spec_of(name: str) -> BackboneSpec:
     return resolve(name, num_classes=10)
 
 
-def examine(name: str, quick: bool, device: str, largest: float) -> Row:
+def examine(name: str, quick: bool, device: str, largest: float, rule: Rule = EVEN) -> Row:
     """Divides a model among 2 and 4 units and compares its networks with the masked ones, in eval and train graphs."""
     row = Row(name)
     start = time.perf_counter()
     try:
-        _examine(row, spec_of(name), quick, device, largest)
+        _examine(row, spec_of(name), quick, device, largest, rule)
     except InputError as error:
         row.outcome, row.reason = "refused", str(error)
     except Exception as error:
@@ -136,10 +138,10 @@ def examine(name: str, quick: bool, device: str, largest: float) -> Row:
     return row
 
 
-def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str, largest: float) -> None:
+def _examine(row: Row, spec: BackboneSpec, quick: bool, device: str, largest: float, rule: Rule) -> None:
     row.params, row.size = sum(p.numel() for p in spec.build("meta").parameters()), spec.input_size[0]
     before, start = peak(), time.process_time()
-    partition = partition_backbone(spec, 4)
+    partition = partition_backbone(spec, 4, rule)
     row.partition_s, row.partition_mb = round(time.process_time() - start, 2), peak() - before
     row.divided = divided(partition, partition.assignment)
     if row.params > largest:
@@ -156,7 +158,7 @@ def _is_rounding(row: Row, partition: Partition, quick: bool, device: str, gain:
     spec, modes = partition.spec, (False,) if quick else (False, True)
     comparison = Comparison(empty_init(spec.build), (spec.in_chans, *spec.input_size), modes, device=device, gain=gain)
     for units in (4, 2):
-        assignment = comparison.divide(units)
+        assignment = comparison.divide(units, partition.rule)
         if not quick and units == 4 and assignment != partition.assignment:
             raise AssertionError("in double precision it is divided in another way")
         row.divided = min(row.divided, divided(partition, assignment))
@@ -206,10 +208,10 @@ class Job:
 
 
 def run(
-    names: Sequence[str], quick: bool, device: str, jobs: int, limit: float, largest: float = LARGEST
+    names: Sequence[str], quick: bool, device: str, jobs: int, limit: float, largest: float = LARGEST, rule: Rule = EVEN
 ) -> Iterator[Row]:
     """Yields a row for each model, as they are done; for the arguments see `main`."""
-    for name, row in in_processes(names, examine, (quick, device, largest), jobs, limit):
+    for name, row in in_processes(names, examine, (quick, device, largest, rule), jobs, limit):
         yield Row(name, reason=row) if isinstance(row, str) else row
 
 
@@ -301,6 +303,7 @@ def main() -> None:
     parser.add_argument(
         "--largest", type=float, default=LARGEST, help="parameters of the largest model to compare, 32 bytes for each"
     )
+    parser.add_argument("--divide", choices=DIVIDE, default="all", help="all coupled groups, or inner ones alone")
     parser.add_argument("-o", "--output", type=Path, default=TABLE)
     args = parser.parse_args()
     if args.choose:
@@ -311,7 +314,7 @@ def main() -> None:
     done = {row.name for row in read(args.output)}
     names = sorted(args.names or sizes, key=lambda name: -sizes.get(name, 0))
     names = [name for name in names if name not in done]
-    for row in run(names, args.quick, args.device, args.jobs, args.limit, args.largest):
+    for row in run(names, args.quick, args.device, args.jobs, args.limit, args.largest, Rule(divide=args.divide)):
         write(args.output, [row], append=True)
         print(row.outcome, row.name, row.reason, f"{row.error:.0e} {row.total_s:.0f} s", file=sys.stderr, flush=True)
     rows = sorted(read(args.output), key=lambda row: row.name)

@@ -9,6 +9,7 @@ from dvn_cli.backbones import resolve
 from dvn_cli.check import Comparison, networks
 from dvn_cli.graph.narrow import narrow
 from dvn_cli.reference import first_tensor, masked
+from dvn_cli.store.metadata import Rule
 from dvn_cli.units.assign import kept_labels
 
 QUICK = [
@@ -48,6 +49,15 @@ def compare(name: str, size: int, every: bool) -> None:
 @pytest.mark.parametrize(("name", "size"), QUICK)
 def test_narrowed_is_masked(name, size):
     compare(name, size, every=False)
+
+
+@pytest.mark.parametrize(("name", "size"), [("timm/test_vit", 160), ("timm/test_byobnet", 64)])
+def test_narrowed_is_masked_where_the_stream_is_whole(name, size):
+    case = comparison(name, size)
+    case.divide(4, Rule(divide="inner"))
+    assert {bool(group.sizes) for group in case.groups} == {True, False}
+    for train in (False, True):
+        assert case.error((2, 4), train) < 1e-8
 
 
 @pytest.mark.slow

@@ -395,6 +395,7 @@ CHANGES = {
     "backbone.zero_init_last": "true",
     "partition": "not-there.safetensors",
     "units": "3",
+    "divide": "inner",
     "assign": "importance",
     "round_to": "5",
     "tasks": str([small.content()["tasks"][0]]),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.trace import Traced, trace
-from dvn_cli.units.assign import EVEN, SHARED, Assignment, Bucket, Rule, assign, kept_labels, unit_of_labels
+from dvn_cli.units.assign import EVEN, SHARED, Assignment, CoupledGroup, Rule, assign, kept_labels, unit_of_labels
 from dvn_cli.units.order import paper_order
 
 
@@ -42,7 +42,7 @@ def traced() -> Traced:
 
 def divide(
     units: int, rule: Rule = EVEN, weights: Mapping[str, Tensor] | None = None
-) -> tuple[Labeller, Assignment, list[Bucket]]:
+) -> tuple[Labeller, Assignment, list[CoupledGroup]]:
     labeller = Labeller(units)
     labeller.run(traced())
     names = [name for name in Small().state_dict() if name in labeller.sources]
@@ -61,9 +61,9 @@ def owners(assignment: Assignment, name: str, dim: int, size: int) -> list[set[i
 
 
 def test_units_are_even_and_contiguous():
-    _, assignment, buckets = divide(4)
+    _, assignment, groups = divide(4)
     assert assignment.axes[assignment.tensors["stem.weight"][0]] == (((0, 6),), ((6, 11),), ((11, 17),), ((17, 22),))
-    by_place = {place: bucket for bucket in buckets for place in bucket.places}
+    by_place = {place: group for group in groups for place in group.places}
     assert by_place["stem.weight", 0].sizes == (6, 5, 6, 5)
     assert by_place["stem.weight", 0] == by_place["block.weight", 1] == by_place["norm.running_var", 0]
     assert by_place["narrow.weight", 0].sizes == ()  # fewer channels than units
@@ -83,7 +83,7 @@ def test_a_grouped_convolution_keeps_its_groups_whole():
 @given(st.integers(1, 9))
 def test_every_element_belongs_to_one_unit_or_one_pair(units):
     """Of every element of a tensor, each dimension is owned by one unit at most, and by two units in all at most."""
-    _, assignment, buckets = divide(units)
+    _, assignment, groups = divide(units)
     state = Small().state_dict()
     for name in assignment.tensors:
         per_dim = [owners(assignment, name, dim, size) for dim, size in enumerate(state[name].shape)]
@@ -93,9 +93,9 @@ def test_every_element_belongs_to_one_unit_or_one_pair(units):
             counts = [sum(found == {unit} for found in along) for unit in range(1, units + 1)]
             if any(along) and name != "fc.weight":
                 assert max(counts) - min(counts) <= max(1, 6 * (name.startswith(("wide", "grouped"))))
-    for bucket in buckets:
-        assert (sum(bucket.sizes) == bucket.channels and min(bucket.sizes) >= 1) or (
-            not bucket.sizes and bucket.channels < units
+    for group in groups:
+        assert (sum(group.sizes) == group.channels and min(group.sizes) >= 1) or (
+            not group.sizes and group.channels < units
         )
 
 
@@ -125,8 +125,8 @@ def test_the_assignment_comes_back_from_a_file_and_must_fit():
 
 
 def test_one_unit_shares_nothing_away():
-    labeller, assignment, buckets = divide(1)
-    assert all(bucket.sizes == (bucket.channels,) for bucket in buckets)
+    labeller, assignment, groups = divide(1)
+    assert all(group.sizes == (group.channels,) for group in groups)
     assert bool(kept_labels(labeller, unit_of_labels(labeller, assignment), [1], 10).all())
 
 
@@ -165,12 +165,12 @@ class Heads(nn.Module):
 
 
 def sizes(module: nn.Module, units: int, round_to: int) -> dict[tuple[str, int], tuple[int, ...]]:
-    """For each place the channels of each unit, by the bucket that they are in."""
+    """For each place the channels of each unit, by the group that they are in."""
     labeller = Labeller(units)
     labeller.run(trace(module, (3, 16, 16), False))
     names = [name for name in module.state_dict() if name in labeller.sources]
-    _, buckets = assign(labeller, names, Rule(round_to=round_to))
-    return {place: bucket.sizes for bucket in buckets for place in bucket.places}
+    _, groups = assign(labeller, names, Rule(round_to=round_to))
+    return {place: group.sizes for group in groups for place in group.places}
 
 
 def test_widths_are_multiples_where_there_are_enough_channels():
@@ -196,13 +196,13 @@ def test_groups_and_heads_count_by_their_channels():
 @settings(deadline=None, max_examples=20)
 @given(st.integers(1, 9), st.integers(1, 20))
 def test_rounding_loses_nothing(units, round_to):
-    labeller, assignment, buckets = divide(units, Rule(round_to=round_to))
-    for bucket in buckets:
-        assert sum(bucket.sizes) == (bucket.channels if bucket.channels >= units else 0)
-        assert min(bucket.sizes, default=1) >= 1
-        if bucket.channels // round_to >= units and ("grouped.weight", 0) not in bucket.places:
-            assert all(size % round_to == 0 for size in bucket.sizes[:-1])
-            assert max(bucket.sizes) - min(bucket.sizes) < 2 * round_to
+    labeller, assignment, groups = divide(units, Rule(round_to=round_to))
+    for group in groups:
+        assert sum(group.sizes) == (group.channels if group.channels >= units else 0)
+        assert min(group.sizes, default=1) >= 1
+        if group.channels // round_to >= units and ("grouped.weight", 0) not in group.places:
+            assert all(size % round_to == 0 for size in group.sizes[:-1])
+            assert max(group.sizes) - min(group.sizes) < 2 * round_to
     assert bool(kept_labels(labeller, unit_of_labels(labeller, assignment), range(1, units + 1), 10).all())
 
 
@@ -231,7 +231,7 @@ def energy(parameters: Mapping[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("seed", range(5))
 def test_every_unit_gets_its_share_of_the_strong_and_of_the_weak(units, seed):
     parameters = weights(seed)
-    _, assignment, buckets = divide(units, Rule("importance"), parameters)
+    _, assignment, groups = divide(units, Rule("importance"), parameters)
     of_index = owners(assignment, "stem.weight", 0, 22)
     strength = energy(parameters)
     ranked = [of_index[index] for index in strength.argsort(descending=True).tolist()]
@@ -240,7 +240,7 @@ def test_every_unit_gets_its_share_of_the_strong_and_of_the_weak(units, seed):
             count = sum(owner == {unit} for owner in ranked[:number])
             assert abs(count - number * ranked.count({unit}) / 22) <= 1
     even = divide(units)[2]
-    assert [bucket.sizes for bucket in buckets] == [bucket.sizes for bucket in even]
+    assert [group.sizes for group in groups] == [group.sizes for group in even]
 
 
 def test_importance_is_that_of_the_whole_class():
@@ -288,7 +288,10 @@ def test_importance_and_multiples_together():
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [(("odd", 1), "not 'odd'"), (("importnce", 1), "did you mean 'importance'"), (("even", 0), "not 0")],
+    [
+        *((("odd",), "not 'odd'"), (("importnce",), "did you mean 'importance'"), (("even", 0), "not 0")),
+        (("even", 1, "iner"), "units divide all or inner coupled groups, not 'iner'; did you mean 'inner'"),
+    ],
 )
 def test_rules_that_there_are_not(fields, message):
     with pytest.raises(InputError, match=message):

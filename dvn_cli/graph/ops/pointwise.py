@@ -12,11 +12,20 @@ from dvn_cli.graph.ops.moves import move
 from dvn_cli.graph.registry import enter
 
 
-def pointwise(labeller: Labeller, operands: Sequence[Labels], shape: tuple[int, ...]) -> Labels:
+def pointwise(labeller: Labeller, operands: Sequence[Labels], shape: tuple[int, ...], is_sum: bool = False) -> Labels:
     """Unites the labels of operands that are broadcast together.
 
     An operand that has its full size along a dimension and no label there is kept whole, and so is what it meets.
+
+    Args:
+        is_sum: whether it adds up what is computed from the images.
     """
+
+    def unite(vectors: Sequence[Tensor]) -> None:
+        if is_sum:
+            labeller.coupled.mark_summed(vectors)
+        labeller.unite_all(vectors)
+
     rank = len(shape)
     aligned = []
     for operand in map(labeller.refresh, operands):
@@ -34,7 +43,7 @@ def pointwise(labeller: Labeller, operands: Sequence[Labels], shape: tuple[int, 
         )  # fmt: skip
         if same:
             present = [layer for layer in matching if layer is not None]
-            labeller.unite_all(present)
+            unite(present)
             layers.append(present[0])
             aligned = [Labels(x.shape, tuple(y for y in x.layers if varying_dims(y) != dims)) for x in aligned]
             done = set(dims)
@@ -48,7 +57,7 @@ def pointwise(labeller: Labeller, operands: Sequence[Labels], shape: tuple[int, 
             if x.shape[dim] > 1
         ]  # fmt: skip
         present.sort(key=len, reverse=True)
-        labeller.unite_all(present)
+        unite(present)
         result[dim] = labeller.coupled.find(present[0])
     single = from_vectors(shape, result)
     return labeller.refresh(Labels(shape, (*layers, *single.layers)))
@@ -56,6 +65,11 @@ def pointwise(labeller: Labeller, operands: Sequence[Labels], shape: tuple[int, 
 
 def _pointwise(labeller: Labeller, call: Call) -> Labels:
     return pointwise(labeller, call.tensors(), call.shape)
+
+
+def _sum(labeller: Labeller, call: Call) -> Labels:
+    is_sum = sum(node in labeller.depends for node in call.node.all_input_nodes) > 1
+    return pointwise(labeller, call.tensors(), call.shape, is_sum)
 
 
 def _is_pointwise(target: Any) -> bool:
@@ -71,6 +85,7 @@ enter(
     rewrite=as_it_is,
     takes_nothing=True,
 )
+enter("add", "sub", "rsub", label=_sum, rewrite=as_it_is, takes_nothing=True)
 enter("type_as", label=lambda labeller, call: call.labels("self"), rewrite=as_it_is)
 
 
