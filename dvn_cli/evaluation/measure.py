@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
+from dvn_cli.data.words import parse_data, prepared
 from dvn_cli.device import choose
 from dvn_cli.errors import InputError, enough_memory
-from dvn_cli.evaluation.images import choose_images, named, parse_data, prepared
+from dvn_cli.evaluation.images import choose_images, named
 from dvn_cli.loading import from_file
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 from dvn_cli.store.file import AnyHeader, read_header

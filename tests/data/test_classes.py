@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from dvn_cli.data import DataSpec
 from dvn_cli.data.classes import corresponding, resolved, select
+from dvn_cli.data.words import parse_data
 from dvn_cli.errors import InputError
-from dvn_cli.evaluation.images import parse_data
 from dvn_cli.overrides import read_yaml
 from dvn_cli.training import recipe as recipes
 

@@ -111,8 +111,6 @@ def test_heads_and_hidden_units_of_attention():
 def test_a_network_with_nothing_inside_is_refused():
     body = STREAMS["two layers added"]
     net = Net(lambda net, x: x + body(net, x))
-    with pytest.raises(
-        InputError, match=r"^small has no inner channels for 2 units: .* divide all$"
-    ):
+    with pytest.raises(InputError, match=r"^small has no inner channels for 2 units: .* divide all$"):
         partition_backbone(SPEC, 2, INNER, net)
     assert any(group.sizes for group in partition_backbone(SPEC, 2, module=net).groups)
