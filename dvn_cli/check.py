@@ -136,7 +136,7 @@ class Comparison:
     def divide(self, units: int, rule: Rule = EVEN, assignment: Assignment | None = None) -> Assignment:
         """Divides the module among so many units, or as an assignment says that was made by the rule."""
         state = self.module.state_dict(keep_vars=True)
-        division = divide_graphs(self.traced.values(), units, state, rule, by_weights=assignment is None)
+        division = divide_graphs(self.traced, units, state, rule, assignment is None)
         self.labeller, self.labels = division.labeller, division.labels
         self.assignment, self.groups = assignment or division.assignment, division.groups
         self.unit = unit_of_labels(self.labeller, self.assignment)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dvn_cli.backbones import BackboneSpec, load_pretrained, load_weights, preprocessing, resolve
+from dvn_cli.data import unlabelled
 from dvn_cli.errors import InputError
 from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.labels import Labeller
@@ -25,7 +26,7 @@ from dvn_cli.store.metadata import Owner, Preprocessing, Rule, TaskLevel
 from dvn_cli.store.ownership import Assignment
 from dvn_cli.tasks import default_tasks
 from dvn_cli.undivided import Whole, whole
-from dvn_cli.units import count
+from dvn_cli.units import count, score
 from dvn_cli.units.assign import EVEN, CoupledGroup, assign, unit_of_labels
 
 MOST_UNITS = 1024
@@ -61,6 +62,7 @@ def divide(
     divide: str = "all",
     assign: str = "even",
     round_to: int = 1,
+    data: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any] | None = None,
     seed: int = 0,
     note: Note = silent,
     progress: Note = silent,
@@ -81,9 +83,11 @@ def divide(
         mean, std: of pixels in 0..1, that the weights want, one for all channels or one for each; likewise.
         interpolation, crop_pct, crop_mode: how images are resized for the weights, by timm's names; likewise.
         divide: `all` coupled groups of channels, or `inner` ones alone, so that all units share the residual stream.
-        assign: `even`: units get runs of channels; `importance`: equally strong ones.
+        assign: `even`: units get runs of channels; `importance`: equally strong ones; `sorted`: unit 1 gets the best.
         round_to: what units' widths are multiples of, where there are enough channels.
-        seed: of random weights.
+        data: images to tell by which channels of the weights matter, as of `evaluate`; their labels are not read, and
+            a folder may hold nothing but images. By default the norm of a channel's weights tells.
+        seed: of random weights, and of the choice of images.
         note: is told what was done to make weights fit, and what was assumed.
         progress: is told what goes on.
 
@@ -105,6 +109,8 @@ def divide(
     if given and not pretrained and weights is None:
         what = next(iter(given))
         raise InputError(f"{what} says how images are prepared for weights: give weights or pretrained with it")
+    if data is not None and not pretrained and weights is None:
+        raise InputError("data tells which channels of weights matter: give weights or pretrained with it")
     rule = Rule(assign, round_to, divide)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     spec = resolve(backbone, num_classes, in_chans, size)
@@ -112,8 +118,6 @@ def divide(
     weights = None if weights is None else Path(weights)
     progress(f"building {spec.name}")
     module, random = build(spec, seed=seed, weights=weights, pretrained=pretrained, note=note)
-    progress(f"dividing {spec.name}")
-    partition = partition_backbone(spec, units, rule, module)
     normalisation = (MEAN,) * spec.in_chans, (STD,) * spec.in_chans
     if prepared is not None and prepared.mean is not None and prepared.std is not None:
         normalisation = prepared.mean, prepared.std
@@ -122,6 +126,14 @@ def divide(
     for_weights = prepared if pretrained or weights is not None else None
     resize = {} if for_weights is None else for_weights.resize
     tasks = default_tasks(units, spec.num_classes, spec.input_size, *normalisation, **resize)
+    images: list[Tensor] = []
+    if data is not None:
+        progress("reading images")
+        words = [data] if isinstance(data, str | os.PathLike | Mapping) else data
+        images = unlabelled(words, tasks[0], spec.in_chans, seed, note)
+        note(f"{sum(map(len, images))} images tell which channels matter")
+    progress(f"dividing {spec.name}")
+    partition = partition_backbone(spec, units, rule, module, images)
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks, copy=False, preprocessing=for_weights)
     network.random = random
     for number in range(1, units + 1):  # networks of as many units are alike
@@ -190,19 +202,27 @@ def _per_channel(what: str, values: Sequence[float], channels: int) -> tuple[flo
     return tuple(values) * (channels // len(values))
 
 
-def partition_backbone(spec: BackboneSpec, units: int, rule: Rule = EVEN, module: nn.Module | None = None) -> Partition:
+def partition_backbone(
+    spec: BackboneSpec,
+    units: int,
+    rule: Rule = EVEN,
+    module: nn.Module | None = None,
+    images: Sequence[Tensor] = (),
+) -> Partition:
     """Divides a backbone into units.
 
     Args:
         units: how many, at least 1.
-        rule: how channels are assigned to units; importance is that of the module's weights.
+        rule: how channels are assigned to units.
         module: the backbone, built from `spec`; it is not changed. By default one without weights is built here, and
             what comes of it is kept for the next one who asks for the same.
+        images: batches, normalised and of the backbone's own size, to score channels by where the rule asks for that;
+            by default the module's weights are.
 
     Raises:
         InputError: the backbone cannot be divided; the message names the operator and module, or the limit.
     """
-    return _partitioned(spec, units, rule) if module is None else _partition(spec, units, rule, module)
+    return _partitioned(spec, units, rule) if module is None else _partition(spec, units, rule, module, images)
 
 
 @functools.lru_cache(maxsize=8)
@@ -210,11 +230,13 @@ def _partitioned(spec: BackboneSpec, units: int, rule: Rule) -> Partition:
     return _partition(spec, units, rule, empty_init(spec.build))
 
 
-def _partition(spec: BackboneSpec, units: int, rule: Rule, module: nn.Module) -> Partition:
+def _partition(
+    spec: BackboneSpec, units: int, rule: Rule, module: nn.Module, images: Sequence[Tensor] = ()
+) -> Partition:
     if not 1 <= units <= MOST_UNITS:
         raise InputError(f"a backbone has 1 to {MOST_UNITS:,} units, not {units}")
     graphs = {train: trace(module, (spec.in_chans, *spec.input_size), train) for train in (False, True)}
-    division = divide_graphs(graphs.values(), units, module.state_dict(keep_vars=True), rule)
+    division = divide_graphs(graphs, units, module.state_dict(keep_vars=True), rule, images=images)
     labeller, assignment, groups = division.labeller, division.assignment, division.groups
     if labeller.output is None or len(labeller.output) != spec.num_classes:
         raise InputError(f"{spec.name} has no classifier of {spec.num_classes} classes: it gives something else")
@@ -260,11 +282,12 @@ class Division:
 
 
 def divide_graphs(
-    graphs: Iterable[Traced],
+    graphs: Mapping[bool, Traced],
     units: int,
     state: Mapping[str, Tensor],
     rule: Rule = EVEN,
-    by_weights: bool = True,
+    has_weights: bool = True,
+    images: Sequence[Tensor] = (),
 ) -> Division:
     """Labels a backbone's graphs and divides it.
 
@@ -272,26 +295,31 @@ def divide_graphs(
     groups are summed), every group is divided alike if that divides more.
 
     Args:
+        graphs: in train mode (True), in eval mode (False), or both.
         state: the backbone's `state_dict`, parameters among its tensors.
-        by_weights: whether the weights are there, to be asked where the rule asks for them.
+        has_weights: whether the weights are there, for a rule that scores channels.
+        images: batches to score channels by, as of `partition_backbone`.
 
     Raises:
         InputError: an operator stands in the way; the message names it and its module.
     """
-    graphs, best, most = list(graphs), None, -1.0
+    best, most = None, -1.0
     for whole_groups in (True, False):
         labeller = Labeller(units, whole_groups)
-        labels = {node: value for traced in graphs for node, value in labeller.run(traced).items()}
+        labels = {node: value for traced in graphs.values() for node, value in labeller.run(traced).items()}
         names = [name for name in state if name in labeller.sources]
         parameters = {name: state[name] for name in names if isinstance(state[name], nn.Parameter)}
-        weights = parameters if by_weights and rule.assign == "importance" else None
-        assignment, groups = assign(labeller, names, rule, weights)
+        assignment, groups = assign(labeller, names, rule)
         share = share_divided(assignment, {name: tuple(p.shape) for name, p in parameters.items()})
         if share > most:
             best, most = Division(labeller, labels, assignment, groups), share
         if most >= ENOUGH or not labeller.had_choice:
             break
     assert best is not None
+    if has_weights and rule.assign != "even":
+        scores = [score.by_images(best.labeller, best.labels, graphs[False], state, images)] if images else []
+        scores.append(score.by_weights(best.labeller, parameters))
+        best = replace(best, assignment=assign(best.labeller, names, rule, scores)[0])
     return best
 
 

@@ -235,6 +235,44 @@ def test_inner_groups_alone_are_divided(capsys: pytest.CaptureFixture[str]) -> N
     assert "the residual stream, channels that sums couple: 16 (" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("divide", ["all", "inner"])
+def test_images_say_which_channels_matter(capsys: pytest.CaptureFixture[str], divide: str) -> None:
+    torch.manual_seed(0)
+    save_file(resolve("wrn_10_1", 7).build().state_dict(), "published.safetensors")
+    command = ("wrn_10_1", "--units", 2, "--num-classes", 7, "--divide", divide, "--assign", "sorted")
+    command = (*command, "--weights", "published.safetensors", "--mean", 0.5, "--std", 0.25)
+    plain = partition(capsys, *command, "-o", "plain.safetensors")
+    document = partition(capsys, *command, "--data", "source=digits")
+    assert (plain["assign"], plain["notes"]) == ("sorted", [])
+    assert document["notes"][-1].startswith("128 images tell which channels matter")
+    assert document["levels"] == plain["levels"]
+    axes = [read_checkpoint(file).metadata.axes for file in ("plain.safetensors", "dvn.safetensors")]
+    assert axes[0] != axes[1]
+    assert dvn("slice", "--task", 1, "--level", 2, "-o", "top.safetensors") == 0
+    published = load_file("published.safetensors")
+    assert all(torch.equal(tensor, published[name]) for name, tensor in load_file("top.safetensors").items())
+    before = Path("dvn.safetensors").read_bytes()
+    capsys.readouterr()
+    partition(capsys, *command, "--data", "source=digits")
+    assert Path("dvn.safetensors").read_bytes() == before
+
+
+def test_a_folder_of_nothing_but_images_tells_as_much(capsys: pytest.CaptureFixture[str]) -> None:
+    from PIL import Image
+
+    save_file(resolve("wrn_10_1", 7).build().state_dict(), "published.safetensors")
+    command = ["wrn_10_1", "--units", 2, "--num-classes", 7, "--weights", "published.safetensors", "--data", "photos"]
+    Path("photos").mkdir()
+    assert dvn("partition", *command) == 2
+    assert capsys.readouterr().err.endswith("photos has no images\n")
+    for number in range(3):
+        Image.new("RGB", (20, 30), (80 * number, 0, 0)).save(f"photos/{number}.png")
+    document = partition(capsys, *command)
+    assert document["notes"][-1].startswith("3 images tell which channels matter")
+    assert dvn("partition", "wrn_10_1", "--units", 2, "--data", "photos") == 2
+    assert "data tells which channels of weights matter: give weights or pretrained" in capsys.readouterr().err
+
+
 def test_uneven_groups_are_shown_where_not_all_can_be(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -431,7 +469,7 @@ def test_a_check_tells_a_wrong_network_and_leaves_nothing(
         (["wrn_10_1", "--units", "2", "--pretrained", "--weights", "x"], "not both"),
         (["wrn_10_1", "--units", "2", "--weights", "none.safetensors"], "none.safetensors"),
         (["wrn_10_1", "--units", "2", "--round-to", "0"], "multiples of 1 or more (8, say), not 0"),
-        (["wrn_10_1", "--units", "2", "--assign", "evenly"], "even or importance, not 'evenly'; did you mean 'even'?"),
+        (["wrn_10_1", "--units", "2", "--assign", "evenly"], "or sorted, not 'evenly'; did you mean 'even'?"),
         (["wrn_10_1", "--units", "2", "-o", "none/dvn.safetensors"], "none"),
     ],
 )

@@ -37,8 +37,19 @@ def partition_command(
         ),
     ] = "all",
     assign: Annotated[
-        str, typer.Option(metavar="even|importance", help="Give each unit a run of channels, or equally strong ones.")
+        str,
+        typer.Option(
+            metavar="even|importance|sorted",
+            help="Give each unit a run of channels, or equally strong ones; or the best to unit 1, the next to 2 ...",
+        ),
     ] = "even",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Images to tell by which channels matter; labels are not read: a folder, a YAML file with the keys of "
+            "a recipe's `data`, or KEY=VALUE of those. Can be given again."
+        ),
+    ] = None,
     num_classes: Annotated[
         int | None, typer.Option(help="Outputs of the classifier. Default: the model's own.")
     ] = None,
@@ -99,6 +110,7 @@ def partition_command(
             divide=divide,
             assign=assign,
             round_to=round_to,
+            data=data or None,
             seed=seed,
             note=said.append,
             progress=status.update,
@@ -110,7 +122,7 @@ def partition_command(
 
             checked = check_partition(network.partition, status.update)
     differs = None if checked is None or not checked.differing else _difference(checked)
-    if assign == "importance" and not pretrained and weights is None:
+    if assign != "even" and not pretrained and weights is None:
         notes.print(
             "The weights are random, and so is their importance: --weights or --pretrained gives it a meaning.",
             soft_wrap=True,

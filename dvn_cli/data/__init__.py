@@ -1,6 +1,7 @@
 """Where a task's images come from and how they are batched."""
 
 from dvn_cli.data.batches import Split, batch_count, batches, to_device
+from dvn_cli.data.sample import drawn, sample, unlabelled
 from dvn_cli.data.spec import DataSpec
 from dvn_cli.data.task import Chosen, Reader, TaskData, load_task, load_test
 
@@ -12,7 +13,10 @@ __all__ = [
     "TaskData",
     "batch_count",
     "batches",
+    "drawn",
     "load_task",
     "load_test",
+    "sample",
     "to_device",
+    "unlabelled",
 ]

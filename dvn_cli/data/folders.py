@@ -75,6 +75,20 @@ def folder(request: Request, part: Part) -> Listing | None:
     return _files_by_class(root / split, split, classes, part)
 
 
+def unsplit(request: Request) -> Listing:
+    """All images of a folder of classes, or of images alone.
+
+    Raises:
+        InputError: there are none.
+    """
+    root = request.path
+    assert root is not None
+    listing = _files_by_class(root, ".", tuple(subfolders(root)) or (".",), "test")
+    if len(listing.labels) == 0:
+        raise InputError(f"{root} has no images")
+    return listing
+
+
 def _is_flat(root: Path, folders: Sequence[str]) -> bool:
     """Whether folders are classes; not where some, or what is in them, are called as splits are."""
     first_words = {re.split(r"[^a-z]", name.casefold())[0] for name in folders}

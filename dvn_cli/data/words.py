@@ -39,10 +39,16 @@ _NOT_EVALUATED = (
 
 
 def parse_data(
-    words: Sequence[str | os.PathLike[str] | Mapping[str, Any]], note: Callable[[str], None] | None = None
+    words: Sequence[str | os.PathLike[str] | Mapping[str, Any]],
+    note: Callable[[str], None] | None = None,
+    flat: bool = False,
 ) -> tuple[DataSpec, Path | None]:
     """Reads what `--data` says: a folder, whose kind is seen from what is in it, or a YAML file of a `DataSpec`; and
     `KEY=VALUE` of a `DataSpec`, which go before. Returns it, and the folder that relative paths start from.
+
+    Args:
+        note: is told, in a line, of what kind a folder is.
+        flat: whether a folder may hold images alone, without folders of classes.
 
     Raises:
         InputError: no such folder or file, nothing known in it, or an unknown key or value.
@@ -56,7 +62,7 @@ def parse_data(
         word = os.fspath(each)
         path, key = Path(os.path.expanduser(word)), word.partition("=")[0]
         if os.path.isdir(path):  # which is false, unlike pathlib's, of what is too long for a path: long KEY=VALUE
-            content |= _folder(path)
+            content |= _folder(path, flat)
             if note is not None:
                 what = "parquet files" if content["source"] == "hf" else "images by class"
                 note(f"images: the {what} in '{path}'")
@@ -75,11 +81,11 @@ def parse_data(
         raise InputError(f"--data: {first_problem(error, DataSpec)}") from None
 
 
-def _folder(path: Path) -> dict[str, Any]:
+def _folder(path: Path, flat: bool) -> dict[str, Any]:
     if parquet_files(path):
         return {"source": "hf", "path": str(path)}
     folders = set(subfolders(path))
-    if not folders:
+    if not folders and not flat:
         raise InputError(f"--data {path}: there are neither parquet files in it nor folders of classes")
     return {"source": "folder", "path": str(path)} | ({} if folders & set(TEST_SPLITS) else {"test_split": "."})
 

@@ -24,7 +24,7 @@ Owner = Literal["shared", "task", "network"]
 Interpolation = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 CropMode = Literal["center", "squash", "border"]
 
-ASSIGN = ("even", "importance")
+ASSIGN = ("even", "importance", "sorted")
 DIVIDE = ("all", "inner")
 
 
@@ -54,8 +54,8 @@ class Rule:
     """How channels are assigned to the units.
 
     Attributes:
-        assign: `even`: consecutive channels; `importance`: by the L2 norm of all weights of coupled channels (Li et
-            al., ICLR 2017; the group norm of Fang et al., CVPR 2023), so that units are equally strong.
+        assign: `even`: consecutive channels; `importance`: by a score (see `units.score`), so that units are equally
+            strong; `sorted`: the best by that score in unit 1, the next best in unit 2, and so on.
         round_to: what widths of units are multiples of, wherever every unit then still has channels.
         divide: `all` coupled groups, or the `inner` ones alone: those whose channels no sum couples with what another
             layer makes. The residual stream then stays whole and belongs to all units.
@@ -71,7 +71,7 @@ class Rule:
     def __post_init__(self) -> None:
         if self.assign not in ASSIGN:
             near = did_you_mean(self.assign, ASSIGN)
-            raise InputError(f"channels are assigned {' or '.join(ASSIGN)}, not '{self.assign}'{near}")
+            raise InputError(f"channels are assigned even, importance or sorted, not '{self.assign}'{near}")
         if self.divide not in DIVIDE:
             near = did_you_mean(self.divide, DIVIDE)
             raise InputError(f"units divide {' or '.join(DIVIDE)} coupled groups, not '{self.divide}'{near}")
@@ -389,6 +389,7 @@ class StateMetadata:
         restarts: see `TrainingRecord`.
         tasks: without where their images come from; None in the first files.
         images: of each task that is learnt, how many were there to train and to validate on.
+        division: which unit owns what, which images may tell otherwise another time; None in the first files.
     """
 
     kind: ClassVar[str] = "training state"
@@ -400,6 +401,7 @@ class StateMetadata:
     restarts: tuple[Index, ...] = ()
     tasks: tuple[Task, ...] | None = None
     images: tuple[tuple[Index, ...], ...] = ()
+    division: DividedBackbone | None = None
 
     def __post_init__(self) -> None:
         if len(self.history) > self.epochs_done:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dvn_cli.backbones import default, preprocessing, resolve
-from dvn_cli.data import DataSpec, Reader, TaskData
+from dvn_cli.backbones import BackboneSpec, default, preprocessing, resolve
+from dvn_cli.data import DataSpec, Reader, TaskData, drawn
 from dvn_cli.data.resize import Resize
+from dvn_cli.data.sample import IMAGES
 from dvn_cli.data.spec import locate
 from dvn_cli.device import choose
 from dvn_cli.dividing import Note, partition_backbone, silent
@@ -26,7 +28,7 @@ from dvn_cli.loading import load
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.store.file import read_checkpoint
-from dvn_cli.store.metadata import DataSource, Owner, Preprocessing, Rule, Task, TaskLevel
+from dvn_cli.store.metadata import DataSource, DividedBackbone, Owner, Preprocessing, Rule, Task, TaskLevel
 from dvn_cli.training import recipe as recipes
 from dvn_cli.training.loop import Run
 from dvn_cli.training.methods import METHODS, Method, levels_of
@@ -182,7 +184,8 @@ def prepare(
     if finished is not None:
         finished.check(recipe)
     data = load_data(recipe, base, note)
-    network, before = build(recipe, data, base, note)
+    division = interrupted.metadata.division if interrupted is not None else None
+    network, before = build(recipe, data, base, note, division if finished is None else finished.header.metadata)
     with enough_memory_for(recipe, device):
         run = Run(recipe, network, dict(enumerate(data, len(network.tasks) - len(data) + 1)), device, before)
     run.check_batches()
@@ -242,7 +245,7 @@ def _preprocessing(recipe: Recipe, base: Path, channels: int) -> Preprocessing |
     if start is not None:
         return read_checkpoint(locate(start, base)).metadata.preprocessing
     assert recipe.backbone is not None
-    if recipe.backbone.weights is None and not recipe.backbone.pretrained:
+    if not recipe.backbone.has_weights:
         return None
     return preprocessing(replace(default(recipe.backbone.name), in_chans=channels))
 
@@ -257,9 +260,16 @@ def _prepared(spec: DataSpec, weights: Preprocessing | None) -> DataSpec:
 
 
 def build(
-    recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note = silent
+    recipe: Recipe,
+    data: Sequence[TaskData],
+    base: Path,
+    note: Note = silent,
+    division: DividedBackbone | None = None,
 ) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
     """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
+
+    Args:
+        division: that of the run that goes on, where one does.
 
     Returns:
         all networks, and which of them were trained in an earlier run.
@@ -270,7 +280,7 @@ def build(
     if recipe.partition is not None:
         partition, tensors = _opened(recipe, data, base)
     else:
-        partition, tensors = _divided(recipe, data, base, note)
+        partition, tensors = _divided(recipe, data, base, note, division)
     weights = _preprocessing(recipe, base, partition.spec.in_chans)
     tasks = _tasks(recipe, data, partition, base)
     network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
@@ -296,7 +306,9 @@ def _channels(recipe: Recipe, base: Path) -> int:
     return recipe.backbone.in_chans or default(recipe.backbone.name).in_chans
 
 
-def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note) -> tuple[Partition, dict[str, Tensor]]:
+def _divided(
+    recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note, division: DividedBackbone | None
+) -> tuple[Partition, dict[str, Tensor]]:
     assert recipe.backbone is not None
     assert recipe.units is not None
     smallest = min((d.input_size for d in data), key=lambda size: size[0] * size[1])
@@ -318,8 +330,21 @@ def _divided(recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note) -
         note=note,
     )
     rule = Rule(recipe.assign, recipe.round_to, recipe.divide)
-    partition = partition_backbone(spec, recipe.units, rule, module if rule.assign != "even" else None)
+    if rule.assign == "even":
+        partition = partition_backbone(spec, recipe.units, rule)
+    elif division is not None:
+        partition = Partition.restore(division)
+    else:
+        images = _scoring(data, spec, recipe.seed) if recipe.backbone.has_weights else []
+        partition = partition_backbone(spec, recipe.units, rule, module, images)
     return partition, _templates(partition, module)
+
+
+def _scoring(data: Sequence[TaskData], spec: BackboneSpec, seed: int) -> list[Tensor]:
+    """Batches of training images, as many of each task, to score channels by."""
+    count = -(-IMAGES // len(data))
+    batches = (drawn(of_task.train, of_task.mean, of_task.std, seed=seed, count=count) for of_task in data)
+    return [F.interpolate(batch, spec.input_size, mode="bilinear") for of_task in batches for batch in of_task]
 
 
 def _templates(partition: Partition, module: nn.Module) -> dict[str, Tensor]:
@@ -395,7 +420,7 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], partition: Partition, base:
         number = known + place + 1
         if method.order == "same" and keys.order is not None:
             raise InputError(f"tasks.{place}.order: with method={recipe.method} all tasks have the same order")
-        order = paper_order(number, units) if method.order == "paper" else list(range(1, units + 1))
+        order = paper_order(number, units) if method.order == recipe.orders == "paper" else list(range(1, units + 1))
         if keys.order is not None:
             order = keys.order
         if sorted(order) != list(range(1, units + 1)):

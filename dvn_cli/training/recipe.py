@@ -69,6 +69,11 @@ class BackboneKeys(Keys):
         description="Initialise the last norm of every residual branch to zero, in models whose blocks support it.",
     )
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether it starts from weights; otherwise they are random."""
+        return self.weights is not None or self.pretrained
+
     @model_validator(mode="after")
     def _consistent(self) -> "BackboneKeys":
         if self.weights is not None and self.pretrained:
@@ -195,10 +200,17 @@ class Recipe(Keys):
         "couples with others (hidden units, heads, channels inside a block). The residual stream is then shared by "
         "all units.",
     )
-    assign: Literal["even", "importance"] = Field(
+    assign: Literal["even", "importance", "sorted"] = Field(
         default="even",
         description="even: each unit gets a run of consecutive channels. importance: channels are assigned so that "
-        "all units are equally strong by the norm of their weights.",
+        "all units are equally strong. sorted: the best channels go to unit 1, the next best to unit 2, and so on. A "
+        "channel counts by its variance on training images times the norm of the weights that read it, or, without "
+        "weights to start from, by the norm of its own.",
+    )
+    orders: Literal["paper", "shared"] = Field(
+        default="paper",
+        description="Order in which tasks without an `order` of their own add units: the paper's rule (section 3.2), "
+        "another for each task, or one for all, 1 2 3 and so on.",
     )
     round_to: Count = Field(
         default=1, description="Make the width of each unit a multiple of this many channels, where there are enough."

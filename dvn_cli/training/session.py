@@ -151,6 +151,7 @@ class Session:
                 restarts=tuple(self.restarts),
                 tasks=tasks,
                 images=self._images,
+                division=self.run.network.partition.metadata(),
             )
             with self._resumable():
                 write(self.files.state, to_data(run.state()), metadata)

@@ -1,7 +1,7 @@
 """Which unit owns which indices of which tensor."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,7 @@ class CoupledGroup:
 
 
 def assign(
-    labeller: Labeller, names: Sequence[str], rule: Rule = EVEN, weights: Mapping[str, Tensor] | None = None
+    labeller: Labeller, names: Sequence[str], rule: Rule = EVEN, scores: Sequence[np.ndarray] = ()
 ) -> tuple[Assignment, list[CoupledGroup]]:
     """Divides each coupled group among the units, as evenly as can be.
 
@@ -52,7 +52,8 @@ def assign(
     Args:
         names: the tensors to say it of, among the labeller's sources.
         rule: how channels are assigned.
-        weights: the parameters, by name: what importance is measured by. Without them runs are consecutive.
+        scores: how much channels matter, by their labels. A group takes the first score that is not zero for all of its
+            channels; without any score each unit has consecutive channels.
     """
     roots = labeller.coupled.roots()
     eligible = labeller.coupled.produced()
@@ -66,7 +67,6 @@ def assign(
     signature = np.zeros(len(roots), dtype=np.int64)
     first = np.full(len(roots), -1, dtype=np.int64)
     together = np.ones(len(roots), dtype=np.int64)  # neighbouring indices that are one channel: those of a head
-    energy = np.zeros(len(roots))
     seen: dict[int, np.ndarray] = {}
     start = 0
     for place, (name, dim) in enumerate(places):
@@ -74,9 +74,6 @@ def assign(
         np.add.at(signature, found, numbers[place])
         starts = np.flatnonzero(np.diff(found, prepend=-1))
         np.maximum.at(together, found[starts], np.diff(starts, append=len(found)))
-        if weights is not None and name in weights:
-            slices = weights[name].detach().movedim(dim, 0).reshape(len(found), -1)
-            np.add.at(energy, found, slices.double().square().sum(1).cpu().numpy())
         unseen = first[found] < 0
         order = np.arange(start, start + len(found))
         first[found[unseen][::-1]] = order[unseen][::-1]
@@ -101,8 +98,9 @@ def assign(
         if len(members) >= labeller.units and (rule.divide == "all" or not is_stream):
             step = rule.round_to // math.gcd(rule.round_to, *together[members].tolist())
             sizes = _sizes(len(members), labeller.units, step)
-            even = np.repeat(np.arange(labeller.units), sizes)
-            unit[members] = even if weights is None else _dealt(energy[members], sizes, lead)
+            of_members = [score[members] for score in scores]
+            score = next(filter(np.any, of_members), of_members[-1] if of_members else None)
+            unit[members] = _assigned(rule, score, sizes, lead)
         groups.append(CoupledGroup(len(members), tuple(where[key]), tuple(sizes.tolist()), is_stream))
     return _collect(labeller, names, unit[roots]), groups
 
@@ -120,21 +118,31 @@ def _sizes(count: int, units: int, step: int) -> np.ndarray:
     return sizes
 
 
-def _dealt(energy: np.ndarray, sizes: np.ndarray, lead: np.ndarray) -> np.ndarray:
+def _assigned(rule: Rule, score: np.ndarray | None, sizes: np.ndarray, lead: np.ndarray) -> np.ndarray:
+    """The unit of each channel of a group; `lead` as in `_dealt`."""
+    if score is not None and rule.assign == "importance":
+        return _dealt(score, sizes, lead)
+    unit = np.repeat(np.arange(len(sizes)), sizes)
+    if score is not None and rule.assign == "sorted":
+        unit[np.argsort(-score, kind="stable")] = unit.copy()
+    return unit
+
+
+def _dealt(score: np.ndarray, sizes: np.ndarray, lead: np.ndarray) -> np.ndarray:
     """The unit of each channel: from the strongest to the weakest in rounds, in which the unit that lags comes first.
 
     A unit of more channels has its turns in as many equal intervals, so each has its share of strong and of weak ones.
 
     Args:
-        energy: squared norm of each channel.
+        score: of each channel, how much it matters.
         sizes: channels of each unit.
         lead: for each unit by what share of a group it is ahead of the others so far; updated.
     """
-    count = len(energy)
-    share = energy / (energy.sum() or 1)
+    count = len(score)
+    share = score / (score.sum() or 1)
     unit = np.empty(count, dtype=np.int64)
     taken = np.zeros(len(sizes))
-    for channel in np.argsort(-energy, kind="stable"):
+    for channel in np.argsort(-score, kind="stable"):
         turn = (taken + 0.5) / sizes
         first = int(np.where(turn <= turn.min() + 1 / count, lead, np.inf).argmin())
         unit[channel] = first

@@ -129,7 +129,7 @@ WRONG = [
     (["class_axis", 0, 1], 2, "'class_axis' has dimension 2 of 'fc.weight', which is not there"),
     (["class_axis", 0, 0], "x", "'class_axis' has dimension 0 of 'x', which is not there"),
     (["aliases"], {"other": "x"}, "'other'.* is not another name of a tensor that is listed"),
-    (["rule"], {"assign": "odd"}, "'rule' is not usable: channels are assigned even or importance, not 'odd'"),
+    (["rule"], {"assign": "odd"}, "'rule' is not usable: channels are assigned even, importance or sorted, not 'odd'"),
     (["rule"], {"round_to": 0}, "'rule' is not usable: widths are rounded"),
     (["tasks"], [], "'tasks' has 0 tasks"),
     (["tasks", 0, "order"], [1, 1], "'tasks.0' is not usable: its order does not name each unit once"),

@@ -397,6 +397,7 @@ CHANGES = {
     "units": "3",
     "divide": "inner",
     "assign": "importance",
+    "orders": "shared",
     "round_to": "5",
     "tasks": str([small.content()["tasks"][0]]),
     "tasks.0.name": "other",

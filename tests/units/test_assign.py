@@ -13,6 +13,7 @@ from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.trace import Traced, trace
 from dvn_cli.units.assign import EVEN, SHARED, Assignment, CoupledGroup, Rule, assign, kept_labels, unit_of_labels
 from dvn_cli.units.order import paper_order
+from dvn_cli.units.score import by_weights
 
 
 class Small(nn.Module):
@@ -46,7 +47,8 @@ def divide(
     labeller = Labeller(units)
     labeller.run(traced())
     names = [name for name in Small().state_dict() if name in labeller.sources]
-    return labeller, *assign(labeller, names, rule, weights)
+    scores = [] if weights is None else [by_weights(labeller, weights)]
+    return labeller, *assign(labeller, names, rule, scores)
 
 
 def owners(assignment: Assignment, name: str, dim: int, size: int) -> list[set[int]]:
@@ -284,6 +286,16 @@ def test_importance_and_multiples_together():
     of_index = owners(assignment, "stem.weight", 0, 22)
     assert [of_index.count({unit}) for unit in (1, 2)] == [8, 14]
     assert of_index != sorted(of_index, key=min)
+
+
+@pytest.mark.parametrize("units", [2, 3, 4])
+def test_sorted_units_have_the_best_first(units):
+    parameters = weights(0)
+    _, assignment, groups = divide(units, Rule("sorted"), parameters)
+    of_index = owners(assignment, "stem.weight", 0, 22)
+    ranked = [min(of_index[index]) for index in energy(parameters).argsort(descending=True).tolist()]
+    assert ranked == sorted(ranked)
+    assert [group.sizes for group in groups] == [group.sizes for group in divide(units)[2]]
 
 
 @pytest.mark.parametrize(
