@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dvn_cli import compensation
 from dvn_cli.backbones import BackboneSpec, load_pretrained, load_weights, preprocessing, resolve
 from dvn_cli.data import unlabelled
 from dvn_cli.errors import InputError
@@ -85,8 +86,9 @@ def divide(
         divide: `all` coupled groups of channels, or `inner` ones alone, so that all units share the residual stream.
         assign: `even`: units get runs of channels; `importance`: equally strong ones; `sorted`: unit 1 gets the best.
         round_to: what units' widths are multiples of, where there are enough channels.
-        data: images to tell by which channels of the weights matter, as of `evaluate`; their labels are not read, and
-            a folder may hold nothing but images. By default the norm of a channel's weights tells.
+        data: images to tell by which channels of the weights matter, and to make up for those that levels lack, as of
+            `evaluate`; their labels are not read, and a folder may hold nothing but images. By default the norm of a
+            channel's weights tells, and nothing is made up for.
         seed: of random weights, and of the choice of images.
         note: is told what was done to make weights fit, and what was assumed.
         progress: is told what goes on.
@@ -131,14 +133,21 @@ def divide(
         progress("reading images")
         words = [data] if isinstance(data, str | os.PathLike | Mapping) else data
         images = unlabelled(words, tasks[0], spec.in_chans, seed, note)
-        note(f"{sum(map(len, images))} images tell which channels matter")
+        note(f"{sum(map(len, images))} images tell which channels matter, and what levels lack")
     progress(f"dividing {spec.name}")
     partition = partition_backbone(spec, units, rule, module, images)
+    if images:
+        partition = compensation.with_private_biases(partition)
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks, copy=False, preprocessing=for_weights)
     network.random = random
     for number in range(1, units + 1):  # networks of as many units are alike
         progress(f"narrowing to {number} of {units} units")
         network.check([TaskLevel(1, number), TaskLevel(number, 1)])
+    if images:
+        progress("making up for what levels lack")
+        own = {*compensation.statistics(partition), *compensation.biases(partition)}
+        network.make_private(dict.fromkeys(own, "network"), keep_shared=True)
+        compensation.compensate(network, dict.fromkeys(range(1, len(tasks) + 1), images))
     return network
 
 

@@ -223,11 +223,12 @@ class DeepVirtualNetwork(nn.Module):
         """Where a network's tensor comes from: its own, its task's, or the shared one."""
         return shapes.source(self._places, name, task, level)
 
-    def make_private(self, owners: Mapping[str, Owner] | None = None) -> None:
+    def make_private(self, owners: Mapping[str, Owner] | None = None, keep_shared: bool = False) -> None:
         """Gives tasks and networks tensors of their own: copies of the slices that they had so far.
 
         Args:
             owners: of each tensor; by default each task gets its stem, and each network its norms and classifier.
+            keep_shared: whether the tensors that they were copied from stay, for others to start from.
         """
         owners = self.partition.owners if owners is None else owners
         private = {name: owner for name, owner in owners.items() if owner != "shared"}
@@ -242,7 +243,7 @@ class DeepVirtualNetwork(nn.Module):
                     new[prefix + name] = taken(getattr(module, key), cut).detach().clone()
         for name, tensor in new.items():
             self._register(name, tensor)
-        for name in private:
+        for name in () if keep_shared else private:
             place = self._places.pop(f"shared/{name}", None)
             if place is not None:
                 delattr(*place)

@@ -125,13 +125,13 @@ class Partition:
         state = module.state_dict(keep_vars=True)
         if any(name not in state or state[name].ndim != len(axes) for name, axes in assignment.tensors.items()):
             raise _changed(spec)
-        names = list(assignment.tensors)
+        names = [name for name in state if name in assignment.tensors]  # in the backbone's order, as optimizers want it
         first = {id(state[name]): name for name in names}
         return cls(
             spec=spec,
             rule=rule,
             assignment=assignment,
-            owners=owners,
+            owners={name: owners[name] for name in names},
             shapes={name: tuple(state[name].shape) for name in names},
             dtypes={name: state[name].dtype for name in names},
             parameters={name for name in names if isinstance(state[name], nn.Parameter)},

@@ -236,7 +236,9 @@ def test_inner_groups_alone_are_divided(capsys: pytest.CaptureFixture[str]) -> N
 
 
 @pytest.mark.parametrize("divide", ["all", "inner"])
-def test_images_say_which_channels_matter(capsys: pytest.CaptureFixture[str], divide: str) -> None:
+def test_images_say_which_channels_matter_and_levels_make_up_for_the_others(
+    capsys: pytest.CaptureFixture[str], divide: str
+) -> None:
     torch.manual_seed(0)
     save_file(resolve("wrn_10_1", 7).build().state_dict(), "published.safetensors")
     command = ("wrn_10_1", "--units", 2, "--num-classes", 7, "--divide", divide, "--assign", "sorted")
@@ -248,8 +250,13 @@ def test_images_say_which_channels_matter(capsys: pytest.CaptureFixture[str], di
     assert document["levels"] == plain["levels"]
     axes = [read_checkpoint(file).metadata.axes for file in ("plain.safetensors", "dvn.safetensors")]
     assert axes[0] != axes[1]
+    stored, published = load_file("dvn.safetensors"), load_file("published.safetensors")
+    own = {name.split("/", 4)[4] for name in stored if name.startswith("task/")}
+    assert own == {name for name in published if "running" in name} | {"fc.bias"}  # of some features it lacks the mean
+    for level, is_changed in ((1, True), (2, False)):
+        mean = stored[f"task/2/level/{level}/layer2.0.bn1.running_mean"]
+        assert torch.equal(mean, published["layer2.0.bn1.running_mean"][: len(mean)]) is not is_changed
     assert dvn("slice", "--task", 1, "--level", 2, "-o", "top.safetensors") == 0
-    published = load_file("published.safetensors")
     assert all(torch.equal(tensor, published[name]) for name, tensor in load_file("top.safetensors").items())
     before = Path("dvn.safetensors").read_bytes()
     capsys.readouterr()

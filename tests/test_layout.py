@@ -17,6 +17,7 @@ ROWS = (
     {"paper"},
     {"evaluation", "benchmark", "training"},
     {"dividing", "loading", "export", "runtime", "check"},
+    {"compensation"},
     {"undivided"},
     {"network", "partition", "reference", "tasks"},
     {"backbones"},

@@ -46,8 +46,8 @@ def partition_command(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="Images to tell by which channels matter; labels are not read: a folder, a YAML file with the keys of "
-            "a recipe's `data`, or KEY=VALUE of those. Can be given again."
+            help="Images to tell by which channels matter, and to make up for what levels lack; labels are not read: a "
+            "folder, a YAML file with the keys of a recipe's `data`, or KEY=VALUE of those. Can be given again."
         ),
     ] = None,
     num_classes: Annotated[

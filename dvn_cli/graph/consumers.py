@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from dvn_cli.graph.labels import Labels, varying_dims
 from dvn_cli.graph.registry import base_name, entry_of
-from dvn_cli.graph.trace import bind
+from dvn_cli.graph.statistics import is_running_norm
+from dvn_cli.graph.trace import bind, is_view
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,19 @@ class Consumer:
     weight: fx.Node
     weight_dim: int
     bias: fx.Node | None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every output reads every channel, all of them alike: no groups, nothing transposed."""
+        return self.weight_dim == 1 and bind(self.node).get("groups", 1) == 1
+
+    @property
+    def is_normalised(self) -> bool:
+        """Whether nothing but norms with running statistics read what it gives."""
+        users = list(self.node.users)
+        while users and all(is_view(user) for user in users):
+            users = [user for view in users for user in view.users]
+        return bool(users) and all(is_running_norm(user) for user in users)
 
 
 def consumers(graph: fx.Graph) -> Iterator[Consumer]:

@@ -12,6 +12,11 @@ from dvn_cli.graph.trace import Traced, arguments_of, bind, is_inplace
 Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
 
 
+def is_running_norm(node: fx.Node) -> bool:
+    """Tells whether an operator is a norm that has running statistics."""
+    return isinstance(bind(node).get("running_mean"), fx.Node)
+
+
 def running_tensors(traced: Traced) -> set[str]:
     """Names the tensors of norms with running statistics, and those that are written to in place.
 
@@ -19,7 +24,7 @@ def running_tensors(traced: Traced) -> set[str]:
     """
     names: set[str] = set()
     for node in traced.graph.nodes:
-        if isinstance(bind(node).get("running_mean"), fx.Node):
+        if is_running_norm(node):
             names |= traced.names_of(node.all_input_nodes[1:])
         elif is_inplace(node):
             names |= traced.names_of(node.all_input_nodes[:1])

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dvn_cli import compensation
 from dvn_cli.backbones import BackboneSpec, default, preprocessing, resolve
 from dvn_cli.data import DataSpec, Reader, TaskData, drawn
 from dvn_cli.data.resize import Resize
@@ -269,7 +270,7 @@ def build(
     """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
 
     Args:
-        division: that of the run that goes on, where one does.
+        division: that of the run that goes on, where one does; the networks are then not made ready to start.
 
     Returns:
         all networks, and which of them were trained in an earlier run.
@@ -283,9 +284,17 @@ def build(
         partition, tensors = _divided(recipe, data, base, note, division)
     weights = _preprocessing(recipe, base, partition.spec.in_chans)
     tasks = _tasks(recipe, data, partition, base)
+    has_weights = weights is not None or (recipe.backbone is not None and recipe.backbone.has_weights)
+    compensates = recipe.compensate and has_weights and method.levels != "top"
+    if compensates:
+        partition = compensation.with_private_biases(partition)
     network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
     network.make_private(owners(method, partition))
     network.check()
+    if compensates and division is None:
+        note("making up for what levels lack: running statistics and biases, on training images")
+        images = {number: drawn(d.train, d.mean, d.std, seed=recipe.seed) for number, d in enumerate(data, 1)}
+        compensation.compensate(network, images)
     return network, []
 
 
@@ -374,7 +383,7 @@ def _opened(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Parti
                 f"task '{task.name}' has {len(images.classes)} classes, the partition's classifier {most}: "
                 f"partition with --num-classes {max(len(d.classes) for d in data)}"
             )
-    return opened.partition, opened.file_tensors()
+    return opened.partition, {n: t for n, t in opened.file_tensors().items() if n.startswith("shared/")}
 
 
 def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:

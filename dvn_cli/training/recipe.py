@@ -212,6 +212,12 @@ class Recipe(Keys):
         description="Order in which tasks without an `order` of their own add units: the paper's rule (section 3.2), "
         "another for each task, or one for all, 1 2 3 and so on.",
     )
+    compensate: bool = Field(
+        default=True,
+        description="Before training from weights, make up for the channels that levels lack: estimate the running "
+        "statistics of every level below the top on training images of its task, and add the mean of what is lacking "
+        "to biases where no such norm follows, which are then private to each level.",
+    )
     round_to: Count = Field(
         default=1, description="Make the width of each unit a multiple of this many channels, where there are enough."
     )

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from synthetic import DataSets
 
 from dvn_cli import cli
+from dvn_cli.backbones import resolve
 from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
@@ -398,6 +399,7 @@ CHANGES = {
     "divide": "inner",
     "assign": "importance",
     "orders": "shared",
+    "compensate": "false",
     "round_to": "5",
     "tasks": str([small.content()["tasks"][0]]),
     "tasks.0.name": "other",
@@ -429,12 +431,15 @@ CHANGES = {
 
 SEQUENTIAL = ("learning=sequential",)
 BASES = {key: SEQUENTIAL for key in CHANGES if key.partition(".")[0] in ("sequential", "continues")}
+BASES["compensate"] = ("backbone.weights=w.pth",)
 """With which overrides a key is tried where it means nothing without them."""
 
 
 def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
     """All that a recipe can have an effect on, and nothing that repeats its words; of an error, its message."""
     threads: list[int] = []
+    torch.manual_seed(5)
+    torch.save(resolve("wrn_10_1", 10, 1).build().state_dict(), folder / "w.pth")
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "set_num_threads", threads.append)
