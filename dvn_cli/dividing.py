@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from dvn_cli import compensation
 from dvn_cli.backbones import BackboneSpec, load_pretrained, load_weights, preprocessing, resolve
 from dvn_cli.data import unlabelled
+from dvn_cli.data.words import Data
 from dvn_cli.errors import InputError
 from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.labels import Labeller
@@ -63,7 +64,7 @@ def divide(
     divide: str = "all",
     assign: str = "even",
     round_to: int = 1,
-    data: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any] | None = None,
+    data: Data | Sequence[Data] | None = None,
     seed: int = 0,
     note: Note = silent,
     progress: Note = silent,
@@ -131,8 +132,7 @@ def divide(
     images: list[Tensor] = []
     if data is not None:
         progress("reading images")
-        words = [data] if isinstance(data, str | os.PathLike | Mapping) else data
-        images = unlabelled(words, tasks[0], spec.in_chans, seed, note)
+        images = unlabelled(data, tasks[0], spec.in_chans, seed, note)
         note(f"{sum(map(len, images))} images tell which channels matter, and what levels lack")
     progress(f"dividing {spec.name}")
     partition = partition_backbone(spec, units, rule, module, images)

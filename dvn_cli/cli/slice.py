@@ -1,8 +1,9 @@
 """`dvn slice`: standalone files of single networks, cut without torch."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,26 +28,63 @@ def slice_command(
             "STEM-slices, in the working directory, STEM being the checkpoint's name.",
         ),
     ] = None,
+    calibrate: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Fit layers to what they give in the task's top level, on these images, whose labels are not needed; "
+            "with labels, accuracy before and after is shown. A folder, or as --data of `dvn eval`. Can be given again."
+        ),
+    ] = None,
     file_format: Annotated[str, typer.Option("--format", help=f"Of the files: {', '.join(FORMATS)}.")] = FORMATS[0],
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Cut the network of a task and level out of a checkpoint, into a file that needs nothing else."""
+
+    def note(line: str) -> None:
+        typer.echo(line, err=True)
+
     if file_format not in FORMATS:
         raise InputError(f"there is no format '{file_format}'; --format takes {', '.join(FORMATS)}")
     if every and task is None and level is None:
-        files = export.slice_all(checkpoint, output)
+        files = export.slice_all(checkpoint, output, calibrate or None, note)
     elif not every and task is not None and level is not None:
-        files = iter([export.slice(checkpoint, task, level, output)])
+        files = iter([export.slice(checkpoint, task, level, output, calibrate or None, note)])
     else:
         raise InputError("which network? Give `--task T --level L` for one of them, or `--all` for every one")
     results = []
     for cut in files:
-        results.append(cut.to_dict())
+        result = cut.to_dict()
+        if cut.calibration is not None:
+            result["calibration"] = {**vars(cut.calibration), **_accuracies(checkpoint, cut, calibrate or [], note)}
+        results.append(result)
         if not as_json:
             units = ", ".join(map(str, cut.units))
             typer.echo(
                 f"{cut.file}  {cut.name}  level {cut.level} of {cut.levels}  units {units}  "
-                f"{cut.params:,} parameters  {cut.bytes / 1e6:,.2f} MB"
+                f"{cut.params:,} parameters  {cut.bytes / 1e6:,.2f} MB{_calibration(result['calibration'])}"
             )
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(checkpoint), "slices": results}, indent=2))
+
+
+def _accuracies(
+    checkpoint: Path, cut: export.SliceFile, data: list[str], note: Callable[[str], None]
+) -> dict[str, float | None]:
+    """Top-1 in per cent on the test images, before and after; None where there are none with the task's classes."""
+    from dvn_cli.evaluation.measure import evaluate
+
+    try:
+        (before,) = evaluate(checkpoint, cut.task, cut.level, data=data)
+        (after,) = evaluate(cut.file, data=data)
+    except InputError as error:
+        note(f"accuracy is not measured: {error}")
+        return {"top1_before": None, "top1_after": None}
+    return {"top1_before": before.top1, "top1_after": after.top1}
+
+
+def _calibration(calibration: dict[str, Any] | None) -> str:
+    if calibration is None:
+        return ""
+    before, after = calibration["top1_before"], calibration["top1_after"]
+    accuracy = "" if before is None else f": {before:.1f} -> {after:.1f} %"
+    return f"  calibrated on {calibration['images']} images{accuracy}"

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +12,7 @@ from dvn_cli.data.batches import Split, batches
 from dvn_cli.data.listing import Request, stratified_order
 from dvn_cli.data.pool import Pool
 from dvn_cli.data.spec import DataSpec
-from dvn_cli.data.words import parse_data, prepared
+from dvn_cli.data.words import Data, parse_data, prepared
 from dvn_cli.errors import InputError
 from dvn_cli.store.metadata import Task
 
@@ -56,11 +55,13 @@ def drawn(split: Split, mean: Sequence[float], std: Sequence[float], *, seed: in
     return [images for images, _ in batches(chosen, BATCH, mean=mean, std=std)]
 
 
-def unlabelled(words: Sequence[Any], task: Task, channels: int, seed: int, note: Callable[[str], None]) -> list[Tensor]:
+def unlabelled(
+    data: Data | Sequence[Data], task: Task, channels: int, seed: int, note: Callable[[str], None]
+) -> list[Tensor]:
     """Reads some training images, prepared as a task's, whatever their classes.
 
     Args:
-        words: as `parse_data`; a folder may also hold nothing but images.
+        data: as of `parse_data`; a folder may also hold nothing but images.
         channels: of the images.
         seed: of the choice.
         note: is told, in a line, what was taken for what.
@@ -71,6 +72,6 @@ def unlabelled(words: Sequence[Any], task: Task, channels: int, seed: int, note:
     Raises:
         InputError: as `parse_data` and `sample`.
     """
-    spec, base = parse_data(words, note, flat=True)
+    spec, base = parse_data(data, note, flat=True)
     split = sample(spec.model_copy(update=prepared(task)), seed=seed, channels=channels, base=base)
     return drawn(split, task.mean, task.std, seed=seed)

@@ -17,6 +17,9 @@ from dvn_cli.files import read_bytes
 from dvn_cli.overrides import LARGEST, first_problem, override_key, parse_override, read_yaml
 from dvn_cli.store.metadata import Task
 
+Data = str | os.PathLike[str] | Mapping[str, Any]
+"""Images: a folder, a YAML file with the keys of a recipe's `data`, a mapping of them, or `key=value` of one."""
+
 
 def prepared(task: Task) -> dict[str, Any]:
     """How a task's images are prepared, as the keys of a `DataSpec`."""
@@ -39,7 +42,7 @@ _NOT_EVALUATED = (
 
 
 def parse_data(
-    words: Sequence[str | os.PathLike[str] | Mapping[str, Any]],
+    data: Data | Sequence[Data],
     note: Callable[[str], None] | None = None,
     flat: bool = False,
 ) -> tuple[DataSpec, Path | None]:
@@ -55,7 +58,7 @@ def parse_data(
     """
     content: dict[str, Any] = {}
     base = None
-    for each in words:
+    for each in [data] if isinstance(data, str | os.PathLike | Mapping) else data:
         if isinstance(each, Mapping):
             content |= each
             continue

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
-from dvn_cli.data.words import parse_data, prepared
+from dvn_cli.data.words import Data, parse_data, prepared
 from dvn_cli.device import choose
 from dvn_cli.errors import InputError, enough_memory
 from dvn_cli.evaluation.images import choose_images, named
@@ -26,8 +26,6 @@ from dvn_cli.units.count import params_and_density
 File = str | os.PathLike[str] | DeepVirtualNetwork | VirtualNetwork
 """A checkpoint or a slice, or what `dvn_cli.load` returns for one."""
 
-Data = str | os.PathLike[str] | Mapping[str, Any]
-"""Images: a folder, a YAML file with the keys of a recipe's `data`, a mapping of them, or `key=value` of one."""
 
 Progress = Callable[[int], None]
 """Told of every batch how many images it had."""
@@ -231,8 +229,7 @@ def evaluate(
     if batch_size < 1:
         raise InputError(f"batch_size is at least 1, not {batch_size}")
     chosen = device if isinstance(device, torch.device) else choose(device)
-    words = [data] if isinstance(data, str | os.PathLike | Mapping) else data
-    spec, base = parse_data(words, note) if words else (None, None)
+    spec, base = parse_data(data, note) if data else (None, None)
     given = [files] if isinstance(files, str | os.PathLike | nn.Module) else files
     loaded = open_files(given, None if task is None else str(task), level, spec, base, note)
     total, done, results = sum(opened.images for opened in loaded), 0, []

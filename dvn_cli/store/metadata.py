@@ -341,6 +341,19 @@ class CheckpointMetadata(DividedBackbone):
         return task_levels(self.tasks)
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """How the layers of a slice were fitted to its task's top level.
+
+    Attributes:
+        images: how many were there to fit to.
+        ridge: of the regression, times the mean variance of the channels that a layer is given.
+    """
+
+    images: Index
+    ridge: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class SliceMetadata(DividedBackbone):
     """What a slice says: one network.
@@ -350,6 +363,7 @@ class SliceMetadata(DividedBackbone):
         task_number: that the task had in the checkpoint, from 1.
         level: of the task, from 1.
         kept: the units of the level.
+        calibration: how its layers were fitted; None where they are as they were trained.
     """
 
     kind: ClassVar[str] = "slice"
@@ -357,6 +371,7 @@ class SliceMetadata(DividedBackbone):
     task_number: Number
     level: Number
     kept: tuple[int, ...]
+    calibration: Calibration | None = field(default=None, metadata={"omitted": True})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,14 @@ import numpy as np
 
 from dvn_cli.errors import InputError
 from dvn_cli.store.file import ITEM_SIZE, Header, StoredTensor, TensorData, is_trained, lost_with, write
-from dvn_cli.store.metadata import CheckpointMetadata, DividedBackbone, SliceMetadata, check_level, find_task
+from dvn_cli.store.metadata import (
+    Calibration,
+    CheckpointMetadata,
+    DividedBackbone,
+    SliceMetadata,
+    check_level,
+    find_task,
+)
 from dvn_cli.store.ownership import Run
 from dvn_cli.store.shapes import source
 
@@ -97,14 +104,25 @@ def _take(array: np.ndarray, runs: Sequence[Sequence[Run]]) -> np.ndarray:
     return array
 
 
-def slice_file(checkpoint: Header[CheckpointMetadata], task: int, level: int, output: str | os.PathLike[str]) -> Counts:
+def slice_file(
+    checkpoint: Header[CheckpointMetadata],
+    task: int,
+    level: int,
+    output: str | os.PathLike[str],
+    changed: Mapping[str, TensorData] | None = None,
+    calibration: Calibration | None = None,
+) -> Counts:
     """Writes the standalone file of a task and level, both from 1, and returns what it holds.
+
+    Args:
+        changed: tensors of the network, by the backbone's names, that take the place of those in the checkpoint.
+        calibration: how they were calculated.
 
     Raises:
         InputError: as `cut` and `atomic`, or `output` is the checkpoint itself.
         DvnError: as `atomic`.
     """
-    tensors = cut(checkpoint, task, level)
+    tensors = {**cut(checkpoint, task, level), **(changed or {})}
     if os.path.exists(output) and os.path.samefile(output, checkpoint.path):
         raise InputError(f"cannot write the slice to '{output}': that is the checkpoint itself")
     if is_trained(output):
@@ -112,7 +130,8 @@ def slice_file(checkpoint: Header[CheckpointMetadata], task: int, level: int, ou
     entry = replace(checkpoint.metadata.tasks[task - 1], data=None)  # a slice is shipped: nothing of where it was cut
     tensors |= _aliased(checkpoint.metadata, tensors)
     divided, units = checkpoint.metadata.divided, entry.units(level)
-    write(output, tensors, SliceMetadata(**divided, task=entry, task_number=task, level=level, kept=units))
+    own = SliceMetadata(**divided, task=entry, task_number=task, level=level, kept=units, calibration=calibration)
+    write(output, tensors, own)
     return _counts(checkpoint.metadata, tensors)
 
 
