@@ -133,7 +133,7 @@ def _fill(
             note(f"{origin}: {'; '.join(fitted.done)}.")
         if fitted.left_out:
             which = "no classifier" if fitted.headless else "other classes"
-            note(f"The weights have {which}: {', '.join(fitted.left_out)} start at random.")
+            note(f"The weights have {which}: {', '.join(fitted.left_out)} are not loaded.")
     return fitted.left_out
 
 

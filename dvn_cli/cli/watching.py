@@ -11,6 +11,7 @@ from dvn_cli.data.classes import few
 from dvn_cli.training import loop
 from dvn_cli.training.experiment import Observer, Trained
 from dvn_cli.training.loop import Run
+from dvn_cli.training.outlook import outlook
 from dvn_cli.training.session import Session
 
 
@@ -57,6 +58,8 @@ class Terminal(Observer):
         report.show(self.console, task_table(run))
         for line in class_lines(run, self.console.width):
             self.note(line)
+        with self.console.status("counting levels ..."):
+            report.show(self.console, level_table(run))
         self.bar = self.bars.add_task("", total=run.total_epochs, completed=run.epochs_done)
         self.bars.start()
 
@@ -99,6 +102,21 @@ def task_table(run: Run) -> report.FittedTable:
         bounds = zip((0, *task.levels), task.levels, strict=False)
         units = " | ".join(" ".join(map(str, task.order[start:stop])) for start, stop in bounds)
         made.add_row(f"{number} {task.name}", str(len(task.classes)), *images, units)
+    return made
+
+
+def level_table(run: Run) -> report.FittedTable:
+    """How large each network is, and how well it does before it is trained, where it starts from weights."""
+    rows = outlook(run)
+    before = [] if all(row.top1 is None for row in rows) else ["before training"]
+    columns = ("task", "level", "units", "parameters", "density", "of all units", "MACs", *before)
+    made = report.table(*columns, text=1, optional=("of all units", "MACs"))
+    for row in rows:
+        name = f"{row.task} {run.network.tasks[row.task - 1].name}"
+        accuracy = ["-" if row.top1 is None else f"{row.top1:.1f} %"] if before else []
+        shares = (report.percent(row.density), report.percent(row.common))
+        size = (report.short(row.params), *shares, report.short(row.macs))
+        made.add_row(name, str(row.level), str(row.units), *size, *accuracy)
     return made
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,6 +31,7 @@ from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.store.file import read_checkpoint
 from dvn_cli.store.metadata import DataSource, DividedBackbone, Owner, Preprocessing, Rule, Task, TaskLevel
+from dvn_cli.training import classifiers
 from dvn_cli.training import recipe as recipes
 from dvn_cli.training.loop import Run
 from dvn_cli.training.methods import METHODS, Method, levels_of
@@ -280,8 +282,10 @@ def build(
     method = METHODS[recipe.method]
     if recipe.partition is not None:
         partition, tensors = _opened(recipe, data, base)
+        is_loaded, load = True, None
     else:
-        partition, tensors = _divided(recipe, data, base, note, division)
+        partition, tensors, is_loaded = _divided(recipe, data, base, note, division)
+        load = functools.partial(_backbone, recipe, base=base)
     weights = _preprocessing(recipe, base, partition.spec.in_chans)
     tasks = _tasks(recipe, data, partition, base)
     has_weights = weights is not None or (recipe.backbone is not None and recipe.backbone.has_weights)
@@ -291,6 +295,8 @@ def build(
     network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
     network.make_private(owners(method, partition))
     network.check()
+    if has_weights and division is None:
+        classifiers.start(network, tensors, load, is_loaded, note)
     if compensates and division is None:
         note("making up for what levels lack: running statistics and biases, on training images")
         images = {number: drawn(d.train, d.mean, d.std, seed=recipe.seed) for number, d in enumerate(data, 1)}
@@ -317,7 +323,8 @@ def _channels(recipe: Recipe, base: Path) -> int:
 
 def _divided(
     recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note, division: DividedBackbone | None
-) -> tuple[Partition, dict[str, Tensor]]:
+) -> tuple[Partition, dict[str, Tensor], bool]:
+    """The divided backbone, its tensors by their names in the file, and whether it has its weights' classifier."""
     assert recipe.backbone is not None
     assert recipe.units is not None
     smallest = min((d.input_size for d in data), key=lambda size: size[0] * size[1])
@@ -329,15 +336,7 @@ def _divided(
         input_size=(asked, asked) if isinstance(asked, int) else asked or smallest,
     )
     spec = replace(spec, hidden_layers=METHODS[recipe.method].hidden)
-    given = recipe.backbone.weights
-    module, _ = build_backbone(
-        spec,
-        seed=recipe.seed,
-        weights=None if given is None else locate(given, base),
-        pretrained=recipe.backbone.pretrained,
-        zero_init_last=recipe.backbone.zero_init_last,
-        note=note,
-    )
+    module, lacking = _backbone(recipe, spec, base, note)
     rule = Rule(recipe.assign, recipe.round_to, recipe.divide)
     if rule.assign == "even":
         partition = partition_backbone(spec, recipe.units, rule)
@@ -346,7 +345,21 @@ def _divided(
     else:
         images = _scoring(data, spec, recipe.seed) if recipe.backbone.has_weights else []
         partition = partition_backbone(spec, recipe.units, rule, module, images)
-    return partition, _templates(partition, module)
+    return partition, _templates(partition, module), not lacking
+
+
+def _backbone(recipe: Recipe, spec: BackboneSpec, base: Path, note: Note = silent) -> tuple[nn.Module, list[str]]:
+    """Builds the recipe's backbone; see `dividing.build`."""
+    assert recipe.backbone is not None
+    given = recipe.backbone.weights
+    return build_backbone(
+        spec,
+        seed=recipe.seed,
+        weights=None if given is None else locate(given, base),
+        pretrained=recipe.backbone.pretrained,
+        zero_init_last=recipe.backbone.zero_init_last,
+        note=note,
+    )
 
 
 def _scoring(data: Sequence[TaskData], spec: BackboneSpec, seed: int) -> list[Tensor]:

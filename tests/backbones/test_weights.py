@@ -130,7 +130,7 @@ def test_a_classifier_of_other_classes_stays_as_it_was(tmp_path):
     torch.manual_seed(1)
     module, left_out, notes = load(state, tmp_path)
     assert left_out == ["fc.weight", "fc.bias"]
-    assert notes == ["The weights have other classes: fc.weight, fc.bias start at random."]
+    assert notes == ["The weights have other classes: fc.weight, fc.bias are not loaded."]
     assert torch.equal(module.fc.weight, before["fc.weight"])
     del state["fc.weight"], state["fc.bias"]
     assert equal(state, module.state_dict())
@@ -142,7 +142,7 @@ def test_a_file_without_our_classifier(other, tmp_path):
     module, left_out, notes = load(state | other, tmp_path)
     assert equal(state, module.state_dict())
     assert left_out == ["fc.weight", "fc.bias"]
-    assert "no classifier: fc.weight, fc.bias start at random" in notes[-1]
+    assert "no classifier: fc.weight, fc.bias are not loaded" in notes[-1]
     assert len(notes) == 1 + bool(other)
 
 

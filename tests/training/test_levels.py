@@ -7,11 +7,15 @@ from typing import Any
 import pytest
 import small
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dvn_cli.backbones import resolve
+from dvn_cli.cli import main
 from dvn_cli.dividing import divide
+from dvn_cli.evaluation.measure import evaluate_all
+from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training import experiment
+from dvn_cli.training.outlook import outlook
 
 KEYS: dict[str, Any] = {"divide": "inner", "assign": "sorted", "orders": "shared"}
 
@@ -46,6 +50,77 @@ def test_levels_are_compensated_before_training(weights: Path, tmp_path: Path) -
     assert not plain.file_tensors()["task/1/level/1/bn1.running_mean"].any()
     assert plain.partition.assignment == network.partition.assignment
     assert plain.partition.assignment != small.session(tmp_path).run.network.partition.assignment
+
+
+def classifier(network: DeepVirtualNetwork, task: int, level: int) -> tuple[torch.Tensor, torch.Tensor]:
+    own = network.file_tensors()
+    return own[f"task/{task}/level/{level}/fc.weight"], own[f"task/{task}/level/{level}/fc.bias"]
+
+
+def test_a_classifier_of_other_classes_starts_at_zero(weights: Path, tmp_path: Path) -> None:
+    notes: list[str] = []
+    keys = {"backbone": backbone(weights), "compensate": False}
+    network = small.session(tmp_path, note=notes.append, **keys).run.network
+    published = load_file(weights)
+    for level in (1, 2):
+        assert not any(tensor.any() for tensor in classifier(network, 1, level))  # of five classes, nobody knows which
+        weight, bias = classifier(network, 2, level)  # of as many as the weights have
+        assert torch.equal(bias, published["fc.bias"])
+        assert {*map(tuple, weight.T.tolist())} <= {*map(tuple, published["fc.weight"].T.tolist())}
+    assert [note for note in notes if "classifier" in note] == ["task 'low': its classifier starts at zero"]
+    random = small.session(tmp_path).run.network
+    assert all(classifier(random, task, 1)[0].any() for task in (1, 2))
+
+
+def test_a_classifier_starts_from_the_weights_of_its_classes(tmp_path: Path) -> None:
+    """Found by name among a thousand, in whatever order, whole and as a level has them."""
+    torch.manual_seed(0)
+    spec = resolve("timm/test_vit", 1000, 1, (160, 160))
+    save_file(spec.build().state_dict(), tmp_path / "weights.safetensors")
+    data = small.data(size=160, groups={"English_springer": 0, "n01440764": [1, 2]})
+    others = small.data(size=160, classes="3-7")
+    tasks = [{"name": "known", "data": data}, {"name": "others", "data": others}]
+    keys = {"name": "timm/test_vit", "in_chans": 1, "weights": "weights.safetensors"}
+    notes: list[str] = []
+    session = small.session(tmp_path, note=notes.append, tasks=tasks, backbone=keys, compensate=False)
+    published, network = load_file(tmp_path / "weights.safetensors"), session.run.network
+    own = network.file_tensors()
+    for level in (1, 2):
+        columns = small.indices(network, "head.weight", 1, level)[1]
+        wanted = published["head.weight"][[217, 0]][:, columns]
+        assert torch.equal(own[f"task/1/level/{level}/head.weight"], wanted)
+        assert torch.equal(own[f"task/1/level/{level}/head.bias"], published["head.bias"][[217, 0]])
+        assert not own[f"task/2/level/{level}/head.weight"].any()
+    assert [note for note in notes if "classifier" in note] == [
+        "task 'known': its classifier starts from the weights of its classes",
+        "task 'others': its classifier starts at zero",
+    ]
+
+
+def test_what_each_level_will_have(
+    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = small.session(tmp_path, backbone=backbone(weights), **KEYS)
+    rows = outlook(session.run)
+    assert [(row.task, row.level, row.units) for row in rows] == [(1, 1, 1), (1, 2, 2), (2, 1, 1), (2, 2, 2)]
+    for row in rows:
+        network = session.run.network.virtual_network(row.task, row.level)
+        assert row.params == sum(p.numel() for p in network.parameters())
+        assert (row.density == 1) == (row.level == 2)
+        assert 0 < row.common < 0.2
+        assert row.top1 is not None
+    assert rows[0].macs < rows[1].macs
+    assert [row.top1 for row in rows] == [row.top1 for row in evaluate_all(session.run.network, session.run.validation)]
+    assert all(row.top1 is None for row in outlook(small.session(tmp_path).run))
+    (tmp_path / "small.yaml").write_text(json.dumps(small.content(epochs=1, backbone=backbone(weights))))
+    monkeypatch.setattr(
+        "sys.argv", ["dvn", "train", str(tmp_path / "small.yaml"), "-o", str(tmp_path / "a.safetensors")]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    err = " ".join(capsys.readouterr().err.split())
+    assert "parameters density" in err
+    assert "before training" in err
 
 
 def test_the_papers_orders_unless_a_recipe_wants_one_for_all(tmp_path: Path) -> None:
