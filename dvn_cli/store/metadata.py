@@ -66,7 +66,7 @@ class Rule:
 
     assign: str = "even"
     round_to: int = 1
-    divide: str = "all"
+    divide: str = omitted("all")
 
     def __post_init__(self) -> None:
         if self.assign not in ASSIGN:
