@@ -11,7 +11,6 @@ not run again.
 
 import argparse
 import contextlib
-import csv
 import io
 import json
 import multiprocessing
@@ -22,12 +21,13 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import panel
+import table
 import torch
 from torch import Tensor
 
@@ -101,10 +101,6 @@ class Row:
     def seconds(self) -> float:
         """Of all commands."""
         return sum(getattr(self, f"{step}_s") for step in STEPS)
-
-    @classmethod
-    def read(cls, entry: dict[str, str]) -> "Row":
-        return cls(**{f.name: f.type(entry[f.name]) for f in fields(cls)})  # type: ignore[operator]
 
 
 class _FailedError(Exception):
@@ -277,21 +273,6 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [Row.read(entry) for entry in csv.DictReader(file)]
-
-
-def write(path: Path, rows: Sequence[Row], append: bool) -> None:
-    with path.open("a" if append else "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if not file.tell():
-            writer.writeheader()
-        writer.writerows(map(asdict, rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="models; by default all of panel.txt and some more")
@@ -304,13 +285,13 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = names()
     asked = args.names or sorted(sizes, key=lambda name: -sizes[name])
-    rows = {row.name: row for row in read(args.output) if not (args.again and row.name in asked)}
-    write(args.output, list(rows.values()), append=False)
+    rows = {row.name: row for row in table.read(args.output, Row) if not (args.again and row.name in asked)}
+    table.write(args.output, list(rows.values()))
     for row in run([name for name in asked if name not in rows], args.jobs, args.limit, args.largest):
-        write(args.output, [row], append=True)
+        table.append(args.output, [row])
         print(row.outcome, row.name, row.reason, f"{row.seconds:.0f} s", file=sys.stderr, flush=True)
-    done = sorted(read(args.output), key=lambda row: row.name)
-    write(args.output, done, append=False)
+    done = sorted(table.read(args.output, Row), key=lambda row: row.name)
+    table.write(args.output, done)
     print(summary(done))
 
 

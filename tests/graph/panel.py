@@ -12,7 +12,6 @@ done, and models that the table has already are not run again.
 
 import argparse
 import contextlib
-import csv
 import multiprocessing
 import os
 import signal
@@ -23,11 +22,12 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+import table
 import torch
 
 from dvn_cli.backbones import BackboneSpec, resolve
@@ -75,10 +75,6 @@ class Row:
     narrow_s: float = 0.0
     total_s: float = 0.0
     peak_mb: int = 0
-
-    @classmethod
-    def read(cls, entry: dict[str, str]) -> "Row":
-        return cls(**{f.name: f.type(entry[f.name]) for f in fields(cls)})  # type: ignore[operator]
 
 
 def choose() -> dict[str, int]:
@@ -277,21 +273,6 @@ def summary(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def read(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return [Row.read(entry) for entry in csv.DictReader(file)]
-
-
-def write(path: Path, rows: Sequence[Row], append: bool) -> None:
-    with path.open("a" if append else "w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        if not file.tell():
-            writer.writeheader()
-        writer.writerows(map(asdict, rows))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="models; by default all of panel.txt")
@@ -311,14 +292,14 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     sizes = chosen()
-    done = {row.name for row in read(args.output)}
+    done = {row.name for row in table.read(args.output, Row)}
     names = sorted(args.names or sizes, key=lambda name: -sizes.get(name, 0))
     names = [name for name in names if name not in done]
     for row in run(names, args.quick, args.device, args.jobs, args.limit, args.largest, Rule(divide=args.divide)):
-        write(args.output, [row], append=True)
+        table.append(args.output, [row])
         print(row.outcome, row.name, row.reason, f"{row.error:.0e} {row.total_s:.0f} s", file=sys.stderr, flush=True)
-    rows = sorted(read(args.output), key=lambda row: row.name)
-    write(args.output, rows, append=False)
+    rows = sorted(table.read(args.output, Row), key=lambda row: row.name)
+    table.write(args.output, rows)
     print(summary(rows))
 
 

@@ -6,12 +6,13 @@ import random
 
 import commands
 import pytest
+import table
 
 from dvn_cli.store import slicing
 
 QUICK = 25.0  # seconds that all commands took, by the table, on a machine that had more to do
 SEED = os.environ.get("DVN_SAMPLE", datetime.date.today().isoformat())
-ROWS = commands.read(commands.TABLE)
+ROWS = table.read(commands.TABLE, commands.Row)
 SAMPLE = random.Random(SEED).sample(sorted(row.name for row in ROWS if row.passed and row.seconds <= QUICK), 2)
 
 

@@ -5,6 +5,7 @@ import random
 
 import panel
 import pytest
+import table
 
 from dvn_cli.check import Comparison
 from dvn_cli.graph.empty_init import empty_init
@@ -26,7 +27,7 @@ def test_narrowed_is_masked(number, name):
 
 def test_data_check_of_the_stored_table():
     """A check of the file, not of dvn: it is of today's panel, and what it says is what README says of it."""
-    rows = panel.read(panel.TABLE)
+    rows = table.read(panel.TABLE, panel.Row)
     assert sorted(row.name for row in rows) == sorted(panel.chosen())
     check(rows)
 
