@@ -15,8 +15,8 @@ from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.narrow import Narrowed, narrow, on_device
 from dvn_cli.graph.trace import Traced, trace
 from dvn_cli.partition import Partition
-from dvn_cli.reference import KeptStatistics, first_tensor, kept_by_axes, masked, randomised
-from dvn_cli.units.assign import EVEN, Assignment, Rule, kept_labels, unit_of_labels
+from dvn_cli.reference import KeptStatistics, first_tensor, masked, masks_by_axes, randomised
+from dvn_cli.units.assign import EVEN, Assignment, Rule, label_mask, unit_of_labels
 from dvn_cli.units.order import paper_order
 
 GAINS = (1.0, 0.85, 0.7)
@@ -70,21 +70,21 @@ def check(partition: Partition, progress: Callable[[str], None] = lambda what: N
         progress: is told what goes on.
     """
     spec, start = partition.spec, time.perf_counter()
-    units = tuple(range(1, partition.units + 1))
-    sets = list(dict.fromkeys([*((unit,) for unit in units), units]))
+    all_units = tuple(range(1, partition.units + 1))
+    sets = list(dict.fromkeys([*((unit,) for unit in all_units), all_units]))
     for gain in GAINS:
         progress("tracing the backbone once more")
         comparison = Comparison(empty_init(spec.build), (spec.in_chans, *spec.input_size), gain=gain)
         comparison.divide(partition.units, partition.rule, partition.assignment)
         worst, differing, unstable = 0.0, [], False
-        for kept in sets:
+        for units in sets:
             for train in (False, True):
-                progress(f"checking {_named(kept)} in {_mode(train)} mode")
-                difference = comparison.error(kept, train)
+                progress(f"checking {_named(units)} in {_mode(train)} mode")
+                difference = comparison.error(units, train)
                 worst = max(worst, difference)
                 if not difference < TOLERANCE:
-                    differing.append((kept, _mode(train), difference))
-                    unstable = unstable or comparison.is_unstable(kept, train)
+                    differing.append((units, _mode(train), difference))
+                    unstable = unstable or comparison.is_unstable(units, train)
         if not unstable:
             break
     return Check(len(sets), worst, tuple(differing), round(time.perf_counter() - start, 2))
@@ -94,8 +94,8 @@ def _mode(train: bool) -> str:
     return "train" if train else "eval"
 
 
-def _named(kept: Sequence[int]) -> str:
-    return f"unit {kept[0]}" if len(kept) == 1 else f"units {kept[0]} to {kept[-1]}"
+def _named(units: Sequence[int]) -> str:
+    return f"unit {units[0]}" if len(units) == 1 else f"units {units[0]} to {units[-1]}"
 
 
 def networks(units: int) -> list[tuple[int, ...]]:
@@ -129,7 +129,7 @@ class Comparison:
         self.module = randomised(module, gain)
         generator = torch.Generator().manual_seed(1)
         self.traced: dict[bool, Traced] = {mode: trace(self.module, input_shape, mode) for mode in modes}
-        self.module.to(device)  # the traces keep its buffers, and need no parameter's values
+        self.module.to(device)  # the traces mask its buffers, and need no parameter's values
         self.x = torch.randn(batch, *input_shape, generator=generator, dtype=torch.double).to(device)
         self.whole: dict[bool, KeptStatistics] = {}
 
@@ -152,34 +152,34 @@ class Comparison:
         with torch.no_grad(), KeptStatistics(self.whole[train]):
             return first_tensor(module.train(train)(self.x)), module
 
-    def tensors(self, names: Sequence[str], kept: Sequence[int]) -> list[Tensor]:
+    def tensors(self, names: Sequence[str], units: Sequence[int]) -> list[Tensor]:
         state, result = self.module.state_dict(), []
         for name in names:
             tensor = state[name]
-            for dim, mask in enumerate(kept_by_axes(self.assignment, name, tensor.shape, kept)):
+            for dim, mask in enumerate(masks_by_axes(self.assignment, name, tensor.shape, units)):
                 if not mask.all():
                     tensor = tensor.index_select(dim, mask.nonzero().reshape(-1).to(tensor.device))
             result.append(tensor.clone() if tensor is state[name] else tensor)
         return result
 
-    def network(self, kept: Sequence[int], train: bool) -> Narrowed:
-        keep = kept_labels(self.labeller, self.unit, kept, 10**9)
+    def network(self, units: Sequence[int], train: bool) -> Narrowed:
+        mask = label_mask(self.labeller, self.unit, units, 10**9)
         start = time.perf_counter()
-        net = narrow(self.traced[train], self.labels, self.labeller, keep, {})
+        net = narrow(self.traced[train], self.labels, self.labeller, mask, {})
         self.seconds = time.perf_counter() - start
         return Narrowed(on_device(net.module, self.x.device), net.names) if self.x.device.type != "cpu" else net
 
-    def narrowed(self, kept: Sequence[int], train: bool) -> tuple[Tensor, dict[str, Tensor]]:
+    def narrowed(self, units: Sequence[int], train: bool) -> tuple[Tensor, dict[str, Tensor]]:
         """Output of the narrow network, and its tensors afterwards."""
-        net = self.network(kept, train)
-        tensors = self.tensors(net.names, kept)
+        net = self.network(units, train)
+        tensors = self.tensors(net.names, units)
         with torch.no_grad():
             return net.module(self.x, *tensors), dict(zip(net.names, tensors, strict=True))
 
-    def without_gradient(self, kept: Sequence[int]) -> list[str]:
+    def without_gradient(self, units: Sequence[int]) -> list[str]:
         """The parameters without a finite gradient in the train graph that have one in the module itself."""
-        net = self.network(kept, True)
-        named = dict(zip(net.names, self.tensors(net.names, kept), strict=True))
+        net = self.network(units, True)
+        named = dict(zip(net.names, self.tensors(net.names, units), strict=True))
         parameters = [name for name, _ in self.module.named_parameters() if name in named]
         trainable = {name: named[name].requires_grad_() for name in parameters}
         net.module(self.x, *named.values()).square().sum().backward()
@@ -191,30 +191,30 @@ class Comparison:
             idle = [name for name in idle if name in own]
         return idle
 
-    def is_unstable(self, kept: Sequence[int], train: bool) -> bool:
+    def is_unstable(self, units: Sequence[int], train: bool) -> bool:
         """Whether the reference changes by more than 1e-9 where its input does in the last digits: no error says much.
 
         As in the 50 blocks of SENet-154, whose gates see values so large that they are steps.
         """
-        module = masked(self.module, self.assignment, kept)
+        module = masked(self.module, self.assignment, units)
         before, _ = self.reference(copy.deepcopy(module), train)
         self.x *= 1 + 1e-14
         after, _ = self.reference(module, train)
         self.x /= 1 + 1e-14
         return bool((after - before).abs().max() > 1e-9 * before.abs().max())
 
-    def error(self, kept: Sequence[int], train: bool) -> float:
+    def error(self, units: Sequence[int], train: bool) -> float:
         """The worst relative difference, of outputs and running statistics; infinite where the reference is not finite.
 
         Relative to the greatest value of the output.
         """
-        expected, module = self.reference(masked(self.module, self.assignment, kept), train)
-        result, after = self.narrowed(kept, train)
+        expected, module = self.reference(masked(self.module, self.assignment, units), train)
+        result, after = self.narrowed(units, train)
         pairs = [(result, expected)]
         state = module.state_dict()
         for name, tensor in after.items():
             if name.endswith(("running_mean", "running_var")):
-                mask = kept_by_axes(self.assignment, name, state[name].shape, kept)[0]
+                mask = masks_by_axes(self.assignment, name, state[name].shape, units)[0]
                 wanted = state[name][mask.to(tensor.device)]
                 pairs.append((tensor, wanted))
         worst = 0.0

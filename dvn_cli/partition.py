@@ -21,7 +21,7 @@ from dvn_cli.graph.trace import EXAMPLE_BATCH, Traced, trace
 from dvn_cli.store.metadata import DividedBackbone, Owner, Rule, TensorEntry
 from dvn_cli.store.ownership import Assignment
 from dvn_cli.store.schema import dumps, loads, parse
-from dvn_cli.units.assign import CoupledGroup, class_dimensions, kept_labels, unit_of_labels
+from dvn_cli.units.assign import CoupledGroup, class_dimensions, label_mask, unit_of_labels
 
 
 @dataclass(frozen=True)
@@ -222,8 +222,8 @@ class Partition:
         strides: dict[str, list[int]],
     ) -> Narrowed:
         graph = self.graph(train)
-        keep = kept_labels(graph.labeller, graph.unit, units, classes)
-        narrowed = narrow(graph.traced, graph.labels, graph.labeller, keep, strides)
+        mask = label_mask(graph.labeller, graph.unit, units, classes)
+        narrowed = narrow(graph.traced, graph.labels, graph.labeller, mask, strides)
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
         logits = shape_check(narrowed, self.tensors(units, classes), image)

@@ -66,7 +66,7 @@ class KeptStatistics(TorchFunctionMode):
         own = FUNCTIONS.get(function)
         return own(self, function, *args, **(kwargs or {})) if own else function(*args, **(kwargs or {}))
 
-    def kept(self, x: Tensor, scale: Tensor | None = None, apart: int | None = None) -> Tensor | None:
+    def mask(self, x: Tensor, scale: Tensor | None = None, apart: int | None = None) -> Tensor | None:
         """1 where an element is kept, 0 elsewhere, of a shape that broadcasts; None where all are.
 
         Args:
@@ -99,30 +99,30 @@ def _last(x: Tensor, shape: Sequence[int]) -> list[int]:
     return list(range(x.ndim - len(shape), x.ndim))
 
 
-def _moments(x: Tensor, kept: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+def _moments(x: Tensor, mask: Tensor, dims: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Mean, biased variance and count, dimensions kept."""
-    weight = kept.expand(x.shape)
+    weight = mask.expand(x.shape)
     count = weight.sum(dims, keepdim=True).clamp(min=1)
     mean = (x * weight).sum(dims, keepdim=True) / count
     return mean, ((x - mean).square() * weight).sum(dims, keepdim=True) / count, count
 
 
 def _mean(mode: KeptStatistics, f: Any, input: Tensor, dim: Any = None, keepdim: bool = False, **more: Any) -> Tensor:
-    kept = mode.kept(input)
-    if kept is None:
+    mask = mode.mask(input)
+    if mask is None:
         return f(input, keepdim=keepdim, dim=dim, **more) if dim is not None else f(input, **more)
-    mean = _moments(input, kept, _dims(input, dim))[0]
+    mean = _moments(input, mask, _dims(input, dim))[0]
     return mean if keepdim else mean.squeeze(_dims(input, dim))
 
 
 def _spread(root: bool, with_mean: bool) -> Callable[..., Any]:
     def function(mode: KeptStatistics, f: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-        kept = mode.kept(input)
-        if kept is None:
+        mask = mode.mask(input)
+        if mask is None:
             return f(input, *args, **kwargs)
         given = dict(zip(("dim", "unbiased", "keepdim"), args, strict=False)) | kwargs
         dims = _dims(input, given.get("dim"))
-        mean, spread, count = _moments(input, kept, dims)
+        mean, spread, count = _moments(input, mask, dims)
         correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
         spread = spread * count / (count - correction)
         results = [spread.sqrt() if root else spread, mean]
@@ -133,20 +133,20 @@ def _spread(root: bool, with_mean: bool) -> Callable[..., Any]:
 
 
 def _softmax(mode: KeptStatistics, f: Any, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Tensor:
-    kept = mode.kept(input)
-    if kept is None:
+    mask = mode.mask(input)
+    if mask is None:
         return f(input, dim, *args, **kwargs)
-    along = kept.amax([d for d in range(input.ndim) if d != dim % input.ndim], keepdim=True)
+    along = mask.amax([d for d in range(input.ndim) if d != dim % input.ndim], keepdim=True)
     return f(input.masked_fill(along == 0, -math.inf), dim, *args, **kwargs).masked_fill(along == 0, 0)
 
 
 def _extremum(mode: KeptStatistics, f: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    kept = mode.kept(input)
-    if kept is None or (args and isinstance(args[0], Tensor)):
+    mask = mode.mask(input)
+    if mask is None or (args and isinstance(args[0], Tensor)):
         return f(input, *args, **kwargs)
     worst = -math.inf if "max" in f.__name__ else math.inf
     dims = _dims(input, args[0] if args else kwargs.get("dim"))
-    along = kept.amax([d for d in range(input.ndim) if d not in dims], keepdim=True)
+    along = mask.amax([d for d in range(input.ndim) if d not in dims], keepdim=True)
     return f(input.masked_fill(along == 0, worst), *args, **kwargs)
 
 
@@ -154,21 +154,21 @@ def _layer_norm(
     mode: KeptStatistics, f: Any, input: Tensor, normalized_shape: Any, weight: Any = None, bias: Any = None,
     eps: float = 1e-5, *rest: Any
 ) -> Tensor:  # fmt: skip
-    kept = mode.kept(input, weight)
-    if kept is None:
+    mask = mode.mask(input, weight)
+    if mask is None:
         return f(input, normalized_shape, weight, bias, eps)
-    mean, variance, _ = _moments(input, kept, _last(input, normalized_shape))
-    return _affine((input - mean) / (variance + eps).sqrt(), weight, bias) * kept
+    mean, variance, _ = _moments(input, mask, _last(input, normalized_shape))
+    return _affine((input - mean) / (variance + eps).sqrt(), weight, bias) * mask
 
 
 def _rms_norm(
     mode: KeptStatistics, f: Any, input: Tensor, normalized_shape: Any, weight: Any = None, eps: Any = None
 ) -> Tensor:
-    kept = mode.kept(input, weight)
-    if kept is None:
+    mask = mode.mask(input, weight)
+    if mask is None:
         return f(input, normalized_shape, weight, eps)
-    mean = _moments(input.square(), kept, _last(input, normalized_shape))[0]
-    return _affine(input / (mean + (torch.finfo(input.dtype).eps if eps is None else eps)).sqrt(), weight, None) * kept
+    mean = _moments(input.square(), mask, _last(input, normalized_shape))[0]
+    return _affine(input / (mean + (torch.finfo(input.dtype).eps if eps is None else eps)).sqrt(), weight, None) * mask
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -185,13 +185,13 @@ def _group_norm(
     mode: KeptStatistics, f: Any, input: Tensor, num_groups: int, weight: Any = None, bias: Any = None,
     eps: float = 1e-5, *rest: Any
 ) -> Tensor:  # fmt: skip
-    kept = mode.kept(input, None if weight is None else weight.reshape([1, -1] + [1] * (input.ndim - 2)))
-    if kept is None:
+    mask = mode.mask(input, None if weight is None else weight.reshape([1, -1] + [1] * (input.ndim - 2)))
+    if mask is None:
         return f(input, num_groups, weight, bias, eps)
     grouped = (input.shape[0], num_groups, -1)
-    mean, variance, _ = _moments(input.reshape(grouped), kept.expand(input.shape).reshape(grouped), [2])
+    mean, variance, _ = _moments(input.reshape(grouped), mask.expand(input.shape).reshape(grouped), [2])
     normal = ((input.reshape(grouped) - mean) / (variance + eps).sqrt()).reshape(input.shape)
-    return _by_channel(normal, weight, bias) * kept
+    return _by_channel(normal, weight, bias) * mask
 
 
 def _batch_norm(
@@ -199,25 +199,25 @@ def _batch_norm(
 ) -> Tensor:
     names = ("weight", "bias", "training", "momentum", "eps")
     given = dict(zip(names, args, strict=False)) | kwargs
-    kept = mode.kept(input, apart=1) if given.get("training", False) else None
-    if kept is None:
+    mask = mode.mask(input, apart=1) if given.get("training", False) else None
+    if mask is None:
         return f(input, running_mean, running_var, *args, **kwargs)
-    mean, variance, count = _moments(input, kept, [d for d in range(input.ndim) if d != 1])
+    mean, variance, count = _moments(input, mask, [d for d in range(input.ndim) if d != 1])
     if running_mean is not None:
         with torch.no_grad():
             running_mean.lerp_(mean.flatten(), given.get("momentum", 0.1))
             running_var.lerp_((variance * count / (count - 1)).flatten(), given.get("momentum", 0.1))
     normal = (input - mean) / (variance + given.get("eps", 1e-5)).sqrt()
-    return _by_channel(normal, given.get("weight"), given.get("bias")) * kept
+    return _by_channel(normal, given.get("weight"), given.get("bias")) * mask
 
 
 def _attention(
     mode: KeptStatistics, f: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
 ) -> Tensor:
-    kept = mode.kept(key)
-    if kept is None:
+    mask = mode.mask(key)
+    if mask is None:
         return f(query, key, value, *args, **kwargs)
-    there = kept.amax([d for d in range(key.ndim) if d != key.ndim - 2]).expand(key.shape[-2]) > 0
+    there = mask.amax([d for d in range(key.ndim) if d != key.ndim - 2]).expand(key.shape[-2]) > 0
     given = dict(zip(("attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa"), args, strict=False)) | kwargs
     if there.all():
         return f(query, key, value, *args, **kwargs)
@@ -243,29 +243,29 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def kept_by_axes(assignment: Assignment, name: str, shape: Sequence[int], kept: Sequence[int]) -> list[Tensor]:
-    """For each dimension of a tensor whether an index is kept, by the assignment's runs alone.
+def masks_by_axes(assignment: Assignment, name: str, shape: Sequence[int], units: Sequence[int]) -> list[Tensor]:
+    """Returns for each dimension of a tensor which indices some units have, by the assignment's runs alone.
 
     Args:
-        kept: numbers of the units, from 1.
+        units: their numbers, from 1.
     """
     masks = []
     for size, axis in zip(shape, assignment.tensors.get(name, [None] * len(shape)), strict=True):
         mask = torch.ones(size, dtype=torch.bool)
         for unit, runs in enumerate(assignment.axes[axis] if axis is not None else []):
             for start, stop in runs:
-                mask[start:stop] = unit + 1 in kept
+                mask[start:stop] = unit + 1 in units
         masks.append(mask)
     return masks
 
 
-def masked(module: nn.Module, assignment: Assignment, kept: Sequence[int]) -> nn.Module:
-    """A copy in which everything of the other units is zero."""
+def masked(module: nn.Module, assignment: Assignment, units: Sequence[int]) -> nn.Module:
+    """Returns a copy of a backbone in which everything of units other than these, by number from 1, is zero."""
     module = copy.deepcopy(module)
     with torch.no_grad():
         for name, tensor in module.state_dict(keep_vars=True).items():
             if tensor.is_floating_point():
-                for dim, mask in enumerate(kept_by_axes(assignment, name, tensor.shape, kept)):
+                for dim, mask in enumerate(masks_by_axes(assignment, name, tensor.shape, units)):
                     tensor.mul_(mask.to(tensor.device).reshape([-1 if d == dim else 1 for d in range(tensor.ndim)]))
     return module
 

@@ -18,7 +18,7 @@ from dvn_cli.cli import main
 from dvn_cli.cli.partition import partition_command
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.reference import kept_by_axes
+from dvn_cli.reference import masks_by_axes
 from dvn_cli.store.file import read_checkpoint, read_header
 from dvn_cli.store.metadata import TrainingRecord
 from dvn_cli.store.slicing import cut, slice_file
@@ -450,9 +450,9 @@ def test_a_check_tells_a_wrong_network_and_leaves_nothing(
     """Of four units the second is taken for the first."""
 
     def mistaken(assignment: Any, name: str, shape: Any, kept: tuple[int, ...]) -> list[Tensor]:
-        return kept_by_axes(assignment, name, shape, (1,) if kept == (2,) else kept)
+        return masks_by_axes(assignment, name, shape, (1,) if kept == (2,) else kept)
 
-    monkeypatch.setattr("dvn_cli.check.kept_by_axes", mistaken)
+    monkeypatch.setattr("dvn_cli.check.masks_by_axes", mistaken)
     command = ("wrn_10_1", "--units", 4, "--input-size", 8, "--check", "--json")
     assert dvn("partition", *command) == 1
     out, err = capsys.readouterr()

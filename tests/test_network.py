@@ -27,7 +27,7 @@ from dvn_cli.partition import Partition
 from dvn_cli.store.file import read_checkpoint
 from dvn_cli.store.metadata import Task, TrainingRecord
 from dvn_cli.store.slicing import count, slice_file
-from dvn_cli.units.assign import Rule, kept_labels
+from dvn_cli.units.assign import Rule, label_mask
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.2, 0.3)
 
@@ -334,7 +334,7 @@ def test_units_of_scattered_channels(name, units, tmp_path):
     whole = module.state_dict()
     for key in network:
         graph = partition.graph(train=True)
-        keep = kept_labels(graph.labeller, graph.unit, network.tasks[key[0] - 1].units(key[1]), 5)
+        keep = label_mask(graph.labeller, graph.unit, network.tasks[key[0] - 1].units(key[1]), 5)
         for own, tensor in network.tensors(*key).items():
             expected = whole[own]
             sources = graph.labeller.sources[own]

@@ -219,17 +219,17 @@ def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
     return unit[roots]
 
 
-def kept_labels(labeller: Labeller, unit: Tensor, kept: Sequence[int], classes: int) -> Tensor:
-    """For each label whether its channel is in the network of some units.
+def label_mask(labeller: Labeller, unit: Tensor, units: Sequence[int], classes: int) -> Tensor:
+    """Tells for each label whether its channel is in the network of some units.
 
     Args:
         unit: from `unit_of_labels`.
-        kept: numbers of the units kept, from 1.
-        classes: how many classes of the classifier are kept, from the first.
+        units: of the network, by number from 1.
+        classes: of its classifier, the first ones of the backbone's.
     """
-    keep = torch.isin(unit, torch.tensor([SHARED, *(u - 1 for u in kept)]))
+    mask = torch.isin(unit, torch.tensor([SHARED, *(u - 1 for u in units)]))
     if labeller.output is not None:
         output = labeller.coupled.find(labeller.output)
-        keep[unit == CLASS] = False
-        keep[torch.isin(torch.from_numpy(labeller.coupled.roots()), output[:classes])] = True
-    return keep
+        mask[unit == CLASS] = False
+        mask[torch.isin(torch.from_numpy(labeller.coupled.roots()), output[:classes])] = True
+    return mask

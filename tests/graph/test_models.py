@@ -10,7 +10,7 @@ from dvn_cli.check import Comparison, networks
 from dvn_cli.graph.narrow import narrow
 from dvn_cli.reference import first_tensor, masked
 from dvn_cli.store.metadata import Rule
-from dvn_cli.units.assign import kept_labels
+from dvn_cli.units.assign import label_mask
 
 QUICK = [
     *(("wrn_10_1", 32), ("resnet18", 48), ("mobilenetv3_small_050", 64), ("timm/test_vit", 160)),
@@ -93,7 +93,7 @@ def test_the_first_classes_alone():
     case = comparison("resnet18", 48)
     case.divide(2)
     assert ("fc.weight", 0) in case.assignment.classes
-    keep = kept_labels(case.labeller, case.unit, (1,), 3)
+    keep = label_mask(case.labeller, case.unit, (1,), 3)
     net = narrow(case.traced[False], case.labels, case.labeller, keep, {})
     tensors = dict(zip(net.names, case.tensors(net.names, (1,)), strict=True))
     tensors |= {name: tensors[name][:3] for name, _ in case.assignment.classes}
@@ -107,7 +107,7 @@ def test_another_stride(kept):
     """The stem of another stride is the module of that stride, whole and in part."""
     case = comparison("resnet18", 48)
     case.divide(2)
-    keep = kept_labels(case.labeller, case.unit, kept, 10)
+    keep = label_mask(case.labeller, case.unit, kept, 10)
     net = narrow(case.traced[False], case.labels, case.labeller, keep, {"conv1.weight": [1, 1]})
     case.module.conv1.stride = (1, 1)
     expected, _ = case.reference(masked(case.module, case.assignment, kept), False)

@@ -12,7 +12,7 @@ from dvn_cli.dividing import partition_backbone
 from dvn_cli.graph.narrow import indices_of
 from dvn_cli.store.metadata import Rule
 from dvn_cli.store.ownership import Assignment
-from dvn_cli.units.assign import kept_labels
+from dvn_cli.units.assign import label_mask
 
 
 @given(st.lists(st.integers(0, 4), max_size=12), st.sets(st.integers(1, 4)))
@@ -50,7 +50,7 @@ def test_indices_are_those_of_the_labelled_graph(name: str, size: int, assign: s
     partition = partition_backbone(spec, 3, Rule(assign), spec.build())
     graph, compared = partition.graph(train=True), 0
     for units, classes in itertools.product(([1], [2, 3], [1, 2, 3]), (5, 3)):
-        keep = kept_labels(graph.labeller, graph.unit, units, classes)
+        keep = label_mask(graph.labeller, graph.unit, units, classes)
         for traced in (partition.graph(train).traced for train in (True, False)):
             nodes = {str(node.target): node for node in traced.graph.find_nodes(op="placeholder")}
             for target, tensor in traced.names.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.trace import Traced, trace
-from dvn_cli.units.assign import EVEN, SHARED, Assignment, CoupledGroup, Rule, assign, kept_labels, unit_of_labels
+from dvn_cli.units.assign import EVEN, SHARED, Assignment, CoupledGroup, Rule, assign, label_mask, unit_of_labels
 from dvn_cli.units.order import paper_order
 from dvn_cli.units.score import by_weights
 
@@ -107,7 +107,7 @@ def test_levels_nest_and_the_last_is_everything(units, data):
     labeller, assignment, _ = divide(units)
     unit = unit_of_labels(labeller, assignment)
     order = paper_order(data.draw(st.integers(1, units)), units)
-    levels = [kept_labels(labeller, unit, order[:n], 10) for n in range(1, units + 1)]
+    levels = [label_mask(labeller, unit, order[:n], 10) for n in range(1, units + 1)]
     assert bool(levels[-1].all())
     for lower, upper in pairwise(levels):
         assert bool((upper | ~lower).all())
@@ -129,13 +129,13 @@ def test_the_assignment_comes_back_from_a_file_and_must_fit():
 def test_one_unit_shares_nothing_away():
     labeller, assignment, groups = divide(1)
     assert all(group.sizes == (group.channels,) for group in groups)
-    assert bool(kept_labels(labeller, unit_of_labels(labeller, assignment), [1], 10).all())
+    assert bool(label_mask(labeller, unit_of_labels(labeller, assignment), [1], 10).all())
 
 
 def test_classes_that_a_task_has():
     labeller, assignment, _ = divide(2)
     unit = unit_of_labels(labeller, assignment)
-    keep = kept_labels(labeller, unit, [1, 2], 4)
+    keep = label_mask(labeller, unit, [1, 2], 4)
     assert keep[labeller.sources["fc.bias"][0]].tolist() == [True] * 4 + [False] * 6
     assert int((unit == SHARED).sum()) > 0
 
@@ -205,7 +205,7 @@ def test_rounding_loses_nothing(units, round_to):
         if group.channels // round_to >= units and ("grouped.weight", 0) not in group.places:
             assert all(size % round_to == 0 for size in group.sizes[:-1])
             assert max(group.sizes) - min(group.sizes) < 2 * round_to
-    assert bool(kept_labels(labeller, unit_of_labels(labeller, assignment), range(1, units + 1), 10).all())
+    assert bool(label_mask(labeller, unit_of_labels(labeller, assignment), range(1, units + 1), 10).all())
 
 
 # Importance
