@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.graph.labels import Labels, varying_dims
-from dvn_cli.graph.registry import base_name, entry_of
+from dvn_cli.graph.registry import entry_of
 from dvn_cli.graph.statistics import is_running_norm
 from dvn_cli.graph.trace import bind, is_view
 
@@ -51,11 +51,9 @@ def consumers(graph: fx.Graph) -> Iterator[Consumer]:
     """Yields the linear layers and convolutions of a graph, in order."""
     for node in graph.nodes:
         entry = entry_of(node.target) if node.op == "call_function" else None
-        if entry is None or not entry.is_layer or not isinstance((given := bind(node))["weight"], fx.Node):
+        if entry is None or entry.reads is None or not isinstance((given := bind(node))["weight"], fx.Node):
             continue
-        name = base_name(node.target)
-        is_transposed = "transpose" in name or bool(given.get("transposed"))
-        dim, weight_dim = -1 if name == "linear" else 1, 0 if is_transposed else 1
+        dim, weight_dim = entry.reads(given)
         yield Consumer(node, given["input"], dim, given["weight"], weight_dim, given["bias"])
 
 

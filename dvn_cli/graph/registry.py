@@ -4,7 +4,7 @@ An entry is found by the operator's base name (no overload, no trailing undersco
 trait of the operator such as a tag. What has no entry is refused. The entries are in `dvn_cli.graph.ops`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ class Entry:
         moves: it only moves elements, without looking at them. It may meet tensors of which what is left is no choice
             of indices along each dimension.
         takes_nothing: it is right, too, on a tensor of which nothing is left.
-        is_layer: it multiplies its `input` with its `weight`, as the input layer of a backbone does.
+        reads: of an operator that multiplies its `input` with its `weight`: `reads(arguments)` returns along which
+            dimension of the one and of the other the channels are that it reads; None for all others.
         adds_margin: it makes an image larger without changing its pixels.
     """
 
@@ -28,7 +29,7 @@ class Entry:
     rewrite: Callable[..., Any]
     moves: bool = False
     takes_nothing: bool = False
-    is_layer: bool = False
+    reads: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None
     adds_margin: bool = False
 
 
@@ -38,7 +39,7 @@ _BY_NAME: dict[str, Entry] = {}
 _BY_TRAIT: dict[Trait, Entry] = {}
 
 
-def enter(*operators: str | Trait, label: Callable[..., Any], rewrite: Callable[..., Any], **facts: bool) -> None:
+def enter(*operators: str | Trait, label: Callable[..., Any], rewrite: Callable[..., Any], **facts: Any) -> None:
     """Enters operators, all with one entry.
 
     Args:

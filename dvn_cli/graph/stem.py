@@ -174,7 +174,7 @@ def _nodes(traced: Traced) -> Iterator[fx.Node]:
     for node in traced.graph.nodes:
         if node.op == "placeholder" and str(node.target) == traced.input:
             raw.add(node)
-        elif node.op == "call_function" and (entry := entry_of(node.target)) is not None and entry.is_layer:
+        elif node.op == "call_function" and (entry := entry_of(node.target)) is not None and entry.reads is not None:
             if node.args[0] in raw:
                 yield node
         elif any(n in raw for n in node.all_input_nodes) and isinstance(node.meta.get("val"), Tensor):

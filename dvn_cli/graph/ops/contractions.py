@@ -51,7 +51,7 @@ def _linear(labeller: Labeller, call: Call) -> Labels:
     return contract(labeller, [(x, [*batch, "k"]), (weight, ["j", "k"])], [*batch, "j"], call.shape, prefer="k")
 
 
-enter("linear", label=_linear, rewrite=as_it_is, is_layer=True)
+enter("linear", label=_linear, rewrite=as_it_is, reads=lambda arguments: (-1, 1))
 
 
 def _matmul(labeller: Labeller, call: Call) -> Labels:

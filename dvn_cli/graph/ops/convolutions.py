@@ -100,10 +100,15 @@ def _groups(narrower: Narrower, node: fx.Node, args: dict[str, Any], transposed:
     return narrower.scaled(args["groups"], channels // narrower.size(narrower.labels[args["weight"]], 1))
 
 
-enter("conv1d", "conv2d", "conv3d", "convolution", label=_convolution, rewrite=_narrowed, is_layer=True)
+enter(
+    *("conv1d", "conv2d", "conv3d", "convolution"),
+    label=_convolution,
+    rewrite=_narrowed,
+    reads=lambda arguments: (1, 0 if arguments.get("transposed") else 1),
+)
 enter(
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"),
     label=partial(_convolution, transposed=True),
     rewrite=partial(_narrowed, transposed=True),
-    is_layer=True,
+    reads=lambda arguments: (1, 0),
 )
