@@ -45,7 +45,10 @@ def main() -> None:
     spec = resolve(options.backbone)
     own = preprocessing(spec)
     assert own is not None
-    mean, std = tuple(options.mean or own.mean or ()), tuple(options.std or own.std or ())
+    mean, std = (
+        tuple(values) * (spec.in_chans // len(values))
+        for values in (options.mean or own.mean or (0.5,), options.std or own.std or (0.25,))
+    )
     given, base = parse_data(options.data)
     resize = {"size": spec.input_size, "interpolation": own.interpolation, "crop_pct": options.crop_pct}
     data = DataSpec.model_validate(given.model_dump() | resize)
