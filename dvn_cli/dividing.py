@@ -448,14 +448,12 @@ def summarise(network: DeepVirtualNetwork, progress: Note = silent) -> Summary:
     Args:
         progress: is told what goes on.
     """
-    partition, header = network.partition, network.header("the partition")
-    task, classes = network.tasks[0], len(network.tasks[0].classes)
+    partition, header, task = network.partition, network.header("the partition"), network.tasks[0]
     levels = []
     for level, units in enumerate(task.levels, 1):
         progress(f"counting level {level} of {partition.units}")
         params, density = count.params_and_density(header, 1, level)
-        narrowed, tensors = network.narrowed(1, level, False), partition.tensors(task.units(level), classes)
-        macs = count.macs(narrowed, tensors, (partition.spec.in_chans, *task.input_size))
+        macs = network.macs(1, level)
         nbytes = slicing.count(header, 1, level).bytes
         levels.append(Level(level, units, params, density, macs, nbytes, count.divided_share(header, 1, level)))
     lowest = [slicing.count(header, number, 1).params for number in range(1, len(network.tasks) + 1)]

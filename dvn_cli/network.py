@@ -27,6 +27,7 @@ from dvn_cli.store.metadata import (
 )
 from dvn_cli.store.ownership import Run
 from dvn_cli.store.schema import checked
+from dvn_cli.units import count
 
 DTYPES = {
     **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"},
@@ -293,6 +294,12 @@ class DeepVirtualNetwork(nn.Module):
         """What it takes to make a network's graphs later."""
         own = self.tasks[task - 1]
         return self.partition.origin(own.units(level), len(own.classes), own.input_size)
+
+    def macs(self, task: int, level: int) -> int:
+        """Multiply-accumulates of one image in a network, by the numbers of its task and level from 1."""
+        own, spec = self.tasks[task - 1], self.partition.spec
+        tensors = self.partition.tensors(own.units(level), len(own.classes))
+        return count.macs(self.narrowed(task, level, training=False), tensors, (spec.in_chans, *own.input_size))
 
     def tensors(self, task: int, level: int) -> dict[str, Tensor]:
         """The tensors of one network by the backbone's names: views of this module's wherever slices are runs."""

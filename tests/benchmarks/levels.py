@@ -26,7 +26,6 @@ from dvn_cli.dividing import build, partition_backbone
 from dvn_cli.evaluation.measure import measure
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import Rule, Task
-from dvn_cli.units import count
 
 
 def main() -> None:
@@ -82,11 +81,7 @@ def measured(
         network = DeepVirtualNetwork.from_backbone(partition, module, [task]).eval()
         if not given:
             yield f"{assign} by weights" if assign == "sorted" else assign, accuracy(network, test)
-    image = (spec.in_chans, *spec.input_size)
-    macs = [
-        count.macs(network.narrowed(1, level, False), partition.tensors(task.units(level), len(task.classes)), image)
-        for level in task.levels
-    ]
+    macs = [network.macs(1, level) for level in task.levels]
     yield "MACs, % of the whole", [100 * each / macs[-1] for each in macs]
     yield "sorted by images", accuracy(network, test)
     fitted = [calibration.calibrated(network, 1, level, images) for level in range(1, options.units)]
