@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from dvn_cli.evaluation.measure import evaluate_all
-from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.loop import Run
 from dvn_cli.units import count
 
@@ -18,7 +17,8 @@ class Outlook:
         density: their share of those of its task's top level.
         macs: multiply-accumulates of one image.
         common: the share of its parameters that belongs to all units, and so to every level.
-        top1: accuracy on the validation images, in per cent; None where there are none or weights are random.
+        top1: accuracy on the validation images, in per cent; None where there are none, weights are random, or the
+            run goes on.
     """
 
     task: int
@@ -35,7 +35,8 @@ def outlook(run: Run) -> list[Outlook]:
     """Returns what there is to say of each network before its run starts."""
     network, backbone = run.network, run.recipe.backbone
     has_weights = network.preprocessing is not None or (backbone is not None and backbone.has_weights)
-    rows = evaluate_all(network, run.validation if has_weights else {}, device=run.device)
+    splits = run.validation if has_weights and not run.epochs_done else {}
+    rows = evaluate_all(network, splits, device=run.device)
     accuracy = {(row.task, row.level): row.top1 for row in rows}
     header = network.header("dvn.safetensors")
     return [
@@ -44,16 +45,9 @@ def outlook(run: Run) -> list[Outlook]:
             level,
             network.tasks[number - 1].levels[level - 1],
             *count.params_and_density(header, number, level),
-            _macs(network, number, level),
+            network.macs(number, level),
             1 - count.divided_share(header, number, level),
             accuracy.get((number, level)),
         )
         for number, level in network
     ]
-
-
-def _macs(network: DeepVirtualNetwork, task: int, level: int) -> int:
-    entry, partition = network.tasks[task - 1], network.partition
-    tensors = partition.tensors(entry.units(level), len(entry.classes))
-    image = (partition.spec.in_chans, *entry.input_size)
-    return count.macs(network.narrowed(task, level, training=False), tensors, image)

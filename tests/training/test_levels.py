@@ -1,6 +1,7 @@
 """Runs that start from weights: which channels a level gets, and what makes up for those that it lacks."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,12 @@ def test_what_each_level_will_have(
     err = " ".join(capsys.readouterr().err.split())
     assert "parameters density" in err
     assert "before training" in err
+    monkeypatch.setattr("sys.argv", [*sys.argv, "epochs=2", "--resume"])
+    with pytest.raises(SystemExit, match="0"):
+        main()
+    err = " ".join(capsys.readouterr().err.split())
+    assert "parameters density" in err
+    assert "before training" not in err  # it is trained by now
 
 
 def test_the_papers_orders_unless_a_recipe_wants_one_for_all(tmp_path: Path) -> None:
