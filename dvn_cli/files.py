@@ -20,6 +20,9 @@ except ImportError:  # Windows: a killed process's temporary file stays until so
 _DESCRIPTOR = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 """What shells call a pipe that they hand to a command, as for `<(...)`."""
 
+LARGEST_RECORD = 64 << 20
+"""Bytes of the record of a run."""
+
 _TEMPORARY = re.compile(r"\..+\.\d+-[0-9a-f]{8}\.tmp")
 
 

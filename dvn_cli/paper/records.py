@@ -11,10 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvn_cli.errors import InputError
-from dvn_cli.files import read_bytes
-
-LARGEST = 64 << 20
-"""Bytes of a record."""
+from dvn_cli.files import LARGEST_RECORD, read_bytes
 
 _APART = {"scenario", "scale", "setting", "method", "seed", "threads"}
 """Keys of a recipe in which runs that are compared may differ; besides these, where the images lie."""
@@ -136,7 +133,7 @@ def _read(file: Path) -> Run:
     if not os.path.exists(path):
         raise InputError(f"there is no record of the run of '{file}': '{path}' is missing")
     try:
-        record = Record.model_validate(json.loads(read_bytes(path, LARGEST)))
+        record = Record.model_validate(json.loads(read_bytes(path, LARGEST_RECORD)))
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"])) or "JSON"

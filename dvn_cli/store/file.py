@@ -15,7 +15,6 @@ import contextlib
 import json
 import math
 import os
-import stat
 import weakref
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -26,7 +25,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 import numpy as np
 
 from dvn_cli.errors import InputError, did_you_mean
-from dvn_cli.files import atomic, reason, written_at
+from dvn_cli.files import atomic, check_regular, reason, written_at
 from dvn_cli.store.metadata import KINDS, CheckpointMetadata, Index, Metadata, SliceMetadata, StateMetadata
 from dvn_cli.store.schema import checked, dumps, loads, parse
 from dvn_cli.store.shapes import check_tensors
@@ -172,8 +171,8 @@ def read_state(path: str | os.PathLike[str]) -> Header[StateMetadata]:
 def _open(path: str | os.PathLike[str], kinds: Collection[str]) -> Any:
     path = Path(path)
     try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for its other end
-            raise InputError(f"cannot read '{path}': it is {'a folder' if path.is_dir() else 'not a regular file'}")
+        path.stat()
+        check_regular(path)
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
         near = did_you_mean(path.name, (other.name for other in path.parent.glob("*.safetensors")))

@@ -18,7 +18,7 @@ from dvn_cli.data.spec import MAY_DIFFER
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError, enough_memory
 from dvn_cli.evaluation.measure import Evaluation
-from dvn_cli.files import atomic
+from dvn_cli.files import LARGEST_RECORD, atomic, read_bytes
 from dvn_cli.loading import read_tensors
 from dvn_cli.network import to_data
 from dvn_cli.store.file import Header, is_trained, lost_with, read_checkpoint, write
@@ -246,8 +246,8 @@ class Finished:
                 raise InputError(f"{lost}, which is no run to resume: --force replaces it, -o writes elsewhere")
             return None
         record: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError):
-            record = json.loads(files.record.read_text(encoding="utf-8"))
+        with contextlib.suppress(InputError, ValueError, RecursionError):
+            record = json.loads(read_bytes(files.record, LARGEST_RECORD))
         return cls(read_checkpoint(files.checkpoint), record if isinstance(record, dict) else {})
 
     @property

@@ -232,6 +232,14 @@ def test_nothing_is_left_to_do(whole: tuple[Path, Session]) -> None:
             complete_run(recipe, output)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs pipes")
+def test_a_record_that_is_a_pipe_is_not_waited_for(whole: tuple[Path, Session], tmp_path: Path) -> None:
+    folder, first = whole
+    shutil.copy(folder / "dvn.safetensors", tmp_path)
+    os.mkfifo(tmp_path / "dvn.run.json")
+    assert complete_run(first.recipe, tmp_path / "dvn.safetensors") is None
+
+
 def test_stages_get_no_more_epochs(one_by_one: tuple[Path, Session]) -> None:
     words = [*SEQUENTIAL, "epochs=3"]
     with pytest.raises(InputError, match="one after the other get no more epochs afterwards"):
