@@ -1,4 +1,4 @@
-"""Standalone files of single networks, cut out of a checkpoint without torch."""
+"""Standalone files of single networks, cut out of a checkpoint; only to fit them to images takes torch."""
 
 import contextlib
 import os

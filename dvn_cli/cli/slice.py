@@ -1,7 +1,7 @@
-"""`dvn slice`: standalone files of single networks, cut without torch."""
+"""`dvn slice`: standalone files of single networks, cut without torch unless they are fitted to images."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,17 +45,23 @@ def slice_command(
 
     if file_format not in FORMATS:
         raise InputError(f"there is no format '{file_format}'; --format takes {', '.join(FORMATS)}")
+    files: Iterable[export.SliceFile]
     if every and task is None and level is None:
         files = export.slice_all(checkpoint, output, calibrate or None, note)
     elif not every and task is not None and level is not None:
-        files = iter([export.slice(checkpoint, task, level, output, calibrate or None, note)])
+        files = [export.slice(checkpoint, task, level, output, calibrate or None, note)]
     else:
         raise InputError("which network? Give `--task T --level L` for one of them, or `--all` for every one")
+    accuracies: dict[tuple[int, int], tuple[float, float]] = {}
+    if calibrate:  # images are read once for all networks of a task
+        files = list(files)
+        accuracies = _accuracies(checkpoint, [cut for cut in files if cut.calibration is not None], calibrate, note)
     results = []
     for cut in files:
         result = cut.to_dict()
         if cut.calibration is not None:
-            result["calibration"] = {**vars(cut.calibration), **_accuracies(checkpoint, cut, calibrate or [], note)}
+            before, after = accuracies.get((cut.task, cut.level), (None, None))
+            result["calibration"] = {**result["calibration"], "top1_before": before, "top1_after": after}
         results.append(result)
         if not as_json:
             units = ", ".join(map(str, cut.units))
@@ -68,18 +74,24 @@ def slice_command(
 
 
 def _accuracies(
-    checkpoint: Path, cut: export.SliceFile, data: list[str], note: Callable[[str], None]
-) -> dict[str, float | None]:
-    """Top-1 in per cent on the test images, before and after; None where there are none with the task's classes."""
+    checkpoint: Path, cuts: Sequence[export.SliceFile], data: list[str], note: Callable[[str], None]
+) -> dict[tuple[int, int], tuple[float, float]]:
+    """Top-1 in per cent on the test images, before and after, by task and level; not of tasks of other classes."""
     from dvn_cli.evaluation.measure import evaluate
 
-    try:
-        (before,) = evaluate(checkpoint, cut.task, cut.level, data=data)
-        (after,) = evaluate(cut.file, data=data)
-    except InputError as error:
-        note(f"accuracy is not measured: {error}")
-        return {"top1_before": None, "top1_after": None}
-    return {"top1_before": before.top1, "top1_after": after.top1}
+    found = {}
+    for task in dict.fromkeys(cut.task for cut in cuts):
+        own = [cut for cut in cuts if cut.task == task]
+        level = own[0].level if len(own) == 1 else None
+        try:
+            rows = evaluate([checkpoint, *(cut.file for cut in own)], f"number:{task}", level, data=data)
+        except InputError as error:
+            note(f"accuracy is not measured: {error}")
+            continue
+        top1 = {(row.file, row.level): row.top1 for row in rows}
+        for cut in own:
+            found[task, cut.level] = top1[str(checkpoint), cut.level], top1[str(cut.file), cut.level]
+    return found
 
 
 def _calibration(calibration: dict[str, Any] | None) -> str:
