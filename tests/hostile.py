@@ -266,7 +266,7 @@ def _recipe(folder: Path) -> None:
 
 
 def _state(folder: Path) -> None:
-    from dvn_cli.training import recipe as recipes
+    from dvn_cli.training import recipes
     from dvn_cli.training.experiment import prepare
 
     _recipe(folder)
@@ -389,7 +389,7 @@ def _load(path: Path) -> None:
 
 
 def _read_recipe(folder: Path) -> None:
-    from dvn_cli.training import recipe as recipes
+    from dvn_cli.training import recipes
 
     recipes.read(folder / "recipe.yaml")
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import yaml
 from PIL import Image
 
-from dvn_cli.training import recipe as recipes
+from dvn_cli.training import recipes
 
 SIZES = {
     "cifar10": (32, {"label": 10}),

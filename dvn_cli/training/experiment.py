@@ -31,8 +31,7 @@ from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.store.file import read_checkpoint
 from dvn_cli.store.metadata import DataSource, DividedBackbone, Owner, Preprocessing, Rule, Task, TaskLevel
-from dvn_cli.training import classifiers
-from dvn_cli.training import recipe as recipes
+from dvn_cli.training import classifiers, recipes
 from dvn_cli.training.loop import Run
 from dvn_cli.training.methods import METHODS, Method, levels_of
 from dvn_cli.training.recipe import Recipe

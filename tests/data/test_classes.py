@@ -14,7 +14,7 @@ from dvn_cli.data.classes import corresponding, resolved, select
 from dvn_cli.data.words import parse_data
 from dvn_cli.errors import InputError
 from dvn_cli.overrides import read_yaml
-from dvn_cli.training import recipe as recipes
+from dvn_cli.training import recipes
 
 WORDS = [
     *("0", "1", "2", "3", "00", "01", "007", "00009", "08", "10", "1e3", "1.0", "2.0", ".5", "0x1", "0b1", "1_000"),

@@ -22,7 +22,7 @@ from dvn_cli.evaluation.measure import open_files
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import Task
 from dvn_cli.training.experiment import prepare
-from dvn_cli.training.recipe import parse
+from dvn_cli.training.recipes import parse
 
 
 def test_a_folder_of_classes(dvn, made):

@@ -27,7 +27,7 @@ Losses = list[list[list[float | None]]]  # by epoch, task and level; None where 
 
 def cases() -> dict[str, tuple[Path, list[str]]]:
     """Returns each recipe with each method, and the digits as they come, by name: the file and its overrides."""
-    from dvn_cli.training import recipe as recipes
+    from dvn_cli.training import recipes
     from dvn_cli.training.methods import METHODS
 
     found = {
@@ -43,7 +43,7 @@ def losses(name: str, data_sets: Any, folder: Path) -> Losses:
     """Trains a case on the CPU and returns its losses."""
     import synthetic
 
-    from dvn_cli.training import recipe as recipes
+    from dvn_cli.training import recipes
     from dvn_cli.training.experiment import prepare
 
     path, words = cases()[name]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dvn_cli.data import TaskData
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.training import recipe as recipes
+from dvn_cli.training import recipes
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.loop import Run
 from dvn_cli.training.session import Session

@@ -22,7 +22,7 @@ from dvn_cli import cli
 from dvn_cli.data import DataSpec, batches, load_test
 from dvn_cli.errors import DvnError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
-from dvn_cli.training import recipe as recipes
+from dvn_cli.training import recipes
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.loop import Run
 from dvn_cli.training.session import Session

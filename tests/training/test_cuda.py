@@ -9,7 +9,7 @@ import torch
 from dvn_cli.training import step
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.loop import Run, numbers
-from dvn_cli.training.recipe import parse, resolved
+from dvn_cli.training.recipes import parse, resolved
 from dvn_cli.training.session import Session
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")

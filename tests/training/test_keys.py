@@ -9,7 +9,7 @@ from typer.testing import CliRunner, Result
 
 from dvn_cli import cli
 from dvn_cli.errors import InputError
-from dvn_cli.training import recipe as recipes
+from dvn_cli.training import recipes
 from dvn_cli.training.keys import recipe_keys
 
 

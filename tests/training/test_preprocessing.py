@@ -22,8 +22,7 @@ from dvn_cli.loading import load
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 from dvn_cli.store.file import read_checkpoint, read_header
 from dvn_cli.store.slicing import slice_file
-from dvn_cli.training import experiment
-from dvn_cli.training import recipe as recipes
+from dvn_cli.training import experiment, recipes
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.session import Session
 

@@ -27,7 +27,7 @@ from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import TrainingRecord
-from dvn_cli.training import recipe as recipes
+from dvn_cli.training import recipes
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.methods import METHODS
 from dvn_cli.training.recipe import BackboneKeys, OptimizerKeys, Recipe, ScheduleKeys, SequentialKeys, TaskKeys

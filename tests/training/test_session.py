@@ -22,8 +22,7 @@ from dvn_cli.loading import load
 from dvn_cli.network import DeepVirtualNetwork, to_data
 from dvn_cli.store.file import read_header, write
 from dvn_cli.store.slicing import slice_file
-from dvn_cli.training import loop, state
-from dvn_cli.training import recipe as recipes
+from dvn_cli.training import loop, recipes, state
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.session import Session, complete_run
 from dvn_cli.training.step import Step
