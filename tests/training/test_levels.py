@@ -15,7 +15,7 @@ from dvn_cli.cli import main
 from dvn_cli.dividing import divide
 from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.training import experiment
+from dvn_cli.training import building
 from dvn_cli.training.outlook import outlook
 
 KEYS: dict[str, Any] = {"divide": "inner", "assign": "sorted", "orders": "shared"}
@@ -155,7 +155,7 @@ def test_a_run_goes_on_with_the_channels_that_it_had(
     run = small.session(tmp_path, force=True, **keys)
     with pytest.raises(small.Stopped):
         run.train(*small.stop_after(1))
-    monkeypatch.setattr(experiment, "drawn", lambda *_, **__: [torch.rand(8, 1, 8, 8)])
+    monkeypatch.setattr(building, "drawn", lambda *_, **__: [torch.rand(8, 1, 8, 8)])
     resumed = small.trained(tmp_path, resume=True, **keys)
     for name, tensor in resumed.run.network.file_tensors().items():
         assert torch.equal(tensor, whole.run.network.file_tensors()[name]), name

@@ -1,0 +1,258 @@
+"""The networks of a recipe: what it starts from, divided, and given what tasks and levels have of their own."""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dvn_cli import compensation
+from dvn_cli.backbones import BackboneSpec, default, preprocessing, resolve
+from dvn_cli.data import TaskData, drawn
+from dvn_cli.data.resize import Resize
+from dvn_cli.data.sample import IMAGES
+from dvn_cli.data.spec import locate
+from dvn_cli.dividing import Note, partition_backbone, silent
+from dvn_cli.dividing import build as build_backbone
+from dvn_cli.errors import InputError
+from dvn_cli.loading import load
+from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.partition import Partition
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import DataSource, DividedBackbone, Owner, Preprocessing, Rule, Task, TaskLevel
+from dvn_cli.training import classifiers
+from dvn_cli.training.methods import METHODS, Method, levels_of
+from dvn_cli.training.recipe import Recipe
+from dvn_cli.units.order import paper_order
+
+
+def build(
+    recipe: Recipe,
+    data: Sequence[TaskData],
+    base: Path,
+    note: Note = silent,
+    division: DividedBackbone | None = None,
+) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
+    """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
+
+    Args:
+        division: that of the run that goes on, where one does; the networks are then not made ready to start.
+
+    Returns:
+        all networks, and which of them were trained in an earlier run.
+    """
+    if recipe.continues is not None:
+        return _continued(recipe, data, base)
+    method = METHODS[recipe.method]
+    if recipe.partition is not None:
+        partition, tensors = _opened(recipe, data, base)
+        is_loaded, load = True, None
+    else:
+        partition, tensors, is_loaded = _divided(recipe, data, base, note, division)
+        load = functools.partial(_backbone, recipe, base=base)
+    weights = prepared_for(recipe, base, partition.spec.in_chans)
+    tasks = _tasks(recipe, data, partition, base)
+    has_weights = weights is not None or (recipe.backbone is not None and recipe.backbone.has_weights)
+    compensates = recipe.compensate and has_weights and method.levels != "top"
+    if compensates:
+        partition = compensation.with_private_biases(partition)
+    network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
+    network.make_private(owners(method, partition))
+    network.check()
+    if has_weights and division is None:
+        classifiers.start(network, tensors, load, is_loaded, note)
+    if compensates and division is None:
+        note("making up for what levels lack: running statistics and biases, on training images")
+        images = {number: drawn(d.train, d.mean, d.std, seed=recipe.seed) for number, d in enumerate(data, 1)}
+        compensation.compensate(network, images)
+    return network, []
+
+
+def owners(method: Method, partition: Partition) -> Mapping[str, Owner]:
+    """Who has a tensor of its own, of each."""
+    if method.private == "norms":
+        return partition.owners
+    names = partition.shapes if method.private == "all" else partition.head
+    return dict.fromkeys(names, "network")
+
+
+def channels(recipe: Recipe, base: Path) -> int:
+    """Channels of the images, before any is read."""
+    start = recipe.partition or recipe.continues
+    if start is not None:
+        return read_checkpoint(locate(start, base)).metadata.backbone.in_chans
+    assert recipe.backbone is not None
+    return recipe.backbone.in_chans or default(recipe.backbone.name).in_chans
+
+
+def prepared_for(recipe: Recipe, base: Path, in_chans: int) -> Preprocessing | None:
+    """How images were prepared for the weights that a recipe starts from; None where those are random."""
+    start = recipe.partition or recipe.continues
+    if start is not None:
+        return read_checkpoint(locate(start, base)).metadata.preprocessing
+    assert recipe.backbone is not None
+    if not recipe.backbone.has_weights:
+        return None
+    return preprocessing(replace(default(recipe.backbone.name), in_chans=in_chans))
+
+
+def _divided(
+    recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note, division: DividedBackbone | None
+) -> tuple[Partition, dict[str, Tensor], bool]:
+    """The divided backbone, its tensors by their names in the file, and whether it has its weights' classifier."""
+    assert recipe.backbone is not None
+    assert recipe.units is not None
+    smallest = min((d.input_size for d in data), key=lambda size: size[0] * size[1])
+    asked = recipe.backbone.input_size
+    spec = resolve(
+        recipe.backbone.name,
+        num_classes=max(len(d.classes) for d in data),
+        in_chans=recipe.backbone.in_chans,
+        input_size=(asked, asked) if isinstance(asked, int) else asked or smallest,
+    )
+    spec = replace(spec, hidden_layers=METHODS[recipe.method].hidden)
+    module, lacking = _backbone(recipe, spec, base, note)
+    rule = Rule(recipe.assign, recipe.round_to, recipe.divide)
+    if rule.assign == "even":
+        partition = partition_backbone(spec, recipe.units, rule)
+    elif division is not None:
+        partition = Partition.restore(division)
+    else:
+        images = _scoring(data, spec, recipe.seed) if recipe.backbone.has_weights else []
+        partition = partition_backbone(spec, recipe.units, rule, module, images)
+    return partition, _templates(partition, module), not lacking
+
+
+def _backbone(recipe: Recipe, spec: BackboneSpec, base: Path, note: Note = silent) -> tuple[nn.Module, list[str]]:
+    """Builds the recipe's backbone; see `dividing.build`."""
+    assert recipe.backbone is not None
+    given = recipe.backbone.weights
+    return build_backbone(
+        spec,
+        seed=recipe.seed,
+        weights=None if given is None else locate(given, base),
+        pretrained=recipe.backbone.pretrained,
+        zero_init_last=recipe.backbone.zero_init_last,
+        note=note,
+    )
+
+
+def _scoring(data: Sequence[TaskData], spec: BackboneSpec, seed: int) -> list[Tensor]:
+    """Batches of training images, as many of each task, to score channels by."""
+    count = -(-IMAGES // len(data))
+    batches = (drawn(of_task.train, of_task.mean, of_task.std, seed=seed, count=count) for of_task in data)
+    return [F.interpolate(batch, spec.input_size, mode="bilinear") for of_task in batches for batch in of_task]
+
+
+def _templates(partition: Partition, module: nn.Module) -> dict[str, Tensor]:
+    """The backbone's tensors by their names in the file."""
+    state = module.state_dict()
+    return {f"shared/{name}": state[name].detach().clone() for name in partition.shapes}
+
+
+def _open(file: str, base: Path) -> DeepVirtualNetwork:
+    opened = load(locate(file, base))
+    if not isinstance(opened, DeepVirtualNetwork):
+        raise InputError(f"'{file}' is a slice: give a checkpoint")
+    return opened
+
+
+def _opened(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Partition, dict[str, Tensor]]:
+    assert recipe.partition is not None
+    if METHODS[recipe.method].hidden:
+        raise InputError(f"method {recipe.method} has layers that '{recipe.partition}' lacks: give backbone and units")
+    opened = _open(recipe.partition, base)
+    if opened.training_record is not None:
+        raise InputError(f"'{recipe.partition}' has been trained already: `continues` adds tasks to it")
+    most = opened.partition.spec.num_classes
+    for task, images in zip(recipe.tasks, data, strict=True):
+        if len(images.classes) > most:
+            raise InputError(
+                f"task '{task.name}' has {len(images.classes)} classes, the partition's classifier {most}: "
+                f"partition with --num-classes {max(len(d.classes) for d in data)}"
+            )
+    return opened.partition, {n: t for n, t in opened.file_tensors().items() if n.startswith("shared/")}
+
+
+def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
+    """A trained checkpoint, with new tasks and, where a new unit makes them possible, new levels of the old tasks."""
+    assert recipe.continues is not None
+    opened, method = _open(recipe.continues, base), METHODS[recipe.method]
+    if opened.training_record is None:
+        raise InputError(f"'{recipe.continues}' has not been trained yet: give it as partition")
+    trained = opened.training_record.recipe.get("method", "dvn")
+    if trained != recipe.method:
+        raise InputError(f"'{recipe.continues}' was trained with method={trained}: continue with the same")
+    known, units = opened.tasks, opened.partition.units
+    twice = {task.name for task in known} & {task.name for task in recipe.tasks}
+    if twice:
+        raise InputError(f"'{recipe.continues}' has a task '{min(twice)}' already: give the new one another name")
+    before = list(opened)
+    tasks = [*known, *_tasks(recipe, data, opened.partition, base, len(known))]
+    if method.levels == "all":
+        used = max(unit for task, level in before for unit in known[task - 1].units(level))
+        there = min(used + len(data), units) if recipe.sequential.grow else units
+        wanted = recipe.levels or range(1, units + 1)
+        for place, task in enumerate(tasks):
+            more = [n for n in wanted if n > task.levels[-1]] if place < len(known) else []
+            levels = tuple(n for n in (*task.levels, *more) if max(task.order[:n]) <= there)
+            tasks[place] = replace(task, levels=levels)
+    partition = opened.partition
+    most = max(len(task.classes) for task in tasks)
+    if most > partition.spec.num_classes:
+        partition = partition.rebuilt(replace(partition.spec, num_classes=most))
+    torch.manual_seed(recipe.seed)
+    tensors = {**_templates(partition, partition.spec.build()), **opened.file_tensors()}
+    network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=opened.preprocessing)
+    network.make_private(owners(method, partition))
+    network.check()
+    return network, before
+
+
+def _tasks(recipe: Recipe, data: Sequence[TaskData], partition: Partition, base: Path, known: int = 0) -> list[Task]:
+    """The recipe's tasks, where so many are known already."""
+    method, count, units = METHODS[recipe.method], known + len(data), partition.units
+    tasks = []
+    for place, (keys, images) in enumerate(zip(recipe.tasks, data, strict=True)):
+        number = known + place + 1
+        if method.order == "same" and keys.order is not None:
+            raise InputError(f"tasks.{place}.order: with method={recipe.method} all tasks have the same order")
+        order = paper_order(number, units) if method.order == recipe.orders == "paper" else list(range(1, units + 1))
+        if keys.order is not None:
+            order = keys.order
+        if sorted(order) != list(range(1, units + 1)):
+            raise InputError(f"tasks.{place}.order: name each of the units 1 to {units} once, not {order}")
+        given = (levels for levels in (keys.levels, recipe.levels) if levels is not None)
+        levels = next(given, list(range(1, units + 1)))
+        if not levels or levels != sorted(set(levels)) or levels[-1] > units:
+            raise InputError(
+                f"the levels of task '{keys.name}' are cumulative numbers of units, ascending, up to {units}, not "
+                f"{levels}"
+            )
+        try:
+            partition.check_images(images.input_size)
+        except InputError as error:
+            raise InputError(f"task '{keys.name}': {error}") from None
+        resize = Resize.of(images.spec)
+        tasks.append(
+            Task(
+                keys.name,
+                tuple(images.classes),
+                images.input_size,
+                tuple(images.mean),
+                tuple(images.std),
+                tuple(order),
+                levels_of(method, number, count, levels, keys.name),
+                DataSource(
+                    images.spec.model_dump(mode="json"),
+                    str(base.resolve()) if images.spec.has_relative_path else None,
+                ),
+                resize.interpolation,
+                resize.crop_pct,
+                resize.crop_mode,
+            )
+        )
+    return tasks
