@@ -29,6 +29,16 @@ def choose(name: str) -> torch.device:
         raise InputError(f"there is no device '{name}' here") from None
 
 
+def memory_format(name: str, device: torch.device) -> torch.memory_format:
+    """How images lie in memory, and all that is computed of them: `channels_last`, `contiguous`, or `auto`.
+
+    `auto` asks no clock, so that equal runs compute alike.
+    """
+    if name == "auto":
+        name = "contiguous" if device.type == "mps" else "channels_last"
+    return torch.channels_last if name == "channels_last" else torch.contiguous_format
+
+
 def title(device: torch.device) -> str:
     """What the device calls itself."""
     if device.type == "cuda":

@@ -226,6 +226,11 @@ class Recipe(Keys):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="fp32, or bf16: automatic mixed precision (torch.autocast)."
     )
+    memory_format: Literal["auto", "channels_last", "contiguous"] = Field(
+        default="auto",
+        description="How images lie in memory, and with them all that convolutions make of them. auto: channels_last, "
+        "the faster one on CPU and CUDA; contiguous on MPS. Images of one channel are both.",
+    )
     threads: Annotated[Annotated[Count, Field(le=1024)] | None, MAY_DIFFER] = Field(
         default=None, description="Number of CPU threads. By default torch's choice; small networks are fastest with 1."
     )

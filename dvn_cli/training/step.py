@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dvn_cli.device import memory_format
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import TaskLevel
 from dvn_cli.training.losses import as_seen_by, distillation
@@ -113,8 +114,8 @@ class Step:
             if number not in images:  # an old task, whose images are gone
                 source, tasks = self.stage.tasks[0], self.network.tasks
                 images[number] = as_seen_by(batches[source][0], tasks[source - 1], tasks[number - 1])
-        if self.device.type == "cuda":
-            images = {n: given.contiguous(memory_format=torch.channels_last) for n, given in images.items()}
+        layout = memory_format(self.recipe.memory_format, self.device)
+        images = {number: given.contiguous(memory_format=layout) for number, given in images.items()}
         return images, {number: labels for number, (_, labels) in batches.items()}
 
     def _run(self, images: Mapping[int, Tensor], labels: Mapping[int, Tensor]) -> None:

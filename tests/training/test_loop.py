@@ -66,6 +66,20 @@ def test_gradients_are_those_of_eq_4(tmp_path: Path, monkeypatch: pytest.MonkeyP
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+def test_memory_format(tmp_path: Path) -> None:
+    """How images lie in memory decides about speed, and about nothing else."""
+    losses = {}
+    for layout, expected in (("auto", torch.channels_last), ("contiguous", torch.contiguous_format)):
+        words = ["backbone.in_chans=3", f"memory_format={layout}"]
+        run = small.session(tmp_path, *words, force=True).run
+        given: list[Tensor] = []
+        run.network.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0]))
+        first_steps(run)
+        assert all(images.is_contiguous(memory_format=expected) for images in given)
+        losses[layout] = run.step.totals
+    torch.testing.assert_close(losses["auto"], losses["contiguous"], rtol=1e-5, atol=0)
+
+
 def test_one_optimizer_step_per_step(run: Run) -> None:
     done: list[int] = []
     run.optimizer.register_step_post_hook(lambda *_: done.append(1))

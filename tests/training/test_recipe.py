@@ -425,12 +425,14 @@ CHANGES = {
     "inplace_distillation": "true",
     "select": "best",
     "precision": "bf16",
+    "memory_format": "contiguous",
     "threads": "2",
     "seed": "1",
 }
 
 SEQUENTIAL = ("learning=sequential",)
 BASES = {key: SEQUENTIAL for key in CHANGES if key.partition(".")[0] in ("sequential", "continues")}
+BASES["memory_format"] = ("backbone.in_chans=3",)
 BASES["compensate"] = ("backbone.weights=w.pth",)
 """With which overrides a key is tried where it means nothing without them."""
 
