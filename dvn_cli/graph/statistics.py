@@ -1,4 +1,4 @@
-"""Norms with statistics: which tensors they are of, and whether one would take the variance of a single value."""
+"""Norms: which tensors they are of, and whether one with statistics would take the variance of a single value."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import fx
 
 from dvn_cli.graph.narrow import Narrowed, on_device
+from dvn_cli.graph.registry import base_name
 from dvn_cli.graph.trace import Traced, arguments_of, bind, is_inplace
 
 Described = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
@@ -29,6 +30,13 @@ def running_tensors(traced: Traced) -> set[str]:
         elif is_inplace(node):
             names |= traced.names_of(node.all_input_nodes[:1])
     return names
+
+
+def norm_parameters(traced: Traced) -> set[str]:
+    """Names the weights and biases of norms, those without running statistics included."""
+    nodes = (node for node in traced.graph.nodes if node.op == "call_function" and "norm" in base_name(node.target))
+    given = ((bind(node).get(name) for name in ("weight", "bias")) for node in nodes)
+    return traced.names_of(node for each in given for node in each if isinstance(node, fx.Node))
 
 
 class _Found(Exception):

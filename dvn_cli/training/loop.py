@@ -21,7 +21,8 @@ from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import StateMetadata, TaskLevel
 from dvn_cli.training.freezing import Freezing
 from dvn_cli.training.methods import METHODS, plan
-from dvn_cli.training.recipe import OptimizerKeys, Recipe
+from dvn_cli.training.optimizer import load_state, make_optimizer, state_tensors
+from dvn_cli.training.recipe import Recipe
 from dvn_cli.training.schedule import factor
 from dvn_cli.training.step import Step
 
@@ -111,8 +112,7 @@ class Run:
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_tensors.items()}
         if self.teacher is not None:
             tensors |= {f"teacher/{name}": tensor for name, tensor in self.teacher.file_tensors().items()}
-        for index, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer/{index}/{key}": torch.as_tensor(value) for key, value in state.items()}
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in state_tensors(self.optimizer).items()}
         tensors |= {f"generator/{i}": generator.get_state() for i, generator in self.generators.items()}
         tensors["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
@@ -127,14 +127,9 @@ class Run:
         if self.epochs_done > self._start:
             if self.teacher is not None:
                 self._put(self.teacher, tensors, "teacher/")
-            self.best_tensors = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
+            self.best_tensors = _below("best/", tensors)
             self.best = -math.inf if metadata.best is None else metadata.best
-            state: dict[int, dict[str, Tensor]] = {}
-            for name, tensor in tensors.items():
-                if name.startswith("optimizer/"):
-                    _, index, key = name.split("/")
-                    state.setdefault(int(index), {})[key] = tensor
-            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
+            load_state(self.optimizer, _below("optimizer/", tensors))
         for i, generator in self.generators.items():
             generator.set_state(tensors[f"generator/{i}"])
         torch.set_rng_state(tensors["random"])
@@ -242,10 +237,12 @@ class Run:
             rate = recipe.optimizer.lr * (1.0 if stage.warmup else factor(recipe.schedule, done))
             careful = stage.distilled and stage.trainable == "all"
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * (recipe.sequential.lr_factor if careful else 1.0)
+                group["lr"] = rate * group["lr_scale"] * (recipe.sequential.lr_factor if careful else 1.0)
             step({task: next(of_task) for task, of_task in batches.items()})
             if number % check_every == 0 or number == steps:
                 self._check(step.totals, step.networks, number)
+            if recipe.optimizer.clip_grad is not None:
+                torch.nn.utils.clip_grad_norm_(step.parameters, recipe.optimizer.clip_grad)
             self.optimizer.step()
             self.freezing.restore()
             step.clear()
@@ -308,21 +305,14 @@ class Run:
             self.best_tensors = {name: t.detach().clone() for name, t in self.network.file_tensors().items()}
 
 
-def make_optimizer(keys: OptimizerKeys, network: DeepVirtualNetwork) -> torch.optim.Optimizer:
-    """The optimizer of a recipe; vectors (norms and biases) may be spared weight decay."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if keys.decay_norms or p.ndim > 1]
-    spared = [p for p in parameters if not keys.decay_norms and p.ndim <= 1]
-    groups = [{"params": decayed, "weight_decay": keys.weight_decay}, {"params": spared, "weight_decay": 0.0}]
-    groups = [group for group in groups if group["params"]]
-    if keys.name == "adamw":
-        return torch.optim.AdamW(groups, lr=keys.lr, betas=(keys.momentum, 0.999))
-    return torch.optim.SGD(groups, lr=keys.lr, momentum=keys.momentum, nesterov=keys.nesterov and keys.momentum > 0)
-
-
 def json_number(value: float) -> float | None:
     """A number that JSON has, or None."""
     return value if math.isfinite(value) else None
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of some tensors whose names have a prefix, by what follows it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _mean(values: Sequence[float]) -> float:

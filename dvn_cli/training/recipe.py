@@ -71,7 +71,11 @@ class TaskKeys(Keys):
 
 
 class OptimizerKeys(Keys):
-    name: Literal["sgd", "adamw"] = Field(default="sgd", description="Optimizer of torch.optim.")
+    name: str = Field(
+        default="sgd",
+        description="sgd or adamw, which are torch's, or another of timm's by its name: lamb, lion, muon, ... (all"
+        " that `timm.optim.list_optimizers()` lists but adahessian, kron, and those of bitsandbytes and APEX).",
+    )
     lr: float = Field(default=0.1, gt=0, le=1e30, description="Peak learning rate; the schedule scales it.")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="Momentum of SGD; beta 1 of AdamW.")
     nesterov: bool = Field(default=True, description="Use Nesterov momentum with SGD (section 4.2 of the paper).")
@@ -83,8 +87,33 @@ class OptimizerKeys(Keys):
     )
     decay_norms: bool = Field(
         default=True,
-        description="Apply weight decay to norms and biases (all vectors) too, as wide residual networks do.",
+        description="Apply weight decay to norms and biases (all vectors) too, as wide residual networks do; without it,"
+        " not to what timm's `no_weight_decay` names, such as position embeddings.",
     )
+    layer_decay: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Factor on the learning rate from one layer to the one below, the classifier having the whole; "
+        "layers are timm's. By default all layers have the same.",
+    )
+    norm_lr_factor: float = Field(
+        default=1.0, gt=0, le=1e30, description="Factor on the learning rate of the weights and biases of norms."
+    )
+    clip_grad: float | None = Field(
+        default=None, gt=0, le=1e30, description="Largest norm of all gradients together; larger ones are scaled down."
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> "OptimizerKeys":
+        if self.name not in ("sgd", "adamw"):
+            import timm.optim
+
+            # The others want second derivatives or libraries of their own, or keep what no file of tensors can hold.
+            known = set(map(str, timm.optim.list_optimizers(exclude_filters=["adahessian", "bnb*", "fused*", "kron*"])))
+            if self.name not in known:
+                raise ValueError(f"no optimizer '{self.name}'{did_you_mean(self.name, known)}")
+        return self
 
 
 class ScheduleKeys(Keys):

@@ -83,7 +83,14 @@ def test_the_same_again(whole: tuple[Path, Session], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1])
-@pytest.mark.parametrize("words", [[], ["optimizer.name=adamw", "optimizer.lr=0.01", "select=best", "epochs=3"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["optimizer.name=adamw", "optimizer.lr=0.01", "select=best", "epochs=3"],
+        ["optimizer={name: lamb, lr: 0.01, layer_decay: 0.7, clip_grad: 0.5}"],
+    ],
+)
 def test_resume(tmp_path: Path, words: list[str], step: int) -> None:
     """Between two epochs and within one; the checkpoint to the bit."""
     uninterrupted = small.trained(tmp_path, *words)
