@@ -32,6 +32,7 @@ from dvn_cli.training.session import (
     interrupted_run,
     refuse_to_lose,
 )
+from dvn_cli.training.teachers import file_teachers
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,12 @@ def prepare(
     data = load_data(recipe, base, note)
     division = interrupted.metadata.division if interrupted is not None else None
     network, before = build(recipe, data, base, note, division if finished is None else finished.header.metadata)
+    learnt = dict(enumerate(data, len(network.tasks) - len(data) + 1))
     with enough_memory_for(recipe, device):
-        run = Run(recipe, network, dict(enumerate(data, len(network.tasks) - len(data) + 1)), device, before)
+        teachers = {}
+        if recipe.taught_by not in (None, "top", "next"):
+            teachers = file_teachers(recipe.taught_by, base, network, list(learnt), device)
+        run = Run(recipe, network, learnt, device, before, teachers)
     run.check_batches()
     session = Session(run, files, note)
     if interrupted is not None:

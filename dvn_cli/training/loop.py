@@ -5,12 +5,14 @@ import copy
 import itertools
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from dvn_cli.data import TaskData, to_device
 from dvn_cli.data.batches import batch_count
@@ -20,11 +22,13 @@ from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import StateMetadata, TaskLevel
 from dvn_cli.training.freezing import Freezing
+from dvn_cli.training.levels import networks_of_step
 from dvn_cli.training.methods import METHODS, plan
 from dvn_cli.training.optimizer import load_state, make_optimizer, state_tensors
 from dvn_cli.training.recipe import Recipe
 from dvn_cli.training.schedule import factor
 from dvn_cli.training.step import Step
+from dvn_cli.training.teachers import FileTeacher
 
 CHECK_EVERY = 50  # steps between looks at the losses where each look waits for all that came before: not on a CPU
 
@@ -36,12 +40,14 @@ class Run:
     Attributes:
         data: the images of each task that is learnt, by its number from 1.
         before: networks that were trained in an earlier run.
+        teachers: by number of task, the networks of files that teach.
         epochs_done: how many epochs it has behind it, of all stages.
         history: for each epoch what it gave: learning rate, loss and validation accuracy by task and level, None for
             networks that were not trained or have no such images.
         best: of the epochs so far of this stage, the validation accuracy (mean of its networks, per cent) of the best.
         stages: the parts of the run.
         stage: the one that it is in.
+        average: the networks as their exponential moving average has them, where the recipe wants it.
     """
 
     recipe: Recipe
@@ -49,6 +55,7 @@ class Run:
     data: Mapping[int, TaskData]
     device: torch.device
     before: Sequence[TaskLevel] = ()
+    teachers: Mapping[int, FileTeacher] = field(default_factory=dict)
     epochs_done: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float = -math.inf
@@ -110,8 +117,9 @@ class Run:
         """The tensors that change during a run."""
         tensors = {f"network/{name}": tensor for name, tensor in self.network.file_tensors().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_tensors.items()}
-        if self.teacher is not None:
-            tensors |= {f"teacher/{name}": tensor for name, tensor in self.teacher.file_tensors().items()}
+        for what, network in (("teacher", self.teacher), ("average", self.average)):
+            if network is not None:
+                tensors |= {f"{what}/{name}": tensor for name, tensor in network.file_tensors().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in state_tensors(self.optimizer).items()}
         tensors |= {f"generator/{i}": generator.get_state() for i, generator in self.generators.items()}
         tensors["random"] = torch.get_rng_state()
@@ -127,6 +135,8 @@ class Run:
         if self.epochs_done > self._start:
             if self.teacher is not None:
                 self._put(self.teacher, tensors, "teacher/")
+            if self.average is not None:
+                self._put(self.average, tensors, "average/")
             self.best_tensors = _below("best/", tensors)
             self.best = -math.inf if metadata.best is None else metadata.best
             load_state(self.optimizer, _below("optimizer/", tensors))
@@ -160,7 +170,10 @@ class Run:
             generator.manual_seed((self.recipe.seed * 1000 + number - 1) + (epochs_done << 44))
         if self.recipe.select == "best" and self.history:
             self.best = max(_mean(numbers(entry["validation"] or [])) for entry in self.history)
-            self.best_tensors = {name: t.detach().clone() for name, t in self.network.file_tensors().items()}
+            self.best_tensors = self._copied()
+
+    def _frozen_copy(self) -> DeepVirtualNetwork:
+        return copy.deepcopy(self.network).eval().requires_grad_(False)
 
     @staticmethod
     @torch.no_grad()
@@ -175,16 +188,15 @@ class Run:
         self.stage = self.stages[place]
         self._start = ends[place] - self.stage.epochs
         self.network.zero_grad(set_to_none=True)
-        self.teacher: DeepVirtualNetwork | None = None
-        if self.stage.distilled:
-            self.teacher = copy.deepcopy(self.network).eval().requires_grad_(False)
+        self.teacher = self._frozen_copy() if self.stage.distilled else None
         if self.epochs_done == self._start and not (place and self.stages[place - 1].warmup):
             for network in self.stage.trained:
                 if self.stage.before and network not in self.stage.before:
                     self.network.inherit(*network, self.stage.before)
         self.freezing = Freezing(self.network, self.stage)
         self.optimizer = make_optimizer(self.recipe.optimizer, self.network)
-        self.step = Step(self.network, self.teacher, self.stage, self.freezing.train_mode, self.recipe)
+        self.step = Step(self.network, self.teacher, self.stage, self.freezing.train_mode, self.recipe, self.teachers)
+        self.average = None if self.recipe.ema is None else self._frozen_copy()
         self.best, self.best_tensors = -math.inf, {}
 
     # The loop
@@ -215,8 +227,8 @@ class Run:
             if self.recipe.select == "best":
                 self._keep_best(entry["validation"])
             ended = self.epochs_done == self._start + self.stage.epochs
-            if ended and self.best_tensors:
-                self._put(self.network, self.best_tensors)
+            if ended and (self.best_tensors or self.average is not None):
+                self._put(self.network, self.best_tensors or self._copied())
             after_epoch(self)
             if ended and self.epochs_done < self.total_epochs:
                 self._begin()
@@ -230,26 +242,44 @@ class Run:
         self.network.train()
         batches = {number: self._endless(number) for number in stage.tasks}
         step.totals.zero_()
+        counts = Counter[TaskLevel]()
         check_every = 1 if self.device.type == "cpu" else CHECK_EVERY
         steps = self.steps
         for number in range(1, steps + 1):
-            done = ((self.epochs_done - self._start) * steps + number - 1) / (stage.epochs * steps)
+            before = (self.epochs_done - self._start) * steps + number - 1  # steps of this stage
+            done = before / (stage.epochs * steps)
             rate = recipe.optimizer.lr * (1.0 if stage.warmup else factor(recipe.schedule, done))
             careful = stage.distilled and stage.trainable == "all"
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"] * (recipe.sequential.lr_factor if careful else 1.0)
-            step({task: next(of_task) for task, of_task in batches.items()})
+            networks = networks_of_step(stage, recipe, done, self.epochs_done * steps + number)
+            counts.update(networks)
+            step({task: next(of_task) for task, of_task in batches.items()}, networks)
             if number % check_every == 0 or number == steps:
                 self._check(step.totals, step.networks, number)
             if recipe.optimizer.clip_grad is not None:
                 torch.nn.utils.clip_grad_norm_(step.parameters, recipe.optimizer.clip_grad)
             self.optimizer.step()
             self.freezing.restore()
+            if self.average is not None:
+                self._follow(self.average, before)
             step.clear()
             after_step(self, number)
         self._check_weights()
-        means = dict(zip(step.networks, (step.totals / steps).tolist(), strict=True))
-        return self._by_level(means)
+        totals = zip(step.networks, step.totals.tolist(), strict=True)
+        return self._by_level({network: total / counts[network] for network, total in totals if counts[network]})
+
+    @torch.no_grad()
+    def _follow(self, average: DeepVirtualNetwork, step: int) -> None:
+        """Moves the average towards the networks; counters are copied."""
+        assert self.recipe.ema is not None
+        decay = min(self.recipe.ema, 1 - (1 + step) ** (-2 / 3))
+        ours, theirs = average.file_tensors(), self.network.file_tensors()
+        floats = [name for name in ours if name in self._finite_before]
+        get_ema_multi_avg_fn(decay)([ours[name] for name in floats], [theirs[name] for name in floats], None)
+        for name, tensor in ours.items():
+            if not tensor.is_floating_point():
+                tensor.copy_(theirs[name])
 
     def _by_level(self, values: Mapping[TaskLevel, float]) -> list[list[float | None]]:
         """Values of networks by task and level, None where there is none."""
@@ -295,14 +325,22 @@ class Run:
         if not splits:
             return None
         networks = [network for network in self.stage.learn if network.task in splits]
-        rows = evaluate_all(self.network, splits, networks=networks, device=self.device)
+        rows = evaluate_all(self._kept, splits, networks=networks, device=self.device)
         return self._by_level({TaskLevel(row.task, row.level): row.top1 for row in rows})
 
     def _keep_best(self, validation: list[list[float | None]] | None) -> None:
         score = _mean(numbers(validation or []))
         if score > self.best:
             self.best = score
-            self.best_tensors = {name: t.detach().clone() for name, t in self.network.file_tensors().items()}
+            self.best_tensors = self._copied()
+
+    @property
+    def _kept(self) -> DeepVirtualNetwork:
+        """The networks as they would be kept now."""
+        return self.network if self.average is None else self.average
+
+    def _copied(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().clone() for name, tensor in self._kept.file_tensors().items()}
 
 
 def json_number(value: float) -> float | None:

@@ -87,8 +87,8 @@ class OptimizerKeys(Keys):
     )
     decay_norms: bool = Field(
         default=True,
-        description="Apply weight decay to norms and biases (all vectors) too, as wide residual networks do; without it,"
-        " not to what timm's `no_weight_decay` names, such as position embeddings.",
+        description="Apply weight decay to norms and biases (all vectors) too, as wide residual networks do. Without it"
+        " they have none, nor has what timm's `no_weight_decay` names, such as position embeddings.",
     )
     layer_decay: float | None = Field(
         default=None,
@@ -244,8 +244,37 @@ class Recipe(Keys):
     )
     inplace_distillation: bool = Field(
         default=False,
-        description="Train a task's lower levels on the output of its top level in the same step, instead of the "
-        "labels.",
+        description="Another way to write `teacher: top`; a `teacher` that is given goes before it.",
+    )
+    teacher: str | None = Field(
+        default=None,
+        min_length=1,
+        description="What networks learn from instead of the labels, at temperature 1. top: the output of their task's "
+        "top level in the same step; next: that of the next larger level; the top level itself has the labels. FILE: a "
+        "slice or checkpoint, whose largest network with the task's classes, by name, teaches all levels and stays as "
+        "it is. By default all have the labels.",
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of each label that goes to all classes alike."
+    )
+    levels_per_step: Literal["all", "sandwich"] = Field(
+        default="all",
+        description="all: every step trains all levels of a task. sandwich: the top one, the lowest one and one drawn "
+        "from those between.",
+    )
+    unlock: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="Share of the run after which all levels are trained: the top one from the start, the next ones at "
+        "even intervals, the lowest one last. By default all are from the start.",
+    )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay by step of an exponential moving average of all weights and statistics, which is what is "
+        "validated and kept. It starts lower, as timm's does: 1 - (1 + step)^(-2/3), where that is less.",
     )
     select: Literal["last", "best"] = Field(
         default="last",
@@ -266,6 +295,11 @@ class Recipe(Keys):
     seed: int = Field(
         default=0, ge=0, lt=2**32, strict=True, description="Seed of initialisation, order of images and augmentation."
     )
+
+    @property
+    def taught_by(self) -> str | None:
+        """`teacher`, however it is written."""
+        return self.teacher or ("top" if self.inplace_distillation else None)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":

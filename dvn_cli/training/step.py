@@ -1,7 +1,8 @@
 """Forward and backward of all networks of a stage, one after the other."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +12,9 @@ from dvn_cli.device import memory_format
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import TaskLevel
 from dvn_cli.training.losses import as_seen_by, distillation
-from dvn_cli.training.methods import Stage, highest
+from dvn_cli.training.methods import Stage
 from dvn_cli.training.recipe import Recipe
+from dvn_cli.training.teachers import FileTeacher, teachers
 
 WARM = 3  # steps before one is captured: libraries choose their algorithms and allocate in the first ones
 
@@ -26,7 +28,7 @@ class Step:
     "CUDA Graphs"): networks of this size are otherwise limited by how fast a CPU can launch their kernels.
 
     Attributes:
-        networks: those that the stage trains, in the order of a step.
+        networks: those that the stage trains.
         totals: sum of the losses of each one so far, unweighted; whoever reads them sets them to zero.
         capture_error: why the step could not be captured, and so is launched each time; None where it could, or was
             not tried.
@@ -39,40 +41,42 @@ class Step:
         stage: Stage,
         train_mode: set[TaskLevel],
         recipe: Recipe,
+        files: Mapping[int, FileTeacher],
     ) -> None:
-        """`teacher`: the networks as they were before the stage; `train_mode`: see `Freezing`."""
+        """`teacher`: the networks as they were before the stage; `train_mode`: see `Freezing`; `files`: `teachers`."""
         self.network, self.teacher, self.stage = network, teacher, stage
         self.recipe, self.train_mode = recipe, train_mode
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.device = next(network.parameters()).device
-        self.teachers = _teachers(stage, recipe.inplace_distillation)
-        self.networks = list(self.teachers)
-        self.weight = 1.0 if recipe.reduction == "sum" else 1 / len(self.networks)
+        self.files = files
+        self.networks = stage.trained
         self.totals = torch.zeros(len(self.networks), device=self.device)
         self._eager_left = WARM if self.device.type == "cuda" else -1  # below zero: always
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: list[Tensor] = []
+        self._captured: dict[tuple[TaskLevel, ...], Captured] = {}
         self.capture_error: str | None = None
 
-    def __call__(self, batches: Batches) -> None:
-        """Leaves the gradients of a step where the optimizer looks for them, and adds to the totals."""
+    def __call__(self, batches: Batches, networks: tuple[TaskLevel, ...] | None = None) -> None:
+        """Leaves the gradients of a step where the optimizer looks for them, and adds to the totals.
+
+        Args:
+            batches: of each task.
+            networks: that the step trains; by default all.
+        """
+        networks = self.networks if networks is None else networks
         images, labels = self._prepared(batches)
-        if self._graph is not None:
-            for static, given in zip(self._inputs, (*images.values(), *labels.values()), strict=True):
-                static.copy_(given)
-            self._graph.replay()
+        if networks in self._captured:
+            self._captured[networks].replay(self.parameters, [*images.values(), *labels.values()])
         elif self._eager_left == 0:
-            self._capture(images, labels)
+            self._capture(images, labels, networks)
         else:
             self._eager_left -= 1
             with self._beside():
-                self._run(images, labels)
+                self._run(images, labels, networks)
 
     def clear(self) -> None:
-        """Frees the gradients; those of a captured step stay where they are, and the next one overwrites them."""
-        if self._graph is None:
-            for parameter in self.parameters:
-                parameter.grad = None
+        """Lets go of the gradients; those of captured steps stay in memory, and are overwritten by the next replay."""
+        for parameter in self.parameters:
+            parameter.grad = None
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -86,7 +90,7 @@ class Step:
             yield
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
-    def _capture(self, images: dict[int, Tensor], labels: dict[int, Tensor]) -> None:
+    def _capture(self, images: dict[int, Tensor], labels: dict[int, Tensor], networks: tuple[TaskLevel, ...]) -> None:
         """Captures the step and replays it; where that fails, launches this step and all later ones."""
         images = {number: tensor.clone() for number, tensor in images.items()}
         labels = {number: tensor.clone() for number, tensor in labels.items()}
@@ -95,16 +99,17 @@ class Step:
         self.clear()
         try:
             with torch.cuda.graph(graph):
-                self._run(images, labels)
+                self._run(images, labels, networks)
         except RuntimeError as error:  # such as a backbone that asks the device for something in between
             torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own stream as the current one
             self._eager_left = -1
             self.capture_error = str(error).partition("\n")[0]
             self.totals.copy_(totals)
             self.clear()
-            self._run(images, labels)
+            self._run(images, labels, networks)
             return
-        self._graph, self._inputs = graph, [*images.values(), *labels.values()]
+        gradients = [parameter.grad for parameter in self.parameters]
+        self._captured[networks] = Captured(graph, [*images.values(), *labels.values()], gradients)
         graph.replay()
 
     def _prepared(self, batches: Batches) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
@@ -118,43 +123,59 @@ class Step:
         images = {number: given.contiguous(memory_format=layout) for number, given in images.items()}
         return images, {number: labels for number, (_, labels) in batches.items()}
 
-    def _run(self, images: Mapping[int, Tensor], labels: Mapping[int, Tensor]) -> None:
-        soft_targets: dict[TaskLevel, Tensor] = {}  # outputs, in this step, of the teacher and of higher levels
-        distilled = dict(self.stage.distilled)
-        for place, (student, teacher) in enumerate(self.teachers.items()):
-            given = images[student[0]]
+    def _run(self, images: Mapping[int, Tensor], labels: Mapping[int, Tensor], networks: tuple[TaskLevel, ...]) -> None:
+        recipe, distilled = self.recipe, dict(self.stage.distilled)
+        weight = 1.0 if recipe.reduction == "sum" else 1 / len(networks)
+        soft_targets: dict[TaskLevel | FileTeacher, Tensor] = {}  # outputs, in this step, of whoever teaches
+        for student, teacher in teachers(self.stage, networks, recipe.taught_by, self.files).items():
+            given = images[student.task]
             with torch.autocast(
-                self.device.type, torch.bfloat16, enabled=self.recipe.precision == "bf16", cache_enabled=False
+                self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False
             ):
                 logits = self.network(given, *student, student in self.train_mode).float()
-                if student in distilled and teacher not in soft_targets:
-                    assert self.teacher is not None
-                    assert teacher is not None
+                if teacher is not None and teacher not in soft_targets:
                     with torch.no_grad():
-                        soft_targets[teacher] = self.teacher(given, *teacher).float()
+                        soft_targets[teacher] = self._outputs(teacher, given).float()
             if teacher is None:
-                loss = weighted = F.cross_entropy(logits, labels[student[0]])
+                loss = weighted = F.cross_entropy(logits, labels[student.task], label_smoothing=recipe.label_smoothing)
             elif student in distilled:
-                keys = self.recipe.sequential
+                keys = recipe.sequential
                 loss = distillation(logits, soft_targets[teacher], keys.temperature, keys.squared_temperature)
                 weighted = keys.weight * loss
             else:
                 loss = weighted = distillation(logits, soft_targets[teacher], 1.0)
             # Backward at once: no more than one network's activations are ever held.
-            (self.weight * weighted).backward()
-            self.totals[place] += loss.detach()
+            (weight * weighted).backward()
+            self.totals[self.networks.index(student)] += loss.detach()
             if student not in distilled:
                 soft_targets[student] = logits.detach()
 
+    def _outputs(self, teacher: TaskLevel | FileTeacher, images: Tensor) -> Tensor:
+        """The logits of a teacher that is not among the networks of the step."""
+        if isinstance(teacher, FileTeacher):
+            return teacher(images)
+        assert self.teacher is not None
+        return self.teacher(images, *teacher)
 
-def _teachers(stage: Stage, inplace: bool) -> dict[TaskLevel, TaskLevel | None]:
-    """The networks of a stage in the order of a step, each with the network that it learns from; None: from labels.
 
-    An old task's network learns from one of before the stage, another one from its own task's top level.
+@dataclass(frozen=True)
+class Captured:
+    """A step of some networks as a CUDA graph.
+
+    Attributes:
+        graph: of it.
+        inputs: tensors that it reads images and labels from.
+        gradients: of each parameter, that it writes; None where the networks have no part of it.
     """
-    learn: dict[TaskLevel, TaskLevel | None] = dict.fromkeys(stage.learn)
-    if inplace:
-        top = {task: highest(stage.learn, task) for task, _ in stage.learn}
-        highest_first = sorted(stage.learn, key=lambda network: -network[1])
-        learn = {network: None if network == top[network[0]] else top[network[0]] for network in highest_first}
-    return {**learn, **dict(stage.distilled)}
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    gradients: list[Tensor | None]
+
+    def replay(self, parameters: Sequence[Tensor], given: Sequence[Tensor]) -> None:
+        """Does the step anew with what is given."""
+        for static, now in zip(self.inputs, given, strict=True):
+            static.copy_(now)
+        self.graph.replay()
+        for parameter, gradient in zip(parameters, self.gradients, strict=True):
+            parameter.grad = gradient

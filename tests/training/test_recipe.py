@@ -427,6 +427,11 @@ CHANGES = {
     "schedule.warmup": "0.3",
     "reduction": "mean",
     "inplace_distillation": "true",
+    "teacher": "next",
+    "label_smoothing": "0.1",
+    "levels_per_step": "sandwich",
+    "unlock": "0.5",
+    "ema": "0.5",
     "select": "best",
     "precision": "bf16",
     "memory_format": "contiguous",
@@ -437,6 +442,7 @@ CHANGES = {
 SEQUENTIAL = ("learning=sequential",)
 BASES = {key: SEQUENTIAL for key in CHANGES if key.partition(".")[0] in ("sequential", "continues")}
 BASES["memory_format"] = ("backbone.in_chans=3",)
+BASES["levels_per_step"] = ("units=4",)
 BASES["compensate"] = ("backbone.weights=w.pth",)
 """With which overrides a key is tried where it means nothing without them."""
 

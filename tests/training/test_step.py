@@ -71,6 +71,13 @@ class SecondStep:
             {},
         ),
         (
+            ["teacher=next", "units=3"],
+            1,
+            {(1, 3), (2, 3)},
+            {(1, 2): (1, 3), (1, 1): (1, 2), (2, 2): (2, 3), (2, 1): (2, 2)},
+            {},
+        ),
+        (
             ["learning=sequential"],
             2,
             {(2, 1), (2, 2)},
@@ -92,7 +99,7 @@ class SecondStep:
             {(1, 2): (1, 1)},
         ),
     ],
-    ids=["from the top level", "held at each level", "a grown level", "warm-up"],
+    ids=["from the top level", "from the next level", "held at each level", "a grown level", "warm-up"],
 )
 def test_gradients(
     tmp_path: Path,
