@@ -1,26 +1,53 @@
-"""Standalone files of single networks, cut out of a checkpoint; only to fit them to images takes torch."""
+"""Standalone files of single networks, cut out of a checkpoint; safetensors as they are take no torch."""
 
 import contextlib
+import hashlib
+import json
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvn_cli.errors import DvnError, InputError
-from dvn_cli.files import check_folder_writable, reason
+from dvn_cli.files import atomic, check_folder_writable, reason
+from dvn_cli.formats import Format, NotExpressible, find_format
 from dvn_cli.store.file import Header, TensorData, read_checkpoint
 from dvn_cli.store.metadata import Calibration, CheckpointMetadata, TaskLevel, check_level, find_task
-from dvn_cli.store.slicing import slice_file
+from dvn_cli.store.slicing import BLOCK, check_output, slice_file
 
 if TYPE_CHECKING:
     from dvn_cli.data.words import Data
+    from dvn_cli.formats.writing import Check
 
 Fit = Callable[[int, int], tuple[Mapping[str, TensorData], Calibration] | None]
 """Gives the tensors of a task and level that are others than in the checkpoint, and how they were calculated."""
 
-FORMATS = ("safetensors",)
-"""Of the files that networks are cut into."""
+MANIFEST = "manifest.json"
+"""Beside the files of all networks: what they are."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What files networks are cut into.
+
+    Attributes:
+        format: by its name in `formats.FORMATS`.
+        dtype: of the weights, `fp32`, `fp16` or `bf16`; of other types than float32 the network is another one.
+        fold_norms: whether running statistics go into the layers before them.
+        data: images, as of `evaluate`, on which a file is compared with the network, beside random ones.
+    """
+
+    format: str = "safetensors"
+    dtype: str = "fp32"
+    fold_norms: bool = False
+    data: "Data | Sequence[Data] | None" = None
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether bytes are copied, and nothing needs to be built."""
+        return self == Form()
 
 
 @dataclass(frozen=True)
@@ -37,6 +64,8 @@ class SliceFile:
         params: elements of its parameters.
         bytes: of the file.
         calibration: how its layers were fitted to the top level; None where they were not.
+        check: how the file, run, compares with the network; None where its bytes were copied.
+        macs: multiply-accumulates of one image; None where its bytes were copied.
     """
 
     file: Path
@@ -48,12 +77,14 @@ class SliceFile:
     params: int
     bytes: int
     calibration: Calibration | None = None
+    check: "Check | None" = None
+    macs: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As `dvn slice --json` has it."""
         fields = {key: value for key, value in vars(self).items() if key != "levels"}
-        calibration = None if self.calibration is None else vars(self.calibration)
-        return fields | {"file": str(self.file), "units": list(self.units), "calibration": calibration}
+        parts = {key: None if fields[key] is None else vars(fields[key]) for key in ("calibration", "check")}
+        return fields | {"file": str(self.file), "units": list(self.units)} | parts
 
 
 def slice(
@@ -63,6 +94,7 @@ def slice(
     output: str | os.PathLike[str] | None = None,
     calibrate: "Data | Sequence[Data] | None" = None,
     note: Callable[[str], None] = lambda _: None,
+    form: Form = Form(),
 ) -> SliceFile:
     """Cuts the network of a task and level out of a checkpoint, into a file that needs nothing else.
 
@@ -70,27 +102,30 @@ def slice(
         checkpoint: the file of all networks.
         task: by name or by number from 1.
         level: from 1.
-        output: a file or an existing folder; by default STEM-taskT-levelL.safetensors in the working directory, STEM
-            being the checkpoint's name.
+        output: a file or an existing folder; by default STEM-taskT-levelL with the format's ending in the working
+            directory, STEM being the checkpoint's name.
         calibrate: images to fit its layers to what they give in the task's top level, as of `evaluate`; their labels
             are not read, and a folder may hold nothing but images. By default they stay as they are.
         note: is told, in a line, what the images were taken for.
+        form: the format of the file, and what else it is to be.
 
     Raises:
-        InputError: no such task, level or images, a slice in place of a checkpoint, or an output that is not writable.
-        DvnError: writing failed, such as on a full disk.
+        InputError: no such task, level, images or format, a slice in place of a checkpoint, or an output that is not
+            writable.
+        DvnError: writing failed, such as on a full disk, or the file, read back, is not the same network.
 
     Example:
         >>> cut = dvn_cli.slice("dvn.safetensors", task=2, level=1)  # doctest: +SKIP
         >>> network = dvn_cli.load(cut.file)  # doctest: +SKIP
     """
-    header = read_checkpoint(checkpoint)
+    header, kind = read_checkpoint(checkpoint), find_format(form.format)
     tasks = header.metadata.tasks
     number = find_task(tasks, task)
     network = TaskLevel(number, check_level(tasks[number - 1], level))
-    file = Path(_name(header, network) if output is None else output)
-    file = file / _name(header, network) if os.path.isdir(file) else file
-    return _cut(header, network, file, _fit(header, calibrate, note))
+    name = _name(header, network, kind)
+    file = Path(name if output is None else output)
+    file = file / name if os.path.isdir(file) and not (kind.is_folder and output is None) else file
+    return _cut(header, network, file, _fit(header, calibrate, note), form, note)
 
 
 def slice_all(
@@ -98,32 +133,56 @@ def slice_all(
     folder: str | os.PathLike[str] | None = None,
     calibrate: "Data | Sequence[Data] | None" = None,
     note: Callable[[str], None] = lambda _: None,
+    form: Form = Form(),
 ) -> Iterator[SliceFile]:
-    """Cuts every network out of a checkpoint, each when it is asked for.
+    """Cuts every network out of a checkpoint, each when it is asked for, and at last writes what they are.
+
+    Networks that the format has no way to say are left out, with a line to `note`.
 
     Args:
         checkpoint: the file of all networks.
         folder: for the files, made where it is missing; by default STEM-slices in the working directory.
-        calibrate, note: as `slice`.
+        calibrate, note, form: as `slice`.
 
     Raises:
         InputError, DvnError: as `slice`.
     """
-    header = read_checkpoint(checkpoint)
+    header, kind = read_checkpoint(checkpoint), find_format(form.format)
     folder = Path(f"{header.path.stem}-slices" if folder is None else folder)
     check_folder_writable(folder)
-    fit = _fit(header, calibrate, note)
+    fit, files = _fit(header, calibrate, note), list[SliceFile]()
     for network in header.metadata.networks:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot write to the folder '{folder}': {reason(error)}") from None
         try:
-            yield _cut(header, network, folder / _name(header, network), fit)
+            files.append(_cut(header, network, folder / _name(header, network, kind), fit, form, note))
+        except NotExpressible as error:
+            note(str(error))
+            continue
         except DvnError:
             with contextlib.suppress(OSError):  # it is not empty
                 folder.rmdir()
             raise
+        yield files[-1]
+    manifest = {"checkpoint": header.path.name, "format": form.format, "slices": list(map(_entry, files))}
+    with atomic(folder / MANIFEST) as opened:
+        opened.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def _entry(cut: SliceFile) -> dict[str, Any]:
+    """What a manifest says of a network, with the checksum of each of its files."""
+    known = {key: value for key, value in cut.to_dict().items() if key not in ("calibration", "check", "file")}
+    paths = sorted(cut.file.iterdir()) if cut.file.is_dir() else [cut.file]
+    files = []
+    for path in paths:
+        digest = hashlib.sha256()
+        with open(path, "rb") as opened:
+            for block in iter(lambda: opened.read(BLOCK), b""):
+                digest.update(block)
+        files.append({"file": path.relative_to(cut.file.parent).as_posix(), "sha256": digest.hexdigest()})
+    return known | {"files": files}
 
 
 def _fit(header: Header[CheckpointMetadata], data: "Data | Sequence[Data] | None", note: Callable[[str], None]) -> Fit:
@@ -135,13 +194,54 @@ def _fit(header: Header[CheckpointMetadata], data: "Data | Sequence[Data] | None
     return Calibrator(header, data, note)
 
 
-def _cut(header: Header[CheckpointMetadata], network: TaskLevel, file: Path, fit: Fit) -> SliceFile:
-    task = header.metadata.tasks[network.task - 1]
+def _cut(
+    header: Header[CheckpointMetadata],
+    network: TaskLevel,
+    file: Path,
+    fit: Fit,
+    form: Form,
+    note: Callable[[str], None],
+) -> SliceFile:
+    task, kind = header.metadata.tasks[network.task - 1], find_format(form.format)
     changed, calibration = fit(*network) or ({}, None)
-    params = slice_file(header, *network, file, changed, calibration).params
-    units, size = task.units(network.level), file.stat().st_size
-    return SliceFile(file, network.task, task.name, network.level, len(task.levels), units, params, size, calibration)
+    check_output(header, file)
+    check, macs = None, None
+    if form.is_cut:
+        params = slice_file(header, *network, file, changed, calibration).params
+    else:
+        with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
+            cut = Path(folder) / "slice.safetensors"
+            params = slice_file(header, *network, cut, changed, calibration).params
+            check, macs = _convert(cut, file, kind, form, note)
+    units, paths = task.units(network.level), sorted(file.iterdir()) if file.is_dir() else [file]
+    return SliceFile(
+        file=file,
+        task=network.task,
+        name=task.name,
+        level=network.level,
+        levels=len(task.levels),
+        units=units,
+        params=params,
+        bytes=sum(path.stat().st_size for path in paths),
+        calibration=calibration,
+        check=check,
+        macs=macs,
+    )
 
 
-def _name(header: Header[CheckpointMetadata], network: TaskLevel) -> str:
-    return f"{header.path.stem}-task{network.task}-level{network.level}.safetensors"
+def _convert(cut: Path, file: Path, kind: Format, form: Form, note: Callable[[str], None]) -> tuple["Check", int]:
+    """Writes a slice in another form. Returns how it compares, and its multiply-accumulates of one image."""
+    from dvn_cli.data import unlabelled
+    from dvn_cli.formats.writing import write
+    from dvn_cli.loading import load
+    from dvn_cli.network import VirtualNetwork
+
+    network = load(cut)
+    assert isinstance(network, VirtualNetwork)
+    channels = network.metadata.backbone.in_chans
+    images = [] if form.data is None else unlabelled(form.data, network.task, channels, 0, note)
+    return write(network, kind, file, images, form.dtype, form.fold_norms), network.macs()
+
+
+def _name(header: Header[CheckpointMetadata], network: TaskLevel, kind: Format) -> str:
+    return f"{header.path.stem}-task{network.task}-level{network.level}{kind.ending}"

@@ -5,6 +5,7 @@ import datetime
 import errno
 import os
 import re
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -134,6 +135,42 @@ def _remove_leftovers(folder: Path) -> None:
             with contextlib.suppress(OSError), open(folder / leftover, "r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 os.unlink(file.name)
+
+
+def put(source: Path, path: str | os.PathLike[str]) -> None:
+    """Copies a file, or a folder of files, to `path`, which changes when all is safe on disk, or not at all.
+
+    A folder takes the place of one that has no other files than it.
+
+    Raises:
+        InputError, DvnError: as `atomic`.
+    """
+    if source.is_file():
+        with atomic(path) as file, open(source, "rb") as copied:
+            shutil.copyfileobj(copied, file)
+        return
+    shown, path = path, Path(os.path.realpath(path))
+    check_folder_writable(path.parent)
+    if os.path.lexists(path):
+        kind = _kind(path.stat().st_mode)
+        others = sorted(set(os.listdir(path)) - set(os.listdir(source))) if path.is_dir() else []
+        if others or not path.is_dir():
+            raise InputError(f"cannot write '{shown}': it is {kind}{f' with {others[0]!r} in it' if others else ''}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}")
+    try:
+        shutil.copytree(source, beside / "new")
+        for written in (beside / "new").iterdir():
+            with open(written, "rb") as file:
+                os.fsync(file.fileno())
+        if path.is_dir():
+            os.replace(path, beside / "old")
+        os.replace(beside / "new", path)
+    except OSError as error:
+        if (beside / "old").exists():
+            os.replace(beside / "old", path)
+        raise DvnError(f"cannot write '{shown}': {reason(error)}") from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

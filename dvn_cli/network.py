@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dvn_cli.graph.dtype import recast
+from dvn_cli.graph.folding import fold
 from dvn_cli.graph.narrow import Narrowed, on_device
 from dvn_cli.partition import Origin, Partition, check_size
 from dvn_cli.store import shapes
@@ -137,6 +138,25 @@ class VirtualNetwork(nn.Module):
         assert graph is not None
         places = [self._places[name] for name in self._names[self.training]]
         return graph(images, *[getattr(module, key) for module, key in places])
+
+    def macs(self) -> int:
+        """Returns the multiply-accumulates of one image."""
+        origin, partition = self._origin, self._origin.partition
+        image = (partition.spec.in_chans, *origin.input_size)
+        return count.macs(origin.network(train=False), partition.tensors(origin.units, origin.classes), image)
+
+    def standalone(self, fold_norms: bool = False) -> fx.GraphModule:
+        """Returns the network in eval mode as a module made of torch's operators alone, with copies of no weights.
+
+        Args:
+            fold_norms: whether running statistics go into the layers before them.
+        """
+        mode = self.training
+        graph = self.train(False).eval_graph
+        self.train(mode)
+        assert graph is not None
+        tensors = {name: getattr(module, key) for name, (module, key) in self._places.items()}
+        return fold(Narrowed(graph, self._names[False]), tensors, fold_norms)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "VirtualNetwork":
         super()._apply(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""`dvn slice`: standalone files of single networks, cut without torch unless they are fitted to images."""
+"""`dvn slice`: standalone files of single networks; safetensors as they are take no torch."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,7 @@ import typer
 
 from dvn_cli import export
 from dvn_cli.errors import InputError
-from dvn_cli.export import FORMATS
+from dvn_cli.formats import FORMATS
 
 
 def slice_command(
@@ -24,8 +24,8 @@ def slice_command(
         typer.Option(
             "--output",
             "-o",
-            help="File or existing folder, with --all a folder. Default: STEM-taskT-levelL.safetensors, or the folder "
-            "STEM-slices, in the working directory, STEM being the checkpoint's name.",
+            help="File or existing folder, with --all a folder. Default: STEM-taskT-levelL with the format's ending, "
+            "or the folder STEM-slices, in the working directory, STEM being the checkpoint's name.",
         ),
     ] = None,
     calibrate: Annotated[
@@ -35,7 +35,24 @@ def slice_command(
             "with labels, accuracy before and after is shown. A folder, or as --data of `dvn eval`. Can be given again."
         ),
     ] = None,
-    file_format: Annotated[str, typer.Option("--format", help=f"Of the files: {', '.join(FORMATS)}.")] = FORMATS[0],
+    file_format: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help=f"Of the files: {', '.join(FORMATS)}. All but the first are run and compared before they are written.",
+        ),
+    ] = "safetensors",
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16.")] = "fp32",
+    fold_norms: Annotated[
+        bool, typer.Option("--fold-norms", help="Put running statistics into the weights of the layers before them.")
+    ] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare on these images too; a folder, or as --data of `dvn eval`. Can be given again."),
+    ] = None,
+    list_formats: Annotated[
+        bool, typer.Option("--list-formats", help="Say which formats this machine can write, and what the others need.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Cut the network of a task and level out of a checkpoint, into a file that needs nothing else."""
@@ -43,13 +60,15 @@ def slice_command(
     def note(line: str) -> None:
         typer.echo(line, err=True)
 
-    if file_format not in FORMATS:
-        raise InputError(f"there is no format '{file_format}'; --format takes {', '.join(FORMATS)}")
+    if list_formats:
+        _show_formats(as_json)
+        return
+    form = export.Form(file_format, dtype, fold_norms, data or None)
     files: Iterable[export.SliceFile]
     if every and task is None and level is None:
-        files = export.slice_all(checkpoint, output, calibrate or None, note)
+        files = export.slice_all(checkpoint, output, calibrate or None, note, form)
     elif not every and task is not None and level is not None:
-        files = [export.slice(checkpoint, task, level, output, calibrate or None, note)]
+        files = [export.slice(checkpoint, task, level, output, calibrate or None, note, form)]
     else:
         raise InputError("which network? Give `--task T --level L` for one of them, or `--all` for every one")
     accuracies: dict[tuple[int, int], tuple[float, float]] = {}
@@ -67,7 +86,8 @@ def slice_command(
             units = ", ".join(map(str, cut.units))
             typer.echo(
                 f"{cut.file}  {cut.name}  level {cut.level} of {cut.levels}  units {units}  "
-                f"{cut.params:,} parameters  {cut.bytes / 1e6:,.2f} MB{_calibration(result['calibration'])}"
+                f"{cut.params:,} parameters  {cut.bytes / 1e6:,.2f} MB{_check(result['check'])}"
+                f"{_calibration(result['calibration'])}"
             )
     if as_json:
         typer.echo(json.dumps({"checkpoint": str(checkpoint), "slices": results}, indent=2))
@@ -100,3 +120,27 @@ def _calibration(calibration: dict[str, Any] | None) -> str:
     before, after = calibration["top1_before"], calibration["top1_after"]
     accuracy = "" if before is None else f": {before:.1f} -> {after:.1f} %"
     return f"  calibrated on {calibration['images']} images{accuracy}"
+
+
+def _check(check: dict[str, Any] | None) -> str:
+    if check is None:
+        return ""
+    same = f"{check['same']} of {check['images']}" if check["same"] < check["images"] else f"all {check['images']}"
+    return f"  logits within {check['difference']:.0e}, the same class on {same} images"
+
+
+def _show_formats(as_json: bool) -> None:
+    installs = {each: f"pip install 'dvn[{each.name}]'" if each.missing else None for each in FORMATS.values()}
+    if as_json:
+        rows = [
+            {"format": each.name, "runs_with": each.runs_with, "missing": list(each.missing), "install": install}
+            for each, install in installs.items()
+        ]
+        typer.echo(json.dumps({"formats": rows}, indent=2))
+        return
+    from dvn_cli.report import console, show, table
+
+    formats = table("format", "runs with", "here", text=3)
+    for each, install in installs.items():
+        formats.add_row(each.name, each.runs_with, install or "yes")
+    show(console(), formats)

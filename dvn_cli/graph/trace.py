@@ -72,7 +72,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int], train: bool) -> 
     was = {m: m.training for m in module.modules()}
     module.train(train)
     try:
-        with warnings.catch_warnings(), _without_stack_traces():
+        with warnings.catch_warnings(), without_stack_traces():
             warnings.simplefilter("ignore")  # of tensors that a module keeps for later calls
             batch = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
@@ -85,8 +85,8 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int], train: bool) -> 
     return _normalise(program, module)
 
 
-def _without_stack_traces() -> Any:
-    """No node notes the Python lines that it comes from: nobody reads them, and they are a tenth of the time.
+def without_stack_traces() -> Any:
+    """A context in which nodes note no lines of Python: nobody reads them, and they are a tenth of the time.
 
     Older releases of torch do not know the key, and note them all the same.
     """

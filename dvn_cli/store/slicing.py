@@ -104,6 +104,14 @@ def _take(array: np.ndarray, runs: Sequence[Sequence[Run]]) -> np.ndarray:
     return array
 
 
+def check_output(checkpoint: Header[CheckpointMetadata], output: str | os.PathLike[str]) -> None:
+    """Raises InputError where a slice would take the place of its checkpoint, or of a trained one."""
+    if os.path.exists(output) and os.path.samefile(output, checkpoint.path):
+        raise InputError(f"cannot write the slice to '{output}': that is the checkpoint itself")
+    if is_trained(output):
+        raise InputError(f"{lost_with(Path(output))}; give the slice another output with -o")
+
+
 def slice_file(
     checkpoint: Header[CheckpointMetadata],
     task: int,
@@ -123,10 +131,7 @@ def slice_file(
         DvnError: as `atomic`.
     """
     tensors = {**cut(checkpoint, task, level), **(changed or {})}
-    if os.path.exists(output) and os.path.samefile(output, checkpoint.path):
-        raise InputError(f"cannot write the slice to '{output}': that is the checkpoint itself")
-    if is_trained(output):
-        raise InputError(f"{lost_with(Path(output))}; give the slice another output with -o")
+    check_output(checkpoint, output)
     entry = replace(checkpoint.metadata.tasks[task - 1], data=None)  # a slice is shipped: nothing of where it was cut
     tensors |= _aliased(checkpoint.metadata, tensors)
     divided, units = checkpoint.metadata.divided, entry.units(level)

@@ -132,8 +132,13 @@ def test_command_for_all_with_json(file):
     for each in result["slices"]:
         assert each["bytes"] == Path(each["file"]).stat().st_size
         assert each["params"] == count(read_header(each["file"])).params
-    assert len(os.listdir("dvn-slices")) == 4
-    assert len(run("--all", "-o", "a/b").splitlines()) == len(os.listdir("a/b")) == 4
+    assert len(list(Path("dvn-slices").glob("*.safetensors"))) == 4
+    manifest = json.loads(Path("dvn-slices/manifest.json").read_text())
+    assert [(each["task"], each["level"], each["bytes"]) for each in manifest["slices"]] == [
+        (each["task"], each["level"], each["bytes"]) for each in result["slices"]
+    ]
+    assert len(run("--all", "-o", "a/b").splitlines()) == 4
+    assert len(os.listdir("a/b")) == 5
 
 
 @pytest.mark.parametrize(
@@ -143,7 +148,7 @@ def test_command_for_all_with_json(file):
         (["--task", "1"], "which network?"),
         (["--level", "1"], "which network?"),
         (["--all", "--task", "1", "--level", "1"], "which network?"),
-        (["--all", "--format", "onnx"], "there is no format 'onnx'; --format takes safetensors"),
+        (["--all", "--format", "onx"], "there is no format 'onx'; did you mean 'onnx'?"),
         (["--task", "3", "--level", "1"], "there is no task '3'; the tasks are 1 'low digits', 2 'odd'"),
         (["--task", "1", "--level", "3"], "there is no level 3; task 'low digits' has levels 1 to 2"),
         (["no.safetensors", "--all"], "there is no checkpoint 'no.safetensors'"),

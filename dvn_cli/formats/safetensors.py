@@ -1,0 +1,23 @@
+"""dvn's own slice: weights by the backbone's names, which dvn runs; byte for byte what is cut without torch."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor
+
+from dvn_cli.loading import load
+from dvn_cli.network import VirtualNetwork, device_and_dtype, to_data
+from dvn_cli.store.file import write as write_file
+
+
+def write(network: VirtualNetwork, path: Path, fold_norms: bool) -> None:
+    """Writes a network, which cannot have its norms folded."""
+    write_file(path, to_data(network.state_dict()), network.metadata)
+
+
+def read(path: str | os.PathLike[str], threads: int | None = None) -> Callable[[Tensor], Tensor]:
+    """Opens a file with dvn; torch's number of threads is the process's."""
+    network = load(path)
+    assert isinstance(network, VirtualNetwork)
+    return lambda images: network(images.to(device_and_dtype(network)[1])).float()

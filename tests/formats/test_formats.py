@@ -1,0 +1,202 @@
+"""Networks in the formats of other runtimes: each file gives the network's logits, without dvn, or is not written."""
+
+import hashlib
+import json
+import subprocess
+import sys
+import textwrap
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from typer.testing import CliRunner
+
+import dvn_cli
+from dvn_cli import formats
+from dvn_cli.cli import app
+from dvn_cli.errors import DvnError, InputError
+from dvn_cli.export import Form, slice_all
+from dvn_cli.formats import FORMATS
+from dvn_cli.network import VirtualNetwork
+
+SHAPE = (1, 8, 8)
+
+
+def divided(path: Path, name: str, **options: int) -> Path:
+    """Writes a fresh partition whose running statistics are not trivial."""
+    torch.manual_seed(0)
+    network = dvn_cli.divide(name, units=2, num_classes=5, **options)
+    for buffer, tensor in network.named_buffers():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.5, 1.5) if buffer.endswith("var") else tensor.normal_()
+    network.save(path / "dvn.safetensors")
+    return path / "dvn.safetensors"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return divided(tmp_path_factory.mktemp("formats"), "wrn_10_1", in_chans=1, input_size=8)
+
+
+@pytest.fixture(scope="module")
+def of_timm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return divided(tmp_path_factory.mktemp("timm"), "test_resnet", input_size=32)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def random_images(batch: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(batch, *shape, generator=torch.Generator().manual_seed(batch))
+
+
+def expected(checkpoint: Path, level: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    network = dvn_cli.load(dvn_cli.slice(checkpoint, 1, level, "expected.safetensors").file)
+    assert isinstance(network, VirtualNetwork)
+    with torch.no_grad():
+        return network(random_images(3, shape))
+
+
+def without(modules: str, source: str, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    """Logits that a program writes to `logits.pt`, run where some modules cannot be imported."""
+    torch.save(random_images(3, shape), "images.pt")
+    blocked = f"import sys, torch\nfor name in {modules.split()}: sys.modules[name] = None\n"
+    program = blocked + "images = torch.load('images.pt')\n" + textwrap.dedent(source)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
+    return torch.load("logits.pt")
+
+
+def test_pt2_runs_with_torch_alone(checkpoint: Path) -> None:
+    cut = dvn_cli.slice(checkpoint, 1, 1, form=Form("pt2"))
+    assert cut.file == Path("dvn-task1-level1.pt2")
+    assert cut.check is not None
+    assert (cut.check.difference, cut.check.same, cut.check.images) == (0, 5, 5)
+    source = """
+    said = {"classes": "", "preprocessing": ""}
+    network = torch.export.load("dvn-task1-level1.pt2", extra_files=said).module()
+    torch.save(torch.cat([network(images[:1]), network(images[1:])]).detach(), "logits.pt")
+    print(said["classes"], said["preprocessing"], file=open("said", "w"))
+    """
+    torch.testing.assert_close(without("dvn_cli timm torchvision", source), expected(checkpoint, 1))
+    assert '["0", "1", "2", "3", "4"] {"input_size": [8, 8], "mean": [0.5]' in Path("said").read_text()
+    with zipfile.ZipFile(cut.file) as archive:
+        assert [info.file_size for info in archive.infolist() if info.filename.endswith(".pt")] == [0]  # no pickle
+        assert not any(str(Path(dvn_cli.__file__).parent).encode() in archive.read(name) for name in archive.namelist())
+    assert dvn_cli.slice(checkpoint, 1, 1, "again.pt2", form=Form("pt2")).file.read_bytes() == cut.file.read_bytes()
+
+
+def test_timm_loads_its_folder(of_timm: Path) -> None:
+    lines: list[str] = []
+    cuts = list(slice_all(of_timm, note=lines.append, form=Form("timm")))
+    assert [(cut.task, cut.level) for cut in cuts] == [(1, 2), (2, 2)]
+    assert lines[0].startswith("timm cannot express level 1 of task 'task1': ")
+    assert len(lines) == 2
+    assert sorted(path.name for path in cuts[0].file.iterdir()) == ["config.json", "model.safetensors"]
+    source = """
+    import timm
+    network = timm.create_model("local-dir:dvn-slices/dvn-task1-level2-timm", pretrained=True).eval()
+    assert list(network.pretrained_cfg["mean"]) == [0.5, 0.5, 0.5]
+    torch.save(network(images).detach(), "logits.pt")
+    """
+    torch.testing.assert_close(without("dvn_cli", source, (3, 32, 32)), expected(of_timm, 2, (3, 32, 32)))
+
+    said = json.loads(Path("dvn-slices/manifest.json").read_text())
+    assert said["format"] == "timm"
+    for cut, entry in zip(cuts, said["slices"], strict=True):
+        assert (entry["task"], entry["level"], entry["params"]) == (cut.task, cut.level, cut.params)
+        assert entry["macs"] == cut.macs is not None
+        assert cut.bytes == sum(Path("dvn-slices", file["file"]).stat().st_size for file in entry["files"])
+        for file in entry["files"]:
+            content = Path("dvn-slices", file["file"]).read_bytes()
+            assert hashlib.sha256(content).hexdigest() == file["sha256"]
+    again = dvn_cli.slice(of_timm, 1, 2, "dvn-slices", form=Form("timm"))  # in the place of the old one
+    assert again.file == cuts[0].file
+    with pytest.raises(InputError, match="timm cannot express level 1 of task 'task1': "):
+        dvn_cli.slice(of_timm, 1, 1, form=Form("timm"))
+    assert not Path("dvn-task1-level1-timm").exists()
+
+
+@pytest.mark.parametrize("name", ["onnx", "executorch", "openvino", "litert"])
+def test_other_runtimes(checkpoint: Path, name: str) -> None:
+    if FORMATS[name].missing:
+        pytest.skip(f"{FORMATS[name].missing} not installed")
+    cut = dvn_cli.slice(checkpoint, 1, 1, form=Form(name))
+    run = FORMATS[name].module.read(cut.file, threads=1)
+    logits = expected(checkpoint, 1)
+    torch.testing.assert_close(run(random_images(3)), logits, rtol=0, atol=1e-4 * float(logits.abs().max()))
+    texts = [path.read_bytes() for path in cut.file.rglob("*")] if cut.file.is_dir() else [cut.file.read_bytes()]
+    assert any(b'["0", "1", "2", "3", "4"]' in text.replace(b"&quot;", b'"') for text in texts)
+
+
+def test_folded_norms_and_types(checkpoint: Path) -> None:
+    plain = dvn_cli.slice(checkpoint, 1, 1, "plain.pt2", form=Form("pt2"))
+    folded = dvn_cli.slice(checkpoint, 1, 1, "folded.pt2", form=Form("pt2", fold_norms=True))
+    half = dvn_cli.slice(checkpoint, 1, 1, "half.pt2", form=Form("pt2", "bf16"))
+    operators = {node.target for node in torch.export.load(folded.file).graph.nodes}
+    assert torch.ops.aten.batch_norm.default not in operators
+    assert folded.check is not None
+    assert half.check is not None
+    assert 0 < folded.check.difference < 1e-4 < half.check.difference < 1e-1
+    assert plain.bytes - half.bytes > plain.params  # two bytes of each, as far as they are not padded
+    assert torch.export.load(half.file).module()(random_images(2)).dtype is torch.float32
+    cut = dvn_cli.slice(checkpoint, 1, 1, form=Form(dtype="fp16"))
+    assert {p.dtype for p in dvn_cli.load(cut.file).parameters()} == {torch.float16}
+    with pytest.raises(InputError, match="--fold-norms: safetensors holds weights"):
+        dvn_cli.slice(checkpoint, 1, 1, form=Form(fold_norms=True))
+
+
+def test_images_of_ones_own_are_compared_too(checkpoint: Path) -> None:
+    cut = dvn_cli.slice(checkpoint, 1, 1, form=Form("pt2", data=["source=digits", "test_images=7"]))
+    assert cut.check is not None
+    assert cut.check.images > 5
+
+
+def test_what_differs_is_not_written(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("dvn-task1-level1.pt2").write_text("what was there")
+    module = FORMATS["pt2"].module
+    read = module.read
+    wrong = torch.tensor([0.0, 0.01, 0, 0, 0])
+    monkeypatch.setattr(module, "read", lambda path: lambda images: read(path)(images) * (1 + wrong))
+    with pytest.raises(DvnError, match=r"is not the same network: its logits differ by up to .*most on image") as error:
+        dvn_cli.slice(checkpoint, 1, 1, form=Form("pt2"))
+    assert error.value.exit_code == 1
+    monkeypatch.setattr(module, "read", lambda path: lambda images: read(path)(images).flip(0))  # each has another's
+    with pytest.raises(DvnError, match="get another class"):
+        dvn_cli.slice(checkpoint, 1, 1, form=Form("pt2"))
+    assert [path.name for path in Path().iterdir()] == ["dvn-task1-level1.pt2"]
+    assert Path("dvn-task1-level1.pt2").read_text() == "what was there"
+
+
+def test_what_a_library_cannot_convert_is_one_line(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        print("noise")
+        raise RuntimeError("no such operator\nand a page more")
+
+    monkeypatch.setattr(FORMATS["pt2"].module, "write", fails)
+    result = CliRunner().invoke(app, ["slice", str(checkpoint), "--task", "1", "--level", "1", "--format", "pt2"])
+    assert str(result.exception) == "level 1 of task 'task1' cannot be written as pt2 in fp32: no such operator"
+    assert "noise" not in result.output
+
+
+def test_formats_are_listed_with_what_is_missing(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "find_spec", lambda name: None)
+    rows = json.loads(CliRunner().invoke(app, ["slice", "--list-formats", "--json"]).stdout)["formats"]
+    assert {row["format"]: row["install"] for row in rows} == {
+        **dict.fromkeys(["safetensors", "timm", "pt2"]),
+        **{name: f"pip install 'dvn[{name}]'" for name in ("onnx", "executorch", "openvino", "litert")},
+    }
+    shown = CliRunner().invoke(app, ["slice", "--list-formats"]).stdout
+    assert all(name in shown for name in FORMATS)
+    result = CliRunner().invoke(app, ["slice", str(checkpoint), "--all", "--format", "onnx"])
+    assert "needs onnx, onnxscript, onnxruntime, not installed here: pip install 'dvn[onnx]'" in str(result.exception)
+    assert isinstance(result.exception, InputError)
+
+
+def test_formats_are_the_extras_of_the_package() -> None:
+    text = (Path(dvn_cli.__file__).parents[1] / "pyproject.toml").read_text()
+    for each in FORMATS.values():
+        assert bool(each.needs) == (f"\n{each.name} = [" in text)
