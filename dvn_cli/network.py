@@ -368,7 +368,8 @@ class DeepVirtualNetwork(nn.Module):
         number = self.number(task)
         check_level(self.tasks[number - 1], level)
         tensors = {name: tensor.detach().clone() for name, tensor in self.tensors(number, level).items()}
-        own, divided = self.tasks[number - 1], self.partition.metadata().divided
+        own = self.tasks[number - 1]
+        divided = self.partition.metadata().divided_for(own)
         metadata = SliceMetadata(**divided, task=own, task_number=number, level=level, kept=own.units(level))
         narrowed, origin = self.narrowed(number, level, self.training), self.origin(number, level)
         return VirtualNetwork(metadata, tensors, narrowed, origin, self.training)

@@ -11,6 +11,7 @@ from dvn_cli.data.classes import few
 from dvn_cli.training import loop
 from dvn_cli.training.experiment import Observer, Trained
 from dvn_cli.training.loop import Run
+from dvn_cli.training.methods import used_units
 from dvn_cli.training.outlook import outlook
 from dvn_cli.training.session import Session
 
@@ -49,9 +50,10 @@ class Terminal(Observer):
     def begins(self, session: Session) -> None:
         self.session, run = session, session.run
         self.status.stop()
-        count = len(list(run.network))
+        count, units = len(list(run.network)), run.network.partition.units
+        free = units - len(used_units(run.network.tasks, run.network))
         self.note(
-            f"{run.network.partition.spec.name}, {run.network.partition.units} units, "
+            f"{run.network.partition.spec.name}, {units} units ({free or 'none'} free), "
             f"{'1 network' if count == 1 else f'{count} networks'}, on {run.device}: "
             f"{run.total_epochs} epochs of {run.steps} steps"
         )

@@ -6,7 +6,7 @@ Names of fields are keys of the files' JSON, and so are stable. Keys that are no
 import itertools
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, get_args
 
@@ -262,6 +262,10 @@ class DividedBackbone:
     def divided(self) -> dict[str, Any]:
         """Its fields, less those that a checkpoint and its slices do not have in common."""
         return {each.name: getattr(self, each.name) for each in fields(DividedBackbone)}
+
+    def divided_for(self, task: Task) -> dict[str, Any]:
+        """Its fields as a slice of a task has them, which says nothing of the classes of other tasks."""
+        return {**self.divided, "backbone": replace(self.backbone, num_classes=len(task.classes))}
 
     @cached_property
     def assignment(self) -> Assignment:

@@ -134,7 +134,7 @@ def slice_file(
     check_output(checkpoint, output)
     entry = replace(checkpoint.metadata.tasks[task - 1], data=None)  # a slice is shipped: nothing of where it was cut
     tensors |= _aliased(checkpoint.metadata, tensors)
-    divided, units = checkpoint.metadata.divided, entry.units(level)
+    divided, units = checkpoint.metadata.divided_for(entry), entry.units(level)
     own = SliceMetadata(**divided, task=entry, task_number=task, level=level, kept=units, calibration=calibration)
     write(output, tensors, own)
     return _counts(checkpoint.metadata, tensors)

@@ -22,11 +22,11 @@ from dvn_cli.loading import load
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.store.file import read_checkpoint
-from dvn_cli.store.metadata import DataSource, DividedBackbone, Owner, Preprocessing, Rule, Task, TaskLevel
+from dvn_cli.store.metadata import DataSource, DividedBackbone, Owner, Preprocessing, Rule, Task, TaskLevel, task_levels
 from dvn_cli.training import classifiers
-from dvn_cli.training.methods import METHODS, Method, levels_of
+from dvn_cli.training.methods import METHODS, Method, levels_of, no_level, old_networks, together, used_units
 from dvn_cli.training.recipe import Recipe
-from dvn_cli.units.order import paper_order
+from dvn_cli.units.order import order_beside, paper_order
 
 
 def build(
@@ -45,7 +45,7 @@ def build(
         all networks, and which of them were trained in an earlier run.
     """
     if recipe.continues is not None:
-        return _continued(recipe, data, base)
+        return _continued(recipe, data, base, note)
     method = METHODS[recipe.method]
     if recipe.partition is not None:
         partition, tensors = _opened(recipe, data, base)
@@ -54,7 +54,7 @@ def build(
         partition, tensors, is_loaded = _divided(recipe, data, base, note, division)
         load = functools.partial(_backbone, recipe, base=base)
     weights = prepared_for(recipe, base, partition.spec.in_chans)
-    tasks = _tasks(recipe, data, partition, base)
+    tasks = _tasks(recipe, data, partition, base, note)
     has_weights = weights is not None or (recipe.backbone is not None and recipe.backbone.has_weights)
     compensates = recipe.compensate and has_weights and method.levels != "top"
     if compensates:
@@ -177,8 +177,10 @@ def _opened(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Parti
     return opened.partition, {n: t for n, t in opened.file_tensors().items() if n.startswith("shared/")}
 
 
-def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
-    """A trained checkpoint, with new tasks and, where a new unit makes them possible, new levels of the old tasks."""
+def _continued(
+    recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note
+) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
+    """A trained checkpoint with new tasks, and with the new levels of old tasks that are to be distilled into."""
     assert recipe.continues is not None
     opened, method = _open(recipe.continues, base), METHODS[recipe.method]
     if opened.training_record is None:
@@ -191,9 +193,9 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     if twice:
         raise InputError(f"'{recipe.continues}' has a task '{min(twice)}' already: give the new one another name")
     before = list(opened)
-    tasks = [*known, *_tasks(recipe, data, opened.partition, base, len(known))]
-    if method.levels == "all":
-        used = max(unit for task, level in before for unit in known[task - 1].units(level))
+    tasks = _tasks(recipe, data, opened.partition, base, note, known)
+    if method.levels == "all" and recipe.sequential.old == "distilled":
+        used = max(used_units(known, before))
         there = min(used + len(data), units) if recipe.sequential.grow else units
         wanted = recipe.levels or range(1, units + 1)
         for place, task in enumerate(tasks):
@@ -212,26 +214,14 @@ def _continued(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[De
     return network, before
 
 
-def _tasks(recipe: Recipe, data: Sequence[TaskData], partition: Partition, base: Path, known: int = 0) -> list[Task]:
-    """The recipe's tasks, where so many are known already."""
-    method, count, units = METHODS[recipe.method], known + len(data), partition.units
-    tasks = []
+def _tasks(
+    recipe: Recipe, data: Sequence[TaskData], partition: Partition, base: Path, note: Note, known: Sequence[Task] = ()
+) -> list[Task]:
+    """The tasks that are known already, and then the recipe's."""
+    method, tasks = METHODS[recipe.method], list(known)
     for place, (keys, images) in enumerate(zip(recipe.tasks, data, strict=True)):
-        number = known + place + 1
-        if method.order == "same" and keys.order is not None:
-            raise InputError(f"tasks.{place}.order: with method={recipe.method} all tasks have the same order")
-        order = paper_order(number, units) if method.order == recipe.orders == "paper" else list(range(1, units + 1))
-        if keys.order is not None:
-            order = keys.order
-        if sorted(order) != list(range(1, units + 1)):
-            raise InputError(f"tasks.{place}.order: name each of the units 1 to {units} once, not {order}")
-        given = (levels for levels in (keys.levels, recipe.levels) if levels is not None)
-        levels = next(given, list(range(1, units + 1)))
-        if not levels or levels != sorted(set(levels)) or levels[-1] > units:
-            raise InputError(
-                f"the levels of task '{keys.name}' are cumulative numbers of units, ascending, up to {units}, not "
-                f"{levels}"
-            )
+        number, count = len(tasks) + 1, len(known) + len(data)
+        order, levels = _order_and_levels(recipe, place, tasks, partition.units, note)
         try:
             partition.check_images(images.input_size)
         except InputError as error:
@@ -256,3 +246,43 @@ def _tasks(recipe: Recipe, data: Sequence[TaskData], partition: Partition, base:
             )
         )
     return tasks
+
+
+def _order_and_levels(
+    recipe: Recipe, place: int, earlier: Sequence[Task], units: int, note: Note
+) -> tuple[list[int], list[int]]:
+    """The order of units of one of the recipe's tasks, and its levels, of which the method may take some."""
+    method, keys, used = METHODS[recipe.method], recipe.tasks[place], used_units(earlier, task_levels(earlier))
+    is_open = method.old == "any" and not together(method, recipe.learning == "sequential")
+    freezes = is_open and old_networks(method, recipe.sequential.old, used, units) == "frozen"
+    order = list(range(1, units + 1))
+    if keys.order is not None:
+        if method.order == "same":
+            raise InputError(f"tasks.{place}.order: with method={recipe.method} all tasks have the same order")
+        order = keys.order
+    elif method.order == recipe.orders == "paper":
+        beside = freezes and len(used) < units
+        order = order_beside(used, units) if beside else paper_order(len(earlier) + 1, units)
+    if sorted(order) != list(range(1, units + 1)):
+        raise InputError(f"tasks.{place}.order: name each of the units 1 to {units} once, not {order}")
+    room = units  # units that are there when the task comes: with frozen ones those, and one of its own
+    if freezes and (earlier or recipe.sequential.grow):
+        room = min(len(used) + 1 if earlier else units + 1 - len(recipe.tasks), units)
+    given = (levels for levels in (keys.levels, recipe.levels) if levels is not None)
+    levels = next(given, list(range(1, max(room, 1) + 1)))
+    if not levels or levels != sorted(set(levels)) or levels[-1] > units:
+        raise InputError(
+            f"the levels of task '{keys.name}' are cumulative numbers of units, ascending, up to {units}, not {levels}"
+        )
+    if recipe.sequential.grow and not (levels := [level for level in levels if level <= room]):
+        raise no_level(keys.name, room, units)
+    if is_open and earlier:
+        new = sorted(set(order[: levels[-1]]) - used)
+        if not freezes and recipe.sequential.old is None:
+            note(
+                f"no unit is free for task '{keys.name}': earlier tasks' networks are trained on, held by distillation"
+            )
+        elif freezes:
+            trains = f"trains unit {', '.join(map(str, new))}" if new else "trains no unit, but what it has of its own"
+            note(f"task '{keys.name}' {trains}; earlier tasks' networks stay what they are")
+    return order, levels

@@ -78,6 +78,7 @@ class Run:
             self.network.tasks,
             before=self.before,
             sequential=self.recipe.learning == "sequential",
+            old=sequential.old,
             grow=sequential.grow,
             epochs=self.recipe.epochs,
             warmup_epochs=sequential.warmup_epochs,

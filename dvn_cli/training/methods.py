@@ -5,7 +5,7 @@ S. Lazebnik, CVPR 2018) by groups of feature maps as in section 4.3, feature ext
 DA-CNN (Y.-X. Wang, D. Ramanan, M. Hebert, CVPR 2017), learning without forgetting (Z. Li, D. Hoiem, ECCV 2016).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,8 +23,9 @@ class Method:
         private: what each network has of its own: `norms` (the stem, normalisations with running statistics and the
             classifier), the `head` alone (the classifier and hidden layers before it), or `all`.
         arrival: of the tasks: as the recipe says (`any`), `together`, or `one by one`.
-        later: what a task that comes later trains of the weights that it shares with earlier ones: `all`, which then
-            learn by distillation to give the outputs that they gave; or only what is `new`, in no earlier network.
+        old: what becomes of earlier tasks' networks when another task comes: `distilled`, they are trained on and learn
+            to give the outputs that they gave; `frozen`, only what is in none of them is trained; or either, as the
+            recipe says (`any`).
         hidden: fully connected layers before the classifier, which the backbone has not.
     """
 
@@ -32,18 +33,18 @@ class Method:
     levels: Literal["all", "own", "top"]
     private: Literal["norms", "head", "all"]
     arrival: Literal["any", "together", "one by one"]
-    later: Literal["all", "new"]
+    old: Literal["any", "distilled", "frozen"]
     hidden: int = 0
 
 
 METHODS: Mapping[str, Method] = {
-    "dvn": Method("paper", "all", "norms", "any", "all"),
-    "baseline": Method("paper", "all", "all", "together", "all"),
-    "nestednet": Method("same", "own", "norms", "any", "all"),
-    "packnet": Method("same", "own", "norms", "one by one", "new"),
-    "feature_extraction": Method("same", "top", "head", "one by one", "new"),
-    "da_cnn": Method("same", "top", "head", "one by one", "new", hidden=2),
-    "lwf": Method("same", "top", "norms", "one by one", "all"),
+    "dvn": Method("paper", "all", "norms", "any", "any"),
+    "baseline": Method("paper", "all", "all", "together", "any"),
+    "nestednet": Method("same", "own", "norms", "any", "distilled"),
+    "packnet": Method("same", "own", "norms", "one by one", "frozen"),
+    "feature_extraction": Method("same", "top", "head", "one by one", "frozen"),
+    "da_cnn": Method("same", "top", "head", "one by one", "frozen", hidden=2),
+    "lwf": Method("same", "top", "norms", "one by one", "distilled"),
 }
 
 
@@ -95,12 +96,31 @@ def together(method: Method, sequential: bool) -> bool:
     return method.arrival == "together" or (method.arrival == "any" and not sequential)
 
 
+def old_networks(
+    method: Method, wish: Literal["frozen", "distilled"] | None, used: Collection[int], units: int
+) -> Literal["frozen", "distilled"]:
+    """What becomes of earlier tasks' networks, which use some of the units, when another task comes.
+
+    Args:
+        wish: what the recipe says; None leaves them frozen while a unit is free, in none of them.
+    """
+    if method.old != "any":
+        return method.old
+    return wish or ("frozen" if len(used) < units else "distilled")
+
+
+def used_units(tasks: Sequence[Task], networks: Iterable[TaskLevel]) -> set[int]:
+    """The units of some networks, by number from 1."""
+    return {unit for task, level in networks for unit in tasks[task - 1].units(level)}
+
+
 def plan(
     method: Method,
     tasks: Sequence[Task],
     *,
     before: Sequence[TaskLevel] = (),
     sequential: bool,
+    old: Literal["frozen", "distilled"] | None,
     grow: bool,
     epochs: int,
     warmup_epochs: int,
@@ -112,6 +132,7 @@ def plan(
         tasks: as they are at the end, task 1 first.
         before: networks that were trained in an earlier run, which the first tasks are all of.
         sequential: learn one task after the other, where the method leaves that open.
+        old: see `old_networks`.
         grow: each task brings a unit, the last one the last unit: before it comes nobody uses that.
         epochs: for all tasks together, or for each.
         warmup_epochs: of new parts alone, before each later task.
@@ -124,7 +145,7 @@ def plan(
         return [Stage(tuple(range(1, len(tasks) + 1)), tuple(every), (), (), "all", epochs)]
     units = len(tasks[0].order)
     known = max((task for task, _ in before), default=0)
-    used = max((unit for task, level in before for unit in tasks[task - 1].units(level)), default=units - len(tasks))
+    used = max(used_units(tasks, before), default=units - len(tasks))
     before = tuple(before)
     stages: list[Stage] = []
     for newest in range(known + 1, len(tasks) + 1):
@@ -136,18 +157,24 @@ def plan(
         )
         learn = tuple(network for network in there if network.task == newest)
         if not learn:
-            raise InputError(
-                f"task '{tasks[newest - 1].name}' has no level within {max(active, 0)} of the {units} units, which is "
-                "all that there are when it comes: give it a lower level, more units, or sequential.grow=false"
-            )
-        old = tuple(network for network in there if network.task < newest) if method.later == "all" else ()
-        distilled = tuple((network, network if network in before else highest(before, network.task)) for network in old)
-        if before and warmup_epochs and method.later == "all":
+            raise no_level(tasks[newest - 1].name, active, units)
+        frozen = bool(before) and old_networks(method, old, used_units(tasks, before), units) == "frozen"
+        held = () if frozen else tuple(network for network in there if network.task < newest)
+        distilled = tuple((each, each if each in before else highest(before, each.task)) for each in held)
+        if held and warmup_epochs:
             fresh = tuple((student, teacher) for student, teacher in distilled if student not in before)
             stages.append(Stage((newest,), learn, fresh, before, "new", warmup_epochs, warmup=True))
-        stages.append(Stage((newest,), learn, distilled, before, method.later if before else "all", epochs))
+        stages.append(Stage((newest,), learn, distilled, before, "new" if frozen else "all", epochs))
         before = there
     return stages
+
+
+def no_level(task: str, there: int, units: int) -> InputError:
+    """What to say of a task that has no network among the units that there are when it comes."""
+    return InputError(
+        f"task '{task}' has no level within {max(there, 0)} of the {units} units, which is all that there are when it "
+        "comes: give it a lower level, more units, or sequential.grow=false"
+    )
 
 
 def highest(networks: Sequence[TaskLevel], task: int) -> TaskLevel:

@@ -134,6 +134,14 @@ class ScheduleKeys(Keys):
 
 
 class SequentialKeys(Keys):
+    old: Literal["frozen", "distilled"] | None = Field(
+        default=None,
+        description="What becomes of earlier tasks' networks when another task comes. frozen: they stay what they are, "
+        "to the bit; the task trains a unit that none of them has, which is its level 1, what connects it with theirs, "
+        "and what it has of its own. distilled: all is trained, and they learn to give the outputs that they gave "
+        "(section 3.3). By default frozen while a unit is free, else distilled. Of the methods, dvn alone leaves the "
+        "choice.",
+    )
     grow: bool = Field(
         default=False,
         description="Each task adds one unit and the last task the last one; otherwise all units exist from the "

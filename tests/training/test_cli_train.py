@@ -287,14 +287,16 @@ def test_one_task_after_the_other(
 ) -> None:
     """In two runs: the second adds its task to what the first has written, and `dvn eval` knows them both."""
     tasks = small.content()["tasks"]
-    words = ("learning=sequential", "sequential={grow: true, warmup_epochs: 1}")
+    words = ("learning=sequential", "sequential={old: distilled, grow: true, warmup_epochs: 1}")
     assert ends(monkeypatch, "small.yaml", *words, f"tasks={tasks[:1]}", "levels=[1]", "-o", "first.safetensors") == 0
-    assert capfd.readouterr().err.splitlines()[0] == "wrn_10_1, 2 units, 1 network, on cpu: 2 epochs of 2 steps"
+    assert (
+        capfd.readouterr().err.splitlines()[0] == "wrn_10_1, 2 units (1 free), 1 network, on cpu: 2 epochs of 2 steps"
+    )
     second = (*words, f"tasks={tasks[1:]}", "continues=first.safetensors", "backbone=", "units=")
     assert ends(monkeypatch, "small.yaml", *second, "--json") == 0
     out, err = capfd.readouterr()
     lines = err.splitlines()
-    assert lines[0] == "wrn_10_1, 2 units, 4 networks, on cpu: 3 epochs of 2 steps"
+    assert lines[0] == "wrn_10_1, 2 units (none free), 4 networks, on cpu: 3 epochs of 2 steps"
     assert lines[3].split() == ["1", "low", "5", "-", "-", "-", "1", "|", "2"]
     assert lines[4].split() == ["2", "all", "10", "32", "8", "20", "2", "|", "1"]
     assert [line.split(":")[0] for line in lines if line.startswith("epoch ")] == [f"epoch {n}/3" for n in (1, 2, 3)]

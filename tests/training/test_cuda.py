@@ -14,7 +14,11 @@ from dvn_cli.training.session import Session
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 
-SEQUENTIAL = ("learning=sequential", "sequential.grow=true", "sequential.warmup_epochs=1", "inplace_distillation=true")
+SEQUENTIAL = (
+    "learning=sequential",
+    "sequential={old: distilled, grow: true, warmup_epochs: 1}",
+    "inplace_distillation=true",
+)
 
 
 def session(folder: Path, *overrides: str) -> Session:

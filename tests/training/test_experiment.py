@@ -31,10 +31,20 @@ def first(folder: Path, *words: str, task: dict[str, Any] = LOW, **keys: Any) ->
     return folder / "dvn.safetensors"
 
 
-def added(folder: Path, checkpoint: Path, *words: str, task: dict[str, Any] = HIGH) -> Session:
+def added(folder: Path, checkpoint: Path, *words: str, task: dict[str, Any] = HIGH, note: Any = None) -> Session:
     """A session that adds a task."""
     folder.mkdir(exist_ok=True)
-    return small.session(folder, *words, continues=str(checkpoint), backbone=None, units=None, tasks=[task])
+    keys = {"continues": str(checkpoint), "backbone": None, "units": None, "tasks": [dict(task)]}
+    return small.session(folder, *words, note=note, **keys)
+
+
+def slices(checkpoint: Path) -> dict[tuple[int, int], bytes]:
+    """The files of all networks."""
+    header, file, found = read_checkpoint(checkpoint), checkpoint.with_name("slice.safetensors"), {}
+    for task, level in header.metadata.networks:
+        slice_file(header, task, level, file)
+        found[task, level] = file.read_bytes()
+    return found
 
 
 def opened(path: Path) -> DeepVirtualNetwork:
@@ -43,7 +53,7 @@ def opened(path: Path) -> DeepVirtualNetwork:
     return network
 
 
-GROW = "sequential={grow: true, warmup_epochs: 1}"
+GROW = "sequential={old: distilled, grow: true, warmup_epochs: 1}"
 
 
 @pytest.mark.parametrize(
@@ -51,13 +61,14 @@ GROW = "sequential={grow: true, warmup_epochs: 1}"
     [
         ([SEQUENTIAL, "sequential.warmup_epochs=1"], []),
         ([SEQUENTIAL, GROW], ["levels=[1]"]),
+        ([SEQUENTIAL, "sequential.grow=true"], ["levels=[1]"]),
         (["method=nestednet", SEQUENTIAL], ["levels=[1]"]),
         (["method=packnet"], ["levels=[1]"]),
         (["method=lwf"], []),
         (["method=feature_extraction"], []),
         (["method=da_cnn"], []),
     ],
-    ids=["dvn", "growing", "nestednet", "packnet", "lwf", "feature_extraction", "da_cnn"],
+    ids=["dvn", "growing", "frozen", "nestednet", "packnet", "lwf", "feature_extraction", "da_cnn"],
 )
 def test_as_if_both_tasks_had_been_there(tmp_path: Path, words: list[str], of_the_first: list[str]) -> None:
     """To the bit, the losses too; the file that it started from is what it was."""
@@ -120,6 +131,53 @@ def test_more_classes_than_the_backbone_had(tmp_path: Path) -> None:
     assert [len(task.classes) for task in written.tasks] == [5, 10]
     with torch.no_grad():
         assert torch.equal(written(images, 2, 2), network.eval()(images, 2, 2))
+
+
+@pytest.mark.parametrize(
+    ("words", "order", "levels", "told"),
+    [
+        ([], (3, 2, 1, 4), (1, 2, 3), "trains unit 3"),
+        (["levels=[2, 4]"], (3, 2, 1, 4), (2, 4), "trains unit 3, 4"),
+        (["tasks.0.order=[4, 1, 2, 3]"], (4, 1, 2, 3), (1, 2, 3), "trains unit 4"),
+        (["orders=shared", "sequential.grow=true"], (1, 2, 3, 4), (1, 2, 3), "trains unit 3"),
+        (
+            ["tasks.0.order=[2, 1, 3, 4]", "levels=[2]"],
+            (2, 1, 3, 4),
+            (2,),
+            "trains no unit, but what it has of its own",
+        ),
+    ],
+    ids=["its own first", "two of its own", "another order", "a shared order", "no unit"],
+)
+def test_what_is_shipped_stays_what_it_is(
+    tmp_path: Path, words: list[str], order: tuple[int, ...], levels: tuple[int, ...], told: str
+) -> None:
+    """Files equal byte by byte, though the new task has more classes than the backbone had."""
+    path = first(tmp_path / "first", "levels=[1, 2]", units=4)
+    notes: list[str] = []
+    session = added(tmp_path / "second", path, SEQUENTIAL, *words, task=ALL, note=notes.append)
+    session.train(small.nothing, small.nothing)
+    before, after = slices(path), slices(session.files.checkpoint)
+    assert before.keys() == {(1, 1), (1, 2)}
+    assert {network: after[network] for network in before} == before
+    assert (session.run.network.tasks[1].order, session.run.network.tasks[1].levels) == (order, levels)
+    assert notes == [f"task 'all' {told}; earlier tasks' networks stay what they are"]
+    losses = [entry["loss"][1] for entry in session.run.history]
+    assert all(loss is not None for of_levels in losses for loss in of_levels)
+
+
+def test_no_unit_is_free(tmp_path: Path) -> None:
+    """Then the old networks learn by distillation, and that is said; or the new task has no unit of its own."""
+    path = first(tmp_path / "first")
+    notes: list[str] = []
+    session = added(tmp_path / "second", path, SEQUENTIAL, note=notes.append)
+    assert notes == ["no unit is free for task 'high': earlier tasks' networks are trained on, held by distillation"]
+    assert session.run.stage.distilled == (((1, 1), (1, 1)), ((1, 2), (1, 2)))
+    session = added(tmp_path / "third", path, SEQUENTIAL, "sequential.old=frozen")
+    session.train(small.nothing, small.nothing)
+    before, after = slices(path), slices(session.files.checkpoint)
+    assert {network: after[network] for network in before} == before
+    assert set(after) == {(1, 1), (1, 2), (2, 1), (2, 2)}
 
 
 def test_continued_and_interrupted(tmp_path: Path) -> None:

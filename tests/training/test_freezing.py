@@ -102,12 +102,16 @@ CASES: dict[str, tuple[list[str], list[Moved]]] = {
     ),
     "one by one": ([SEQUENTIAL], [lambda e: e.task != 2, all_but_statistics_of((1, 1), (1, 2))]),
     "growing": (
-        [SEQUENTIAL, "sequential={grow: true, warmup_epochs: 1}"],
+        [SEQUENTIAL, "sequential={old: distilled, grow: true, warmup_epochs: 1}"],
         [
             lambda e: e.task in (0, 1) and e.level != 2 and e.units <= ONE,
             lambda e: e.task == 2 or (e.task, e.level) == (1, 2) or 2 in e.units,
             all_but_statistics_of((1, 1)),
         ],
+    ),
+    "growing beside the old": (
+        [SEQUENTIAL, "sequential={grow: true, warmup_epochs: 1}"],
+        [lambda e: e.task in (0, 1) and e.units <= ONE, lambda e: e.task == 2 or (e.task == 0 and 2 in e.units)],
     ),
 }
 OPTIMIZERS = {
@@ -149,7 +153,13 @@ def test_what_is_trained(tmp_path: Path, case: str, optimizer: str) -> None:
 def test_three_tasks_that_grow(tmp_path: Path) -> None:
     """What the first has learnt is not forgotten for what the second did when the third brings both of them a level."""
     three = [{"name": name, "data": small.data()} for name in ("one", "two", "three")]
-    overrides = ["units=3", "epochs=1", SEQUENTIAL, "sequential.grow=true", f"optimizer={OPTIMIZERS['sgd']}"]
+    overrides = [
+        "units=3",
+        "epochs=1",
+        SEQUENTIAL,
+        "sequential={old: distilled, grow: true}",
+        f"optimizer={OPTIMIZERS['sgd']}",
+    ]
     run = small.session(tmp_path, *overrides, tasks=three).run
     check(
         run,

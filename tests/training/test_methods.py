@@ -26,7 +26,9 @@ def tasks(units: int, *levels: tuple[int, ...], order: str = "paper") -> list[Ta
 
 
 def stages(method: str, of: list[Task], **keys: Any) -> list[Stage]:
-    return plan(METHODS[method], of, **{"sequential": True, "grow": False, "epochs": 5, "warmup_epochs": 0} | keys)
+    return plan(
+        METHODS[method], of, **{"sequential": True, "old": None, "grow": False, "epochs": 5, "warmup_epochs": 0} | keys
+    )
 
 
 # Stages
@@ -67,7 +69,7 @@ def test_dvn_with_all_units_from_the_start() -> None:
 
 def test_dvn_that_grows() -> None:
     """A level with the new unit in it is taught by the highest that there was."""
-    first, second, third = stages("dvn", tasks(3, (1, 2, 3), (1, 2, 3), (1, 2, 3)), grow=True)
+    first, second, third = stages("dvn", tasks(3, (1, 2, 3), (1, 2, 3), (1, 2, 3)), old="distilled", grow=True)
     assert first == Stage((1,), ((1, 1),), (), (), "all", 5)
     hold = (((1, 1), (1, 1)), ((1, 2), (1, 1)))
     assert second == Stage((2,), ((2, 1), (2, 2)), hold, ((1, 1),), "all", 5)
@@ -83,10 +85,25 @@ def test_dvn_that_grows() -> None:
     assert third == Stage((3,), ((3, 1), (3, 2), (3, 3)), hold, old, "all", 5)
 
 
+def test_dvn_that_leaves_the_old_as_it_is() -> None:
+    """By default while a unit is free; a task that comes then is held by distillation."""
+    of = tasks(3, (1,), (1, 2), (1, 2, 3))
+    first, second, third = stages("dvn", of, warmup_epochs=3)
+    ones, twos, threes = ((1, 1),), ((2, 1), (2, 2)), ((3, 1), (3, 2), (3, 3))
+    assert first == Stage((1,), ones, (), (), "all", 5)
+    assert second == Stage((2,), twos, (), ones, "new", 5)
+    assert third == Stage((3,), threes, (), ones + twos, "new", 5)
+    assert stages("dvn", of, grow=True) == stages("dvn", of, old="frozen") == [first, second, third]
+    of = tasks(2, (1,), (1, 2), (1, 2))
+    assert [stage.trainable for stage in stages("dvn", of)] == ["all", "new", "all"]
+    assert [stage.trainable for stage in stages("dvn", of, old="frozen")] == ["all", "new", "new"]
+    assert [stage.trainable for stage in stages("dvn", of, old="distilled")] == ["all", "all", "all"]
+
+
 def test_more_units_than_tasks() -> None:
     """The last task brings the last unit: as J3 has them, two, three and four of four units for three tasks."""
     of = tasks(4, (2, 3, 4), (2, 3, 4), (2, 3, 4))
-    first, second, third = stages("dvn", of, grow=True)
+    first, second, third = stages("dvn", of, old="distilled", grow=True)
     assert first.learn == ((1, 1),)
     assert second.learn == ((2, 1), (2, 2))
     assert second.distilled == (((1, 1), (1, 1)), ((1, 2), (1, 1)))
@@ -96,7 +113,7 @@ def test_more_units_than_tasks() -> None:
 
 def test_warmup() -> None:
     """Of what is new alone, a grown level of an old task included; a first task has none."""
-    first, warm, main = stages("dvn", tasks(2, (1, 2), (1, 2)), grow=True, warmup_epochs=3)
+    first, warm, main = stages("dvn", tasks(2, (1, 2), (1, 2)), old="distilled", grow=True, warmup_epochs=3)
     assert first == Stage((1,), ((1, 1),), (), (), "all", 5)
     assert warm == Stage((2,), ((2, 1), (2, 2)), (((1, 2), (1, 1)),), ((1, 1),), "new", 3, warmup=True)
     assert main == Stage((2,), warm.learn, (((1, 1), (1, 1)), ((1, 2), (1, 1))), ((1, 1),), "all", 5)
@@ -120,8 +137,9 @@ def test_nestednet_one_by_one() -> None:
 def test_on_what_an_earlier_run_has_left(grow: bool) -> None:
     """Task 3 after a run of the first two is what it is in a run of all three."""
     of = tasks(3, (1, 2, 3), (1, 2, 3), (1, 2, 3))
-    whole = stages("dvn", of, grow=grow, warmup_epochs=2)
-    assert stages("dvn", of, grow=grow, warmup_epochs=2, before=whole[-1].before) == whole[-2:]
+    keys: dict[str, Any] = {"old": "distilled", "grow": grow, "warmup_epochs": 2}
+    whole = stages("dvn", of, **keys)
+    assert stages("dvn", of, **keys, before=whole[-1].before) == whole[-2:]
 
 
 def test_a_task_without_a_network_when_it_comes() -> None:

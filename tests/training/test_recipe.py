@@ -381,6 +381,7 @@ CHANGES = {
     "method": "nestednet",
     "learning": "sequential",
     "sequential": "{temperature: 3}",
+    "sequential.old": "frozen",
     "sequential.grow": "true",
     "sequential.temperature": "3",
     "sequential.weight": "0.5",

@@ -118,7 +118,7 @@ def test_resume_before_the_checkpoint_is_written(whole: tuple[Path, Session], tm
     assert (tmp_path / "dvn.safetensors").read_bytes() == (folder / "dvn.safetensors").read_bytes()
 
 
-SEQUENTIAL = ["learning=sequential", "sequential={grow: true, warmup_epochs: 2}", "select=best"]
+SEQUENTIAL = ["learning=sequential", "sequential={old: distilled, grow: true, warmup_epochs: 2}", "select=best"]
 """Stages of two epochs: of the first task, of the second one's new parts, and of all."""
 
 

@@ -14,7 +14,7 @@ from dvn_cli.network import VirtualNetwork
 from dvn_cli.store.metadata import TaskLevel
 from dvn_cli.training.loop import Run
 
-GROW = ["learning=sequential", "sequential.grow=true"]
+GROW = ["learning=sequential", "sequential={old: distilled, grow: true}"]
 
 
 class SecondStep:

@@ -1,7 +1,8 @@
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dvn_cli.units.order import paper_order
+from dvn_cli.units.order import order_beside, paper_order
 
 
 def test_four_units():
@@ -21,3 +22,20 @@ def test_every_level_adds_a_neighbour(units, task):
     for level in range(1, units):
         low, high = min(order[:level]), max(order[:level])
         assert order[level] == (low - 1 if low > 1 else high + 1)
+
+
+@pytest.mark.parametrize(
+    ("used", "order"),
+    [
+        (set(), [1, 2, 3, 4]),
+        ({1}, [2, 1, 3, 4]),
+        ({1, 2}, [3, 2, 1, 4]),
+        ({2}, [1, 2, 3, 4]),
+        ({1, 4}, [2, 1, 4, 3]),
+        ({1, 3}, [2, 1, 3, 4]),
+        ({1, 2, 3}, [4, 3, 2, 1]),
+    ],
+)
+def test_beside_units_in_use(used: set[int], order: list[int]) -> None:
+    """A unit of its own, then those in use, then what is left for others."""
+    assert order_beside(used, 4) == order
