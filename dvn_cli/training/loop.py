@@ -23,6 +23,7 @@ from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import StateMetadata, TaskLevel
 from dvn_cli.training.freezing import Freezing
 from dvn_cli.training.levels import networks_of_step
+from dvn_cli.training.losses import balancing
 from dvn_cli.training.methods import METHODS, plan
 from dvn_cli.training.optimizer import load_state, make_optimizer, state_tensors
 from dvn_cli.training.recipe import Recipe
@@ -93,14 +94,21 @@ class Run:
     @property
     def steps(self) -> int:
         """Of an epoch of this stage."""
-        size = self.recipe.batch_size
-        return max(batch_count(self.train[task], size, training=True) for task in self.stage.tasks)
+        sizes = self.batch_sizes
+        batches = max(batch_count(self.train[task], sizes[task], training=True) for task in self.stage.tasks)
+        return -(-batches // self.recipe.accumulate)
+
+    @property
+    def batch_sizes(self) -> dict[int, int]:
+        """By number of task that is learnt."""
+        tasks = zip(self.data, self.recipe.tasks, strict=True)
+        return {number: keys.batch_size or self.recipe.batch_size for number, keys in tasks}
 
     def check_batches(self) -> None:
         """Raises InputError where a norm would take the variance of a single value: of one image at 1x1 pixels."""
         for number, split in self.train.items():
             networks = [network for stage in self.stages for network in stage.learn if network.task == number]
-            if min(len(split), self.recipe.batch_size) > 1 or not networks:
+            if min(len(split), self.batch_sizes[number]) > 1 or not networks:
                 continue
             tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
             graph = self.network.narrowed(*networks[0], training=True)
@@ -169,9 +177,14 @@ class Run:
         self._begin()
         for number, generator in self.generators.items():
             generator.manual_seed((self.recipe.seed * 1000 + number - 1) + (epochs_done << 44))
-        if self.recipe.select == "best" and self.history:
+        if self.recipe.keeps_best and self.history:
             self.best = max(_mean(numbers(entry["validation"] or [])) for entry in self.history)
             self.best_tensors = self._copied()
+
+    def _class_weights(self) -> dict[int, Tensor]:
+        tasks = zip(self.data.items(), self.recipe.tasks, strict=True)
+        balanced = [(number, data) for (number, data), keys in tasks if keys.class_weights == "balanced"]
+        return {number: balancing(data.train.labels, len(data.classes)).to(self.device) for number, data in balanced}
 
     def _frozen_copy(self) -> DeepVirtualNetwork:
         return copy.deepcopy(self.network).eval().requires_grad_(False)
@@ -196,7 +209,15 @@ class Run:
                     self.network.inherit(*network, self.stage.before)
         self.freezing = Freezing(self.network, self.stage)
         self.optimizer = make_optimizer(self.recipe.optimizer, self.network)
-        self.step = Step(self.network, self.teacher, self.stage, self.freezing.train_mode, self.recipe, self.teachers)
+        self.step = Step(
+            self.network,
+            self.teacher,
+            self.stage,
+            self.freezing.train_mode,
+            self.recipe,
+            self.teachers,
+            self._class_weights(),
+        )
         self.average = None if self.recipe.ema is None else self._frozen_copy()
         self.best, self.best_tensors = -math.inf, {}
 
@@ -212,7 +233,7 @@ class Run:
         Raises:
             DvnError: a loss, or what it made of the weights, is not a number.
         """
-        while self.epochs_done < self.total_epochs:
+        while self.epochs_done < self.total_epochs and not self.patience_is_over:
             start = time.perf_counter()
             losses = self._epoch(after_step)
             self.epochs_done += 1
@@ -225,17 +246,25 @@ class Run:
                 "seconds": round(time.perf_counter() - start, 3),
             }
             self.history.append(entry)
-            if self.recipe.select == "best":
+            if self.recipe.keeps_best:
                 self._keep_best(entry["validation"])
-            ended = self.epochs_done == self._start + self.stage.epochs
+            ended = self.epochs_done == self._start + self.stage.epochs or self.patience_is_over
             if ended and (self.best_tensors or self.average is not None):
                 self._put(self.network, self.best_tensors or self._copied())
             after_epoch(self)
-            if ended and self.epochs_done < self.total_epochs:
+            if ended and self.epochs_done < self.total_epochs and not self.patience_is_over:
                 self._begin()
         self.network.zero_grad(set_to_none=True)
         for name, tensor in self.network.file_tensors().items():
             tensor.requires_grad_(name.rpartition("/")[2] in self.network.partition.parameters)
+
+    @property
+    def patience_is_over(self) -> bool:
+        """Whether the last epochs, as many as the recipe waits for, were none of them better than one before."""
+        if self.recipe.patience is None or not self.history:
+            return False
+        scores = [_mean(numbers(entry["validation"])) for entry in self.history]
+        return len(scores) - 1 - scores.index(max(scores)) >= self.recipe.patience
 
     def _epoch(self, after_step: Callable[["Run", int], None]) -> list[list[float | None]]:
         """One pass over the stage's largest task. Returns the mean loss of every network, by task and level."""
@@ -254,8 +283,9 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"] * (recipe.sequential.lr_factor if careful else 1.0)
             networks = networks_of_step(stage, recipe, done, self.epochs_done * steps + number)
-            counts.update(networks)
-            step({task: next(of_task) for task, of_task in batches.items()}, networks)
+            for _ in range(recipe.accumulate):
+                counts.update(networks)
+                step({task: next(of_task) for task, of_task in batches.items()}, networks)
             if number % check_every == 0 or number == steps:
                 self._check(step.totals, step.networks, number)
             if recipe.optimizer.clip_grad is not None:
@@ -318,7 +348,7 @@ class Run:
         """Batches of a task, pass after pass: a smaller task is seen more often in an epoch."""
         resident = TaskData(**{**vars(self.data[number]), "train": self.train[number]})
         while True:
-            yield from resident.train_batches(self.recipe.batch_size, self.generators[number], self.device)
+            yield from resident.train_batches(self.batch_sizes[number], self.generators[number], self.device)
 
     def _validate(self) -> list[list[float | None]] | None:
         """Top-1 accuracy in per cent on images held out of train, of each network whose task has some in this stage."""

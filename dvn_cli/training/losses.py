@@ -1,5 +1,6 @@
 """What a network learns from besides labels: another network's output."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -41,3 +42,14 @@ def as_seen_by(images: Tensor, source: Task, target: Task) -> Tensor:
     if source.input_size != target.input_size:
         pixels = F.interpolate(pixels, target.input_size, mode="bilinear", antialias=True)
     return (pixels - channels(target.mean)) / channels(target.std)
+
+
+def balancing(labels: Tensor, classes: int) -> Tensor:
+    """Returns a weight for each class, (classes,), by which all classes count alike; their mean over images is 1.
+
+    Args:
+        labels: of all training images, integer (images,).
+        classes: how many there are; one without images has the weight that it would have with one.
+    """
+    counts = torch.bincount(labels, minlength=classes)
+    return len(labels) / (classes * counts.clamp(min=1))

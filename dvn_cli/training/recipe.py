@@ -68,6 +68,15 @@ class TaskKeys(Keys):
         default=None,
         description="Number of units in each level of this task, ascending. By default the recipe's `levels`.",
     )
+    batch_size: Annotated[Count, Field(le=10**6)] | None = Field(
+        default=None, description="Images of this task in every step. By default the recipe's `batch_size`."
+    )
+    weight: float = Field(default=1.0, gt=0, le=1e30, description="Factor on the losses of this task's networks.")
+    class_weights: Literal["none", "balanced"] = Field(
+        default="none",
+        description="balanced: the loss of an image counts by how rare its class is among the training images, so that "
+        "all classes count alike; images are drawn as they are.",
+    )
 
 
 class OptimizerKeys(Keys):
@@ -117,8 +126,9 @@ class OptimizerKeys(Keys):
 
 
 class ScheduleKeys(Keys):
-    name: Literal["step", "cosine", "constant"] = Field(
-        default="step", description="Learning rate schedule over the run, evaluated at every step."
+    name: Literal["step", "cosine", "constant", "poly", "tanh"] = Field(
+        default="step",
+        description="Learning rate schedule over the run, evaluated at every step: poly and tanh as timm's.",
     )
     milestones: list[Share] = Field(
         default=[0.3, 0.6, 0.8],
@@ -127,6 +137,15 @@ class ScheduleKeys(Keys):
     )
     gamma: float = Field(
         default=0.2, gt=0, le=1, description="step: factor by which the learning rate is multiplied at each milestone."
+    )
+    power: float = Field(
+        default=1.0, gt=0, le=1e30, description="poly: exponent; with 1 the learning rate falls linearly."
+    )
+    min_factor: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="cosine, poly, tanh: share of the peak learning rate that is left at the end.",
     )
     warmup: float = Field(
         default=0.0, ge=0, lt=1, description="Fraction of the run during which the learning rate rises linearly from 0."
@@ -242,7 +261,13 @@ class Recipe(Keys):
         description="Passes over the training images of the task that has the most; with sequential learning, over "
         "each task's own.",
     )
-    batch_size: Count = Field(default=128, le=10**6, description="Images of each task in every step.")
+    batch_size: Count = Field(default=128, le=10**6, description="Images of each task in every batch.")
+    accumulate: Count = Field(
+        default=1,
+        le=10**6,
+        description="Batches of each task in every step of the optimizer, which takes the mean of their gradients; "
+        "norms see each one alone.",
+    )
     optimizer: OptimizerKeys = Field(default=OptimizerKeys(), description="Settings of the optimizer.")
     schedule: ScheduleKeys = Field(default=ScheduleKeys(), description="Settings of the learning rate schedule.")
     reduction: Literal["sum", "mean"] = Field(
@@ -289,6 +314,11 @@ class Recipe(Keys):
         description="Weights to keep: those of the last epoch, or of the best one by mean accuracy on the "
         "validation images.",
     )
+    patience: Count | None = Field(
+        default=None,
+        description="Stop after so many epochs without a better mean accuracy on the validation images, and keep the "
+        "weights of the best one. By default all epochs are run.",
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="fp32, or bf16: automatic mixed precision (torch.autocast)."
     )
@@ -309,6 +339,11 @@ class Recipe(Keys):
         """`teacher`, however it is written."""
         return self.teacher or ("top" if self.inplace_distillation else None)
 
+    @property
+    def keeps_best(self) -> bool:
+        """Whether it keeps the weights of the best epoch."""
+        return self.select == "best" or self.patience is not None
+
     @model_validator(mode="after")
     def _consistent(self) -> "Recipe":
         if sum(start is not None for start in (self.backbone, self.partition, self.continues)) != 1:
@@ -327,6 +362,9 @@ class Recipe(Keys):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"two tasks have the name '{twice}'")
-        if self.select == "best" and any(task.data.validation == 0 for task in self.tasks):
-            raise ValueError("select best needs validation images in every task: test images choose nothing")
+        if self.keeps_best and any(task.data.validation == 0 for task in self.tasks):
+            key = "select best" if self.patience is None else "patience"
+            raise ValueError(f"{key} needs validation images in every task: test images choose nothing")
+        if self.patience is not None and not together(METHODS[self.method], self.learning == "sequential"):
+            raise ValueError("patience is for tasks that are learnt together: the epochs of each stage are planned")
         return self

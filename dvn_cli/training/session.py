@@ -159,6 +159,8 @@ class Session:
 
         with enough_memory_for(self.recipe, self.run.device):
             self.run.run(keep, after_step)
+        if self.run.patience_is_over:
+            self.note(f"stopped after epoch {self.run.epochs_done}: none of the last {self.recipe.patience} was better")
         epochs, restarts = self.run.epochs_done, tuple(self.restarts)
         self.run.network.training_record = TrainingRecord(**self.record, epochs=epochs, restarts=restarts)
         self.record["stored"] = sum(p.numel() for p in self.run.network.parameters())

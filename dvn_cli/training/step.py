@@ -42,13 +42,26 @@ class Step:
         train_mode: set[TaskLevel],
         recipe: Recipe,
         files: Mapping[int, FileTeacher],
+        class_weights: Mapping[int, Tensor],
     ) -> None:
-        """`teacher`: the networks as they were before the stage; `train_mode`: see `Freezing`; `files`: `teachers`."""
+        """Makes a step.
+
+        Args:
+            network: all networks.
+            teacher: they as they were before the stage.
+            stage: says which ones are trained.
+            train_mode: see `Freezing`.
+            recipe: says how.
+            files: networks of files that teach, by number of task.
+            class_weights: by number of task, where its classes have any.
+        """
         self.network, self.teacher, self.stage = network, teacher, stage
         self.recipe, self.train_mode = recipe, train_mode
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.device = next(network.parameters()).device
-        self.files = files
+        self.files, self.class_weights = files, class_weights
+        first = len(network.tasks) - len(recipe.tasks) + 1  # earlier ones are not of this recipe
+        self.task_weights = {number: keys.weight for number, keys in enumerate(recipe.tasks, first)}
         self.networks = stage.trained
         self.totals = torch.zeros(len(self.networks), device=self.device)
         self._eager_left = WARM if self.device.type == "cuda" else -1  # below zero: always
@@ -56,7 +69,7 @@ class Step:
         self.capture_error: str | None = None
 
     def __call__(self, batches: Batches, networks: tuple[TaskLevel, ...] | None = None) -> None:
-        """Leaves the gradients of a step where the optimizer looks for them, and adds to the totals.
+        """Adds the gradients of a batch to those that are there, and its losses to the totals.
 
         Args:
             batches: of each task.
@@ -95,7 +108,7 @@ class Step:
         images = {number: tensor.clone() for number, tensor in images.items()}
         labels = {number: tensor.clone() for number, tensor in labels.items()}
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
-        totals = self.totals.clone()
+        totals, before = self.totals.clone(), [parameter.grad for parameter in self.parameters]
         self.clear()
         try:
             with torch.cuda.graph(graph):
@@ -105,12 +118,16 @@ class Step:
             self._eager_left = -1
             self.capture_error = str(error).partition("\n")[0]
             self.totals.copy_(totals)
-            self.clear()
+            for parameter, gradient in zip(self.parameters, before, strict=True):
+                parameter.grad = gradient
             self._run(images, labels, networks)
             return
         gradients = [parameter.grad for parameter in self.parameters]
-        self._captured[networks] = Captured(graph, [*images.values(), *labels.values()], gradients)
-        graph.replay()
+        for parameter, gradient in zip(self.parameters, before, strict=True):
+            parameter.grad = gradient
+        given = [*images.values(), *labels.values()]
+        self._captured[networks] = Captured(graph, given, gradients)
+        self._captured[networks].replay(self.parameters, given)
 
     def _prepared(self, batches: Batches) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The images that each task's networks get, by its number, and the labels there are."""
@@ -125,7 +142,7 @@ class Step:
 
     def _run(self, images: Mapping[int, Tensor], labels: Mapping[int, Tensor], networks: tuple[TaskLevel, ...]) -> None:
         recipe, distilled = self.recipe, dict(self.stage.distilled)
-        weight = 1.0 if recipe.reduction == "sum" else 1 / len(networks)
+        weight = 1 / recipe.accumulate / (1 if recipe.reduction == "sum" else len(networks))
         soft_targets: dict[TaskLevel | FileTeacher, Tensor] = {}  # outputs, in this step, of whoever teaches
         for student, teacher in teachers(self.stage, networks, recipe.taught_by, self.files).items():
             given = images[student.task]
@@ -137,7 +154,12 @@ class Step:
                     with torch.no_grad():
                         soft_targets[teacher] = self._outputs(teacher, given).float()
             if teacher is None:
-                loss = weighted = F.cross_entropy(logits, labels[student.task], label_smoothing=recipe.label_smoothing)
+                loss = weighted = F.cross_entropy(
+                    logits,
+                    labels[student.task],
+                    self.class_weights.get(student.task),
+                    label_smoothing=recipe.label_smoothing,
+                )
             elif student in distilled:
                 keys = recipe.sequential
                 loss = distillation(logits, soft_targets[teacher], keys.temperature, keys.squared_temperature)
@@ -145,7 +167,7 @@ class Step:
             else:
                 loss = weighted = distillation(logits, soft_targets[teacher], 1.0)
             # Backward at once: no more than one network's activations are ever held.
-            (weight * weighted).backward()
+            (weight * self.task_weights.get(student.task, 1.0) * weighted).backward()
             self.totals[self.networks.index(student)] += loss.detach()
             if student not in distilled:
                 soft_targets[student] = logits.detach()
@@ -173,9 +195,11 @@ class Captured:
     gradients: list[Tensor | None]
 
     def replay(self, parameters: Sequence[Tensor], given: Sequence[Tensor]) -> None:
-        """Does the step anew with what is given."""
+        """Does the step anew with what is given, and adds its gradients to those that the parameters have."""
         for static, now in zip(self.inputs, given, strict=True):
             static.copy_(now)
+        before = [None if p.grad is None else p.grad.clone() for p in parameters]  # perhaps where the graph writes
         self.graph.replay()
-        for parameter, gradient in zip(parameters, self.gradients, strict=True):
-            parameter.grad = gradient
+        for parameter, gradient, so_far in zip(parameters, self.gradients, before, strict=True):
+            if gradient is not None:
+                parameter.grad = gradient if so_far is None else gradient.add_(so_far)

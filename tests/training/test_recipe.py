@@ -20,6 +20,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic import DataSets
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler, TanhLRScheduler
 
 from dvn_cli import cli
 from dvn_cli.backbones import resolve
@@ -241,7 +242,9 @@ def test_what_excludes_each_other(dvn: Callable[..., str]) -> None:
     assert "task 'all' takes the recipe's level 2" in dvn("small.yaml", "method=packnet", "levels=[2]")
     growing = ("learning=sequential", "sequential.grow=true")
     assert "task 'low' has no level within 1 of the 2 units" in dvn("small.yaml", *growing, "levels=[2]")
-    assert "test images choose nothing" in dvn("small.yaml", "select=best", "tasks.1.data.validation=0")
+    for key in ("select=best", "patience=3"):
+        assert "test images choose nothing" in dvn("small.yaml", key, "tasks.1.data.validation=0")
+    assert "patience is for tasks that are learnt together" in dvn("small.yaml", "patience=3", "method=packnet")
 
 
 def test_no_such_file(dvn: Callable[..., str]) -> None:
@@ -408,9 +411,13 @@ CHANGES = {
     "tasks.0.data": str(small.data(classes="0-4", augment="crop", pad=2)),
     "tasks.0.order": "[2, 1]",
     "tasks.0.levels": "[2]",
+    "tasks.0.batch_size": "8",
+    "tasks.0.weight": "2",
+    "tasks.0.class_weights": "balanced",
     "levels": "[2]",
     "epochs": "1",
     "batch_size": "8",
+    "accumulate": "2",
     "optimizer": "{lr: 0.04}",
     "optimizer.name": "adamw",
     "optimizer.lr": "0.04",
@@ -425,6 +432,8 @@ CHANGES = {
     "schedule.name": "cosine",
     "schedule.milestones": "[0.1]",
     "schedule.gamma": "0.3",
+    "schedule.power": "2",
+    "schedule.min_factor": "0.1",
     "schedule.warmup": "0.3",
     "reduction": "mean",
     "inplace_distillation": "true",
@@ -434,6 +443,7 @@ CHANGES = {
     "unlock": "0.5",
     "ema": "0.5",
     "select": "best",
+    "patience": "1",
     "precision": "bf16",
     "memory_format": "contiguous",
     "threads": "2",
@@ -444,6 +454,8 @@ SEQUENTIAL = ("learning=sequential",)
 BASES = {key: SEQUENTIAL for key in CHANGES if key.partition(".")[0] in ("sequential", "continues")}
 BASES["memory_format"] = ("backbone.in_chans=3",)
 BASES["levels_per_step"] = ("units=4",)
+BASES["schedule.power"] = BASES["schedule.min_factor"] = ("schedule.name=poly",)
+BASES["patience"] = ("epochs=4",)
 BASES["compensate"] = ("backbone.weights=w.pth",)
 """With which overrides a key is tried where it means nothing without them."""
 
@@ -516,6 +528,12 @@ def test_schedules(done: float) -> None:
         1 if done < 0.2 else 0.1 if done < 0.5 else 0.01
     )
     assert at(name="cosine") == pytest.approx(np.cos(done * np.pi / 2) ** 2)
+    for name, of_timm in (("poly", PolyLRScheduler), ("tanh", TanhLRScheduler), ("cosine", CosineLRScheduler)):
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1)
+        power = {"power": 2} if name == "poly" else {}
+        theirs = of_timm(optimizer, t_initial=1000, lr_min=0.1, **power)
+        theirs.step(int(done * 1000))
+        assert at(name=name, min_factor=0.1, **power) == pytest.approx(optimizer.param_groups[0]["lr"])
     assert at(name="constant", warmup=0.2) == pytest.approx(min(done / 0.2, 1))
 
 

@@ -89,6 +89,7 @@ def test_the_same_again(whole: tuple[Path, Session], tmp_path: Path) -> None:
         [],
         ["optimizer.name=adamw", "optimizer.lr=0.01", "select=best", "epochs=3"],
         ["ema=0.9", "units=4", "levels_per_step=sandwich", "unlock=0.5", "select=best", "epochs=3"],
+        ["patience=1", "epochs=6", "accumulate=2", "tasks.0.batch_size=8"],
         ["optimizer={name: lamb, lr: 0.01, layer_decay: 0.7, clip_grad: 0.5}"],
     ],
 )

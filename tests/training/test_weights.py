@@ -1,0 +1,73 @@
+"""How much counts what in a step: batches, tasks, classes; and how long a run goes on."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import torch
+import torch.nn.functional as F
+
+from dvn_cli.training.loop import Run, numbers
+from dvn_cli.training.losses import balancing
+
+PLAIN = ("tasks.0.data.augment=none",)
+
+
+def first_gradients(run: Run, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """The gradients of the first step, and task, level and images of every network in its turn."""
+    gradients, batches = {}, []
+
+    def instead_of_a_step() -> None:
+        gradients.update({n: t.grad.clone() for n, t in run.network.file_tensors().items() if t.grad is not None})
+        raise small.Stopped
+
+    run.network.register_forward_pre_hook(lambda _, given: batches.append((given[1], given[2], given[0])))
+    monkeypatch.setattr(run.optimizer, "step", instead_of_a_step)
+    with pytest.raises(small.Stopped):
+        run.run(small.nothing, small.nothing)
+    return gradients, batches
+
+
+def test_gradients_are_accumulated_and_weighted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean over batches, each task's of its own size, times the task's weight; classes by how rare they are."""
+    words = ("accumulate=2", "tasks.1.weight=3", "tasks.1.batch_size=6", "tasks.1.class_weights=balanced")
+    run = small.session(tmp_path, *PLAIN, *words).run
+    assert run.steps == -(-max(-(-32 // 6), 32 // 16) // 2)
+    students = {network: run.network.virtual_network(*network).train() for network in run.network}
+    gradients, batches = first_gradients(run, monkeypatch)
+    assert [(task, level, len(images)) for task, level, images in batches] == [
+        (1, 1, 16),
+        (1, 2, 16),
+        (2, 1, 6),
+        (2, 2, 6),
+    ] * 2
+    labels = run.data[2].train.labels
+    rare = torch.tensor([len(labels) / 10 / max(1, int((labels == label).sum())) for label in range(10)])
+    for task, level, images in batches:
+        loss = F.cross_entropy(
+            students[task, level](images), small.labels_of(images, run.data[task]), rare if task == 2 else None
+        )
+        ((3 if task == 2 else 1) * loss / 2).backward()
+    expected = small.gathered(run.network, students)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_balancing() -> None:
+    torch.testing.assert_close(balancing(torch.tensor([0, 0, 0, 1]), 3), torch.tensor([4 / 9, 4 / 3, 4 / 3]))
+
+
+def test_patience(tmp_path: Path) -> None:
+    """It stops where validation has not been better for so long, keeps the best, and has nothing left to do."""
+    told: list[str] = []
+    session = small.session(tmp_path, "patience=2", "epochs=30", "optimizer.lr=0.000001", note=told.append)
+    kept: list[dict[str, torch.Tensor]] = []
+    session.train(lambda run: kept.append(small.copied(run.network)), small.nothing)
+    run = session.run
+    scores = [sum(numbers(entry["validation"])) for entry in run.history]
+    best = scores.index(max(scores))
+    assert run.epochs_done == len(scores) == best + 3 < 30
+    assert told[-1] == f"stopped after epoch {best + 3}: none of the last 2 was better"
+    for name, tensor in run.network.file_tensors().items():
+        assert torch.equal(tensor, kept[best][name]), name
