@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -66,7 +67,7 @@ def read(request: Request, part: Part) -> Listing | None:
         tuple(class_names),
         torch.from_numpy(strata),
         key=(image.name, *files),
-        items=functools.partial(_items, request, part, files, image.name),
+        items=functools.partial(_items, request, part, tuple(files), image.name),
     )
 
 
@@ -383,34 +384,43 @@ def _values_as_names(of_splits: Iterable[Sequence[int | str]]) -> list[str]:
 # Images
 
 
-def _items(request: Request, part: Part, files: Sequence[Path], column: str, indices: np.ndarray) -> Iterator[Item]:
+@functools.lru_cache(maxsize=16)
+def _groups(files: tuple[Path, ...]) -> tuple[np.ndarray, list[tuple[Path, int, int]]]:
+    """The first row of each group of rows, counted through all files, and the end; and of each its file, the number
+    within it, and the file's first row."""
+    firsts, places = [0], []
+    for file in files:
+        with _opened(file) as opened:
+            first_of_file = firsts[-1]
+            for group in range(opened.num_row_groups):
+                places.append((file, group, first_of_file))
+                firsts.append(firsts[-1] + opened.metadata.row_group(group).num_rows)
+    return np.array(firsts), places
+
+
+def _items(request: Request, part: Part, files: tuple[Path, ...], column: str, indices: np.ndarray) -> Iterator[Item]:
     """The images in some rows, counted through all files; groups of rows that have none of them are not read."""
     import pyarrow as pa
 
-    def within(start: int, count: int) -> np.ndarray:
-        return indices[np.searchsorted(indices, start) : np.searchsorted(indices, start + count)]
-
-    first = 0  # row of the group
-    for file in files:
+    firsts, places = _groups(files)
+    groups = np.unique(np.searchsorted(firsts, indices, side="right") - 1).tolist()
+    for file, of_file in itertools.groupby(groups, key=lambda number: places[number][0]):
         with _opened(file) as opened:
-            first_of_file = first
-            for group in range(opened.num_row_groups):
-                row, first = first, first + opened.metadata.row_group(group).num_rows
-                if not len(within(row, first - row)):
-                    continue
+            for number in of_file:
+                row, (_, group, first_of_file) = int(firsts[number]), places[number]
                 for batch in opened.iter_batches(batch_size=256, row_groups=[group], columns=[column]):
-                    wanted = within(row, len(batch))
+                    wanted = indices[np.searchsorted(indices, row) : np.searchsorted(indices, row + len(batch))]
                     values = _picked(batch, column).take(pa.array(wanted - row)).to_pylist()
                     for index, value in zip(wanted, values, strict=True):
                         content = value.get("bytes") if isinstance(value, dict) else value
-                        if not isinstance(content, bytes):
-                            raise InputError(f"column '{column}' of {request} does not hold images")
                         where = f"{part} image in row {index - first_of_file} of {file}"
-                        yield Item(where, functools.partial(_open, content))
+                        yield Item(where, functools.partial(_open, content, f"column '{column}' of {request}"))
                     row += len(batch)
 
 
-def _open(content: bytes) -> "Image":
+def _open(content: bytes | None, column: str) -> "Image":
     from PIL import Image
 
+    if not isinstance(content, bytes):
+        raise InputError(f"{column} does not hold images")
     return Image.open(io.BytesIO(content))
