@@ -1,13 +1,16 @@
-"""Whole batches, augmented and normalised where they are used: no worker processes, no image handled alone."""
+"""Whole batches, augmented and normalised where they are used, whether their images are in memory or read anew."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dvn_cli.data.augment import Mixing, ResizedCrop
+from dvn_cli.data.pool import Pool
 from dvn_cli.data.spec import Augmentation
+from dvn_cli.data.stream import stream
 
 
 @dataclass(frozen=True, eq=False)
@@ -15,14 +18,16 @@ class Split:
     """Images and the index of each one's class.
 
     Attributes:
-        pool: uint8 (M, C, H, W), images that several splits may share.
+        pool: uint8 (M, C, H, W), images that several splits may share; or what they are read from.
         labels: int64 (N,).
         indices: int64 (N,), which images of the pool they are, None for all of them in order.
+        transform: What is done in training to each image that is read.
     """
 
-    pool: Tensor
+    pool: Tensor | Pool
     labels: Tensor
     indices: Tensor | None = None
+    transform: ResizedCrop | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -30,7 +35,46 @@ class Split:
     @property
     def images(self) -> Tensor:
         """The images alone, uint8 (N, C, H, W): a copy where they are not all of the pool."""
+        if isinstance(self.pool, Pool):
+            return torch.cat([images for images, _ in self.read(torch.arange(len(self)).split(256))])
         return self.pool if self.indices is None else self.pool[self.indices]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Channels, height and width of an image."""
+        return tuple(self.pool.shape[1:])
+
+    def subset(self, positions: Tensor) -> "Split":
+        """Returns some of the images, int64 (n,), in that order."""
+        return replace(
+            self,
+            labels=self.labels[positions],
+            indices=positions if self.indices is None else self.indices[positions],
+        )
+
+    def read(
+        self, chosen: Sequence[Tensor], device: torch.device | str = "cpu", seed: int | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields batches of images, uint8 (B, C, H, W) on the device, and which of the split they are, int64 (B,).
+
+        They are those chosen, but for images that cannot be read where such are to be skipped: in training others are
+        there instead, else they are left out.
+
+        Args:
+            chosen: Of each batch, which images; int64 on the device of the labels.
+            device: Of the batches.
+            seed: Of `transform`, in training; None: the images as they are evaluated.
+
+        Raises:
+            InputError: An image cannot be read, or they are of different sizes.
+        """
+        if isinstance(self.pool, Pool):
+            assert self.indices is not None
+            yield from stream(self.pool, self.indices, chosen, device, self.transform, seed)
+            return
+        for positions in chosen:
+            rows = positions if self.indices is None else self.indices[positions]
+            yield self.pool[rows].to(device), positions
 
     def to(self, device: torch.device | str) -> "Split":
         """Returns the same split on a device, where `batches` then needs no copies."""
@@ -39,13 +83,13 @@ class Split:
 
 def to_device(splits: Iterable[Split], device: torch.device | str) -> list[Split]:
     """Returns the same splits on a device, where a pool that several share is there once."""
-    moved: dict[int, Tensor] = {}
+    moved: dict[int, Tensor | Pool] = {}
     result = []
     for split in splits:
         if id(split.pool) not in moved:
-            moved[id(split.pool)] = split.pool.to(device)
+            moved[id(split.pool)] = split.pool if isinstance(split.pool, Pool) else split.pool.to(device)
         indices = None if split.indices is None else split.indices.to(device)
-        result.append(Split(moved[id(split.pool)], split.labels.to(device), indices))
+        result.append(replace(split, pool=moved[id(split.pool)], labels=split.labels.to(device), indices=indices))
     return result
 
 
@@ -59,8 +103,11 @@ def batches(
     generator: torch.Generator | None = None,
     augment: Augmentation = "none",
     pad: int = 4,
+    mixing: Mixing | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields one pass over a split: images, float32 (B, C, H, W) normalised, and labels, int64 (B,), on the device.
+
+    Mixed labels are the shares of the classes, float32 (B, classes).
 
     Without a generator: every image once, in order, the last batch as small as it comes (evaluation). With one:
     shuffled and augmented, and a last partial batch is left out, since the statistics of a small batch would harm the
@@ -75,6 +122,7 @@ def batches(
         generator: On the CPU, so that every device draws alike; its state is all there is to save and restore.
         augment: As in `DataSpec`; only with a generator.
         pad: As in `DataSpec`.
+        mixing: What is done to whole batches; only with a generator.
     """
     scale = (
         torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255,
@@ -85,11 +133,15 @@ def batches(
     else:
         order = torch.randperm(len(split), generator=generator).to(split.labels.device)
         order = order[: len(split) - len(split) % batch_size] if len(split) >= batch_size else order
-    for chosen in order.split(batch_size):
-        images = split.pool[chosen if split.indices is None else split.indices[chosen]].to(device)
-        if generator is not None and augment != "none":
-            images = _augmented(images, pad, augment == "crop-flip", generator)
-        yield images.float().sub_(scale[0]).div_(scale[1]), split.labels[chosen].to(device)
+    training = generator is not None
+    seed = int(torch.randint(2**62, (), generator=generator)) if training and split.transform else 0
+    for pixels, positions in split.read(order.split(batch_size), device, seed if training else None):
+        if generator is not None and augment in ("crop", "crop-flip"):
+            pixels = _augmented(pixels, pad, augment == "crop-flip", generator)
+        images, labels = pixels.float().sub_(scale[0]).div_(scale[1]), split.labels[positions].to(device)
+        if generator is not None and mixing is not None:
+            images, labels = mixing(images, labels, generator)
+        yield images, labels
 
 
 def batch_count(split: Split, batch_size: int, training: bool) -> int:

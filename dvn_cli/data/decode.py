@@ -58,9 +58,10 @@ def upright(item: Item) -> "Image":
 
 
 def size(item: Item) -> tuple[int, int]:
-    """Returns the width and height of an image from its first bytes, as it is stored. Errors as `upright`."""
+    """Returns the width and height that an image has upright, from its first bytes. Errors as `upright`."""
     with _opened(item) as image:
-        return image.size
+        method, (width, height) = _transposition(image), image.size
+        return (height, width) if method is not None and method.name in _TURNS else (width, height)
 
 
 @contextlib.contextmanager
@@ -96,6 +97,9 @@ def named(item: Item) -> Iterator[None]:
         except Exception as error:  # Pillow raises nearly anything at damaged bytes; nothing else runs here
             reason = " ".join(str(error).split()) or type(error).__name__
             raise InputError(f"{item.where} cannot be read: {reason}") from error
+
+
+_TURNS = {"TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90"}
 
 
 def _transposition(image: "Image") -> "Transpose | None":
@@ -150,26 +154,35 @@ def eight_bit(image: "Image", mode: str, full_scale: Callable[[str], int]) -> "I
     )  # Lab becomes grey by way of RGB alone
 
 
-def white_of(items: Iterable[Item], mode: str) -> int:
+def white_of(items: Iterable[Item], mode: str, *, skip: bool = False) -> int:
     """Returns the value that is white in a data set's images of mode `I` or `F`, all of which it decodes.
 
     It is the smallest of `FULL_SCALES` that none exceeds: one for all images, since a dark one is no measure.
 
+    Args:
+        items: The images.
+        mode: `I` or `F`; images of other modes do not count.
+        skip: Whether images that cannot be read are left out.
+
     Raises:
         InputError: There are values that are negative, larger or not numbers; the message names the image.
     """
-    scales = FULL_SCALES[mode]
     highest = 0.0
     for item in items:
-        image = upright(item)
-        if image.mode != mode:
-            continue
-        values = np.asarray(image)
-        if not np.isfinite(values).all():
-            raise InputError(f"{item.where} has values that are not numbers (NaN or infinite)")
-        low, high = float(values.min()), float(values.max())
-        if low < 0 or high > scales[-1]:
-            ranges = " or ".join(f"0 to {scale}" for scale in scales)
-            raise InputError(f"{item.where} has values from {low:g} to {high:g}: {ranges} are read")
-        highest = max(highest, high)
-    return next(scale for scale in scales if highest <= scale)
+        with contextlib.suppress(*[InputError] * skip):
+            highest = max(highest, _highest(item, mode))
+    return next(scale for scale in FULL_SCALES[mode] if highest <= scale)
+
+
+def _highest(item: Item, mode: str) -> float:
+    image, scales = upright(item), FULL_SCALES[mode]
+    if image.mode != mode:
+        return 0.0
+    values = np.asarray(image)
+    if not np.isfinite(values).all():
+        raise InputError(f"{item.where} has values that are not numbers (NaN or infinite)")
+    low, high = float(values.min()), float(values.max())
+    if low < 0 or high > scales[-1]:
+        ranges = " or ".join(f"0 to {scale}" for scale in scales)
+        raise InputError(f"{item.where} has values from {low:g} to {high:g}: {ranges} are read")
+    return high

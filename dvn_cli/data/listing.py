@@ -37,13 +37,17 @@ class Request(NamedTuple):
     size: tuple[int, int] | None
     channels: int
     resize: Resize = Resize()
+    load: str = "auto"
+    workers: int | None = None
+    on_bad_image: str = "stop"
 
     @classmethod
     def of(cls, spec: DataSpec, channels: int, base: Path | None) -> "Request":
         """The request of a task's data, as images of `channels` channels, paths relative to `base`."""
         path = None if spec.path is None else Path(os.path.realpath(locate(spec.path, base)))
         columns = spec.image, spec.label, spec.subset, spec.test_split
-        return cls(spec.source, spec.name, path, *columns, spec.height_width, channels, Resize.of(spec))
+        reading = spec.load, spec.workers, spec.on_bad_image
+        return cls(spec.source, spec.name, path, *columns, spec.height_width, channels, Resize.of(spec), *reading)
 
     def splits(self, part: Part) -> tuple[str, ...]:
         """The names that the split may have, the first found counts; what is tested on is no validation split."""

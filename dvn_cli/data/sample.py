@@ -51,8 +51,7 @@ def sample(spec: DataSpec, count: int = IMAGES, *, seed: int, channels: int = 3,
 def drawn(split: Split, mean: Sequence[float], std: Sequence[float], *, seed: int, count: int = IMAGES) -> list[Tensor]:
     """Returns some images of a split, drawn by a seed: normalised batches, float (batch, channels, height, width)."""
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count].to(split.labels.device)
-    chosen = Split(split.pool, split.labels[order], order if split.indices is None else split.indices[order])
-    return [images for images, _ in batches(chosen, BATCH, mean=mean, std=std)]
+    return [images for images, _ in batches(split.subset(order), BATCH, mean=mean, std=std)]
 
 
 def unlabelled(

@@ -2,15 +2,13 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from dvn_cli.data import decode
 from dvn_cli.data.decode import Item
 from dvn_cli.data.folders import folder
 from dvn_cli.data.listing import Listing, Part, Request, in_words, labelled, stratified_order
@@ -42,36 +40,6 @@ def read(request: Request, part: Part) -> Listing | None:
             f"{int(listing.labels[bad][0])}); another split may have them, see test_split"
         )
     return listing
-
-
-def stack(items: Callable[[], Iterable[Item]], count: int, request: Request) -> Tensor:
-    """Decodes images into one tensor, uint8 (N, C, H, W), with the channels and of the size requested.
-
-    Args:
-        items: Begins to go through the images; more than once where their range of values must be known first.
-        count: Of the images, N.
-        request: Has the channels, 1 or 3, and the size.
-
-    Raises:
-        InputError: They are of different sizes and none is requested, or one cannot be read.
-        MemoryError: There is too little memory.
-    """
-    mode = {1: "L", 3: "RGB"}[request.channels]
-    white = functools.cache(lambda of_mode: decode.white_of(items(), of_mode))
-    out = np.empty((0, request.channels, 1, 1), dtype=np.uint8)
-    for number, item in enumerate(items()):
-        stored = decode.upright(item)
-        with decode.named(item):
-            image = decode.eight_bit(stored, mode, white)
-        if request.size is not None:
-            image = request.resize(image, request.size)
-        if number == 0:
-            out = np.empty((count, request.channels, image.height, image.width), dtype=np.uint8)
-        elif out.shape[2:] != (image.height, image.width):
-            sizes = f"{out.shape[2]}x{out.shape[3]} and {image.height}x{image.width}"
-            raise InputError(f"images of {request} have different sizes ({sizes}): set size")
-        out[number] = np.asarray(image).reshape(*out.shape[2:], request.channels).transpose(2, 0, 1)
-    return torch.from_numpy(out)
 
 
 def _line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PlainValidator,
     PositiveFloat,
     PositiveInt,
@@ -22,7 +23,10 @@ MAY_DIFFER = "may differ when a run is resumed"
 """Marks a key that says where or how something is computed, not what: a run goes on with another value of it."""
 
 Kind = Literal["digits", "torchvision", "folder", "hf"]
-Augmentation = Literal["none", "crop", "crop-flip"]
+Augmentation = Literal["none", "crop", "crop-flip", "resized-crop"]
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 _TAKES: dict[str, set[str]] = {
     "digits": set(),
@@ -137,9 +141,52 @@ class DataSpec(BaseModel):
     augment: Augmentation = Field(
         default="none",
         description="Augmentation of training images. crop: random shifts by up to `pad` pixels. crop-flip: random "
-        "horizontal flips too.",
+        "horizontal flips too. resized-crop: timm's transform of training images, set by `scale`, `ratio`, `hflip`, "
+        "`color_jitter` and `aa`; the images are then read anew in every epoch.",
     )
     pad: PositiveInt = Field(default=4, le=10**6, description="Pixels of black border added before a random crop.")
+    scale: tuple[Share, Share] | None = Field(
+        default=None,
+        description="resized-crop: least and largest share of an image's area that a random crop has, before it is "
+        "resized to `size`. By default 0.08 and 1.",
+    )
+    ratio: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        default=None,
+        description="resized-crop: least and largest ratio of width to height of a random crop. By default 3/4 and "
+        "4/3.",
+    )
+    hflip: Probability | None = Field(
+        default=None, description="resized-crop: probability of a horizontal flip. By default 0.5."
+    )
+    color_jitter: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="resized-crop: by how much brightness, contrast and saturation vary. By default 0.4; with `aa` not "
+        "at all.",
+    )
+    aa: str | None = Field(
+        default=None,
+        description="resized-crop: RandAugment, AutoAugment or AugMix by timm's names, such as rand-m9-mstd0.5, "
+        "original or augmix-m5-w4-d2. By default none.",
+    )
+    reprob: Probability = Field(
+        default=0.0, description="Probability that a random rectangle of a training image is replaced by noise."
+    )
+    mixup: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Mixup alpha: training images and labels are mixed with another one's in a share drawn from the "
+        "beta distribution of this parameter. 0: they are not. With `cutmix`, each batch gets one of the two.",
+    )
+    cutmix: float = Field(
+        default=0.0,
+        ge=0,
+        le=100,
+        description="Cutmix alpha: a rectangle of each training image is replaced by that of another one, and labels "
+        "are mixed by its area, drawn as for `mixup`. 0: it is not.",
+    )
     mean: list[float] | None = Field(
         default=None,
         description="Mean of each channel, for pixels in 0..1, subtracted from images. By default that of the "
@@ -149,6 +196,24 @@ class DataSpec(BaseModel):
         default=None,
         description="Standard deviation of each channel, for pixels in 0..1, by which images are divided. By "
         "default that of the weights to start from, otherwise of the training images.",
+    )
+
+    load: Annotated[Literal["auto", "memory", "stream"], MAY_DIFFER] = Field(
+        default="auto",
+        description="memory: images are decoded once, at one size, and kept. stream: they are read anew in every "
+        "epoch, by `workers`. auto: memory for what takes at most 1.5 GiB and half of what is free, the smallest "
+        "splits first.",
+    )
+    workers: Annotated[NonNegativeInt | None, MAY_DIFFER] = Field(
+        default=None,
+        le=1024,
+        description="Processes that read the images of the task where they are streamed; 0: the one that trains. The "
+        "batches do not depend on it. By default as many as there are cores, at most 4.",
+    )
+    on_bad_image: Annotated[Literal["stop", "skip"], MAY_DIFFER] = Field(
+        default="stop",
+        description="What is done at an image that cannot be read. stop: it is named, and the command ends. skip: it "
+        "is left out, named and counted.",
     )
 
     @model_validator(mode="after")
@@ -163,6 +228,15 @@ class DataSpec(BaseModel):
         for source, needed in (("torchvision", "name"), ("folder", "path")):
             if self.source == source and getattr(self, needed) is None:
                 raise ValueError(f"source {source} needs {needed}")
+        of_crop = [key for key in ("scale", "ratio", "hflip", "color_jitter", "aa") if getattr(self, key) is not None]
+        if of_crop and self.augment != "resized-crop":
+            raise ValueError(f"{of_crop[0]} goes with augment: resized-crop")
+        if self.augment == "resized-crop" and self.load == "memory":
+            raise ValueError("augment resized-crop reads images anew in every epoch: set load to stream or auto")
+        for key in ("scale", "ratio"):
+            limits = getattr(self, key)
+            if limits is not None and limits[0] > limits[1]:
+                raise ValueError(f"{key} is the least and the largest: give the smaller number first")
         if self.classes is not None and self.groups is not None:
             raise ValueError("give classes or groups, not both")
         resizing = [key for key in ("interpolation", "crop_pct", "crop_mode") if getattr(self, key) is not None]

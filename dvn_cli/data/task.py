@@ -1,5 +1,6 @@
 """The data of one task: its classes chosen, its splits made, its normalisation known."""
 
+import contextlib
 import itertools
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Sequence
@@ -10,21 +11,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dvn_cli.data import sources
+from dvn_cli.data import decode, sources
+from dvn_cli.data.augment import Mixing, ResizedCrop
 from dvn_cli.data.batches import Split, batches
 from dvn_cli.data.classes import Selection, corresponding, few, resolved, select
 from dvn_cli.data.listing import VALIDATION_SPLITS, Listing, Part, Request, in_words, stratified_order
-from dvn_cli.data.pool import Pool, check_memory
+from dvn_cli.data.pool import Pool, left_out, settle
 from dvn_cli.data.spec import DataSpec
 from dvn_cli.errors import InputError
 
 VALIDATION_SHARE = 0.1
 """Of train, held out where a data set has no validation split of its own beside test."""
 
+ESTIMATED_ON = 2048
+"""Of images that are streamed, how many the mean and standard deviation of the channels are estimated on."""
+
+HEADERS = 64
+"""Of images, how many are looked at to see whether all have one size."""
+
 
 @dataclass(frozen=True, eq=False)
 class TaskData:
-    """A task's images in memory.
+    """A task's images, in memory or where they are read from.
 
     Attributes:
         spec: What they were made from, with the names of the classes in its groups.
@@ -53,6 +61,12 @@ class TaskData:
         validation = 0 if self.validation is None else len(self.validation)
         return {"train": len(self.train), "validation": validation, "test": len(self.test)}
 
+    @property
+    def pools(self) -> list[Pool]:
+        """What images are read from whenever they are needed; empty where all are in memory."""
+        splits = (split for split in (self.train, self.validation, self.test) if split is not None)
+        return [split.pool for split in splits if isinstance(split.pool, Pool)]
+
     def train_batches(
         self, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,6 +80,7 @@ class TaskData:
             generator=generator,
             augment=self.spec.augment,
             pad=self.spec.pad,
+            mixing=Mixing.of(self.spec, len(self.classes)),
         )
 
 
@@ -78,7 +93,9 @@ def load_test(
     spec: DataSpec, *, channels: int = 3, base: Path | None = None, absent: Collection[str] = ()
 ) -> tuple[Split, tuple[str, ...]]:
     """Reads only the test images of a task, and the names of its classes; see `Reader.test`."""
-    chosen, classes = Reader().test(spec, channels=channels, base=base, absent=absent)
+    reader = Reader()
+    chosen, classes = reader.test(spec, channels=channels, base=base, absent=absent)
+    reader.settle()
     return chosen.load(), classes
 
 
@@ -110,7 +127,7 @@ class Reader:
                 images.
             DvnError: It cannot be downloaded.
         """
-        request = Request.of(spec, channels, base)
+        request, transform = Request.of(spec, channels, base), ResizedCrop.of(spec)
         source = self._listing(request, "train")
         selection = select(spec, source.class_names)
         if len(selection.names) < 2:
@@ -142,7 +159,7 @@ class Reader:
                 f"{len(train) + len(validation)} images are too few to train on and to hold out a share of "
                 f"{share:g}; give more, or set validation to 0"
             )
-        chosen = self._chosen(request, source, train, new_label)
+        chosen = self._chosen(request, source, train, new_label, transform)
         validated = None
         if own is not None:
             validated = self._beside_train(spec, request, "validation", own, selection, source.class_names)
@@ -170,9 +187,21 @@ class Reader:
         self._note_left_out(request, source)
         return self._beside_train(spec, request, "test", source, selection, source.class_names), selection.names
 
-    def check_memory(self) -> None:
-        """Checks that all images chosen and not decoded yet fit the memory; see `pool.check_memory`."""
-        check_memory(self._pools.values())
+    def needs_size(self, spec: DataSpec, *, channels: int = 3, base: Path | None = None) -> bool:
+        """Returns whether a task that sets no size needs one, by its augmentation or some of its training images."""
+        if spec.size is not None or spec.augment == "resized-crop":
+            return spec.size is None
+        listing = self._listing(Request.of(spec, channels, base), "train")
+        some = np.unique(np.linspace(0, len(listing.labels) - 1, HEADERS).astype(np.int64))
+        sizes = set()
+        for item in listing.items(some):
+            with contextlib.suppress(InputError):  # which is said, or not, when all are read
+                sizes.add(decode.size(item))
+        return len(sizes) > 1
+
+    def settle(self) -> None:
+        """Decides which of the images chosen so far are kept in memory; see `pool.settle`."""
+        settle(self._pools.values())
 
     def _listing(self, request: Request, part: Part) -> Listing:
         if (request, part) not in self._listings:
@@ -215,13 +244,20 @@ class Reader:
         limit = spec.test_images if part == "test" else spec.train_images
         return self._chosen(request, source, order[:limit], new_label)
 
-    def _chosen(self, request: Request, source: Listing, indices: np.ndarray, new_label: np.ndarray) -> "Chosen":
+    def _chosen(
+        self,
+        request: Request,
+        source: Listing,
+        indices: np.ndarray,
+        new_label: np.ndarray,
+        transform: ResizedCrop | None = None,
+    ) -> "Chosen":
         indices = np.sort(indices)
         key = (source.key, request._replace(label=None, test_split=None))
-        if key not in self._pools or self._pools[key].decoded:
+        if key not in self._pools or self._pools[key].streamed is not None:
             self._pools[key] = Pool(source, request)
-        self._pools[key].use(indices)
-        return Chosen(self._pools[key], indices, torch.from_numpy(new_label[indices]))
+        self._pools[key].use(indices, stream=transform is not None)
+        return Chosen(self._pools[key], indices, torch.from_numpy(new_label[indices]), transform)
 
     def _note_uses(
         self,
@@ -236,42 +272,55 @@ class Reader:
         held_out = f" ({100 * share:.3g} % of that is held out to validate on)" if share > 0 else ""
         validated = "" if own is None else f", validates on {own.split}"
         want = "" if request.test_split or test.split not in VALIDATION_SPLITS else " (there is no test split)"
-        self._note(f"{request}: trains on {train.split}{held_out}{validated} and tests on {test.split}{want}")
+        self.note(f"{request}: trains on {train.split}{held_out}{validated} and tests on {test.split}{want}")
         self._note_left_out(request, train, *([] if own is None else [own]), test)
+
+    def note_reading(self, *pools: Pool) -> None:
+        """Notes which images are read whenever they are needed, and which of them cannot be read."""
+        for pool in pools:
+            if pool.streamed:
+                self.note(pool.describe())
+            if bad := left_out([pool]):
+                self.note(f"{pool.request}: {bad}")
 
     def _note_left_out(self, request: Request, *listings: Listing) -> None:
         left_out = sum((listing.left_out for listing in listings), Counter[str]())
         if left_out:
-            self._note(f"{request}: left out {in_words(left_out)}")
+            self.note(f"{request}: left out {in_words(left_out)}")
 
-    def _note(self, line: str) -> None:
+    def note(self, line: str) -> None:
+        """Adds a line, unless it is there."""
         if line not in self.notes:  # of several tasks of one data set
             self.notes.append(line)
 
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """Images that a task uses and their labels, which are decoded together with those of other tasks.
+    """Images that a task uses and their labels, which are read together with those of other tasks.
 
     Attributes:
         pool: All images of their part of the data set that some task uses.
         indices: Of its listing, in rising order, int64 (N,).
         labels: int64 (N,).
+        transform: See `Split`.
     """
 
     pool: Pool
     indices: np.ndarray
     labels: Tensor
+    transform: ResizedCrop | None = None
 
     def load(self) -> Split:
-        """Decodes the pool, if it is not yet.
+        """Decodes the pool, if it is kept in memory and not decoded yet.
 
         Raises:
             InputError: An image cannot be read, or their sizes differ and none is set.
         """
-        images = self.pool.images
-        whole = len(self.indices) == len(images)
-        return Split(images, self.labels, None if whole else torch.from_numpy(self.pool.rows(self.indices)))
+        if self.pool.streamed:
+            return Split(self.pool, self.labels, torch.from_numpy(self.indices), self.transform)
+        images, rows = self.pool.images, torch.from_numpy(self.pool.rows(self.indices))
+        labels, rows = self.labels[rows >= 0], rows[rows >= 0]
+        return Split(images, labels, None if len(rows) == len(images) else rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,25 +336,34 @@ class TaskPlan:
     test: Chosen
 
     def load(self) -> TaskData:
-        """Decodes the images, with those of all tasks planned so far that share them.
+        """Decodes the images that are kept in memory, with those of all tasks planned so far that share them.
 
         Raises:
             InputError: They do not fit the memory, one cannot be read, or their sizes differ and none is set.
         """
-        self.reader.check_memory()
+        self.reader.settle()
         train, test = self.train.load(), self.test.load()
         validation = None if self.validation is None else self.validation.load()
         for name, other in (("test", test), ("validation", validation)):
-            if other is not None and train.pool.shape[2:] != other.pool.shape[2:]:
-                sizes = " and ".join("x".join(map(str, split.pool.shape[2:])) for split in (train, other))
+            if other is not None and train.shape[1:] != other.shape[1:]:
+                sizes = " and ".join("x".join(map(str, split.shape[1:])) for split in (train, other))
                 raise InputError(f"train and {name} images have different sizes ({sizes}): set size")
-        mean, std = _mean_std(train)
+        mean, std = (_per_channel(key, getattr(self.spec, key), self.channels) for key in ("mean", "std"))
+        if mean is None or std is None:
+            some = train
+            if isinstance(train.pool, Pool) and len(train) > ESTIMATED_ON:
+                order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.spec.seed))
+                some = train.subset(order[:ESTIMATED_ON].sort().values)
+                self.reader.note(f"{train.pool.request}: mean and std are estimated on {ESTIMATED_ON:,} images")
+            counted = _mean_std(some)
+            mean, std = mean or counted[0], std or counted[1]
+        self.reader.note_reading(*(chosen.pool for chosen in (self.train, self.validation, self.test) if chosen))
         return TaskData(
             spec=self.spec,
             classes=self.classes,
-            input_size=(train.pool.shape[2], train.pool.shape[3]),
-            mean=_per_channel("mean", self.spec.mean, self.channels) or mean,
-            std=_per_channel("std", self.spec.std, self.channels) or std,
+            input_size=(train.shape[1], train.shape[2]),
+            mean=mean,
+            std=std,
             train=train,
             validation=validation,
             test=test,
@@ -315,9 +373,8 @@ class TaskPlan:
 def _mean_std(split: Split) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel of 8-bit images, in units of 255; a constant channel has deviation 1."""
     values = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.zeros(split.pool.shape[1], 256, dtype=torch.int64)  # of each value, by channel
-    for chosen in torch.arange(len(split)).split(256):
-        images = split.pool[chosen if split.indices is None else split.indices[chosen]]
+    counts = torch.zeros(split.shape[0], 256, dtype=torch.int64)  # of each value, by channel
+    for images, _ in split.read(torch.arange(len(split)).split(256)):
         for channel, count in zip(images.unbind(1), counts, strict=True):
             count += torch.bincount(channel.flatten(), minlength=256)
     means, deviations = [], []

@@ -1,5 +1,6 @@
 """Accuracy and loss of networks on test images."""
 
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
+from dvn_cli.data.pool import Pool, left_out
 from dvn_cli.data.words import Data, parse_data, prepared
 from dvn_cli.device import choose
 from dvn_cli.errors import InputError, enough_memory
@@ -102,43 +104,66 @@ def measure(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> Scores:
-    """Runs a network over every image of a split once. The counts are exact, whatever the batch size.
+    """Runs a network over every image of a split once; see `measure_together`."""
+    return measure_together([network], split, task, batch_size=batch_size, device=device, progress=progress)[0]
+
+
+def measure_together(
+    networks: Sequence[Callable[[Tensor], Tensor]],
+    split: Split,
+    task: Task,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> list[Scores]:
+    """Runs networks over every image of a split, read once. The counts are exact, whatever the batch size.
 
     Of equal logits the first class is taken. An image with a logit that is not finite counts as wrong.
 
     Args:
-        network: maps normalised images (batch, channels, height, width) to logits (batch, classes); in eval mode and on
-            the device.
+        networks: each maps normalised images (batch, channels, height, width) to logits (batch, classes); in eval mode
+            and on the device.
         split: the images; on the device if they have room there, else copied batch by batch.
         task: whose mean and std the images are normalised by.
         batch_size: images at a time.
         device: to compute on.
-        progress: see `Progress`.
+        progress: see `Progress`; told of every network's batches.
 
     Raises:
-        ValueError: the network is in train mode, where it would use the batch's own statistics.
+        ValueError: a network is in train mode, where it would use the batch's own statistics.
+        InputError: an image cannot be read.
     """
-    if getattr(network, "training", False):
+    if any(getattr(network, "training", False) for network in networks):
         raise ValueError("a network is evaluated in eval mode")
-    losses, ranks = [], []
+    losses: list[list[Tensor]] = [[] for _ in networks]
+    ranks: list[list[Tensor]] = [[] for _ in networks]
     classes = len(task.classes)
     with torch.inference_mode():
         for images, labels in batches(split, batch_size, mean=task.mean, std=task.std, device=device):
-            logits = network(images).float()
-            own = logits.gather(1, labels[:, None])
-            before = torch.arange(classes, device=logits.device) < labels[:, None]
-            rank = ((logits > own) | ((logits == own) & before)).sum(1)
-            finite = logits.isfinite().all(1)
-            losses.append(F.cross_entropy(logits, labels, reduction="none").where(finite, math.nan))
-            ranks.append(rank.where(finite, classes))
-            if progress is not None:
-                progress(len(labels))
-    all_ranks = torch.cat(ranks)
+            for place, network in enumerate(networks):
+                logits = network(images).float()
+                own = logits.gather(1, labels[:, None])
+                before = torch.arange(classes, device=logits.device) < labels[:, None]
+                rank = ((logits > own) | ((logits == own) & before)).sum(1)
+                finite = logits.isfinite().all(1)
+                losses[place].append(F.cross_entropy(logits, labels, reduction="none").where(finite, math.nan))
+                ranks[place].append(rank.where(finite, classes))
+                if progress is not None:
+                    progress(len(labels))
+    if not ranks[0]:
+        raise InputError("none of the images can be read")
+    return [
+        _scores(torch.cat(of_network), torch.cat(loss), classes) for of_network, loss in zip(ranks, losses, strict=True)
+    ]
+
+
+def _scores(ranks: Tensor, losses: Tensor, classes: int) -> Scores:
     return Scores(
-        top1=100 * int((all_ranks < 1).sum()) / len(split),
-        top5=100 * int((all_ranks < 5).sum()) / len(split) if classes > 5 else None,
-        loss=float(torch.cat(losses).cpu().double().mean()),
-        images=len(split),
+        top1=100 * int((ranks < 1).sum()) / len(ranks),
+        top5=100 * int((ranks < 5).sum()) / len(ranks) if classes > 5 else None,
+        loss=float(losses.cpu().double().mean()),
+        images=len(ranks),
     )
 
 
@@ -157,31 +182,32 @@ def evaluate_all(
     Args:
         splits: the images of each task, by its number from 1.
         networks: every level of the tasks that have images by default.
-        batch_size, device, progress: as `measure`.
+        batch_size, device, progress: as `measure_together`.
         file: that the checkpoint came from, to be noted.
     """
     chosen = [one for one in network if one.task in splits] if networks is None else list(networks)
     training = network.training
     network.eval()
     on_device: dict[int, Split] = {}
-    rows = []
+    scores: dict[TaskLevel, Scores] = {}
     try:
-        for number, level in chosen:
+        for number in dict.fromkeys(number for number, _ in chosen):
             if number not in on_device:  # tasks that share their images go there together, and others make room
                 same = [other for other in splits if splits[other].pool is splits[number].pool]
                 on_device = dict(zip(same, to_device((splits[other] for other in same), device), strict=True))
-            task = network.tasks[number - 1]
-
-            def forward(images: Tensor, number: int = number, level: int = level) -> Tensor:
-                return network(images, number, level)
-
-            scores = measure(forward, on_device[number], task, batch_size=batch_size, device=device, progress=progress)
-            params, top = _params(network, number, level), _params(network, number, len(task.levels))
-            rows.append(
-                Evaluation(number, task.name, level, task.units(level), params, params / top, **vars(scores), file=file)
-            )
+            of_task = [one for one in chosen if one.task == number]
+            forwards = [functools.partial(network, task=number, level=level) for _, level in of_task]
+            task, images = network.tasks[number - 1], on_device[number]
+            made = measure_together(forwards, images, task, batch_size=batch_size, device=device, progress=progress)
+            scores |= dict(zip(of_task, made, strict=True))
     finally:
         network.train(training)
+    rows = []
+    for number, level in chosen:
+        task = network.tasks[number - 1]
+        params, top = _params(network, number, level), _params(network, number, len(task.levels))
+        values = vars(scores[TaskLevel(number, level)])
+        rows.append(Evaluation(number, task.name, level, task.units(level), params, params / top, **values, file=file))
     return rows
 
 
@@ -242,6 +268,10 @@ def evaluate(
 
     for opened in loaded:
         results += opened.evaluate(batch_size, chosen, advance)
+    pools = (split.pool for opened in loaded for split in opened.splits.values())
+    line = left_out(pool for pool in pools if isinstance(pool, Pool))
+    if line is not None and note is not None:
+        note(f"warning: {line}")
     return results
 
 
@@ -335,7 +365,7 @@ def open_files(
                 tasks[key] = entry
                 images[key] = choose_images(reader, entry, channels, data, base, note)
             of_files[-1][number] = key
-    reader.check_memory()
+    reader.settle()
     splits = {}
     for key in images:
         with named(tasks[key], data is None):

@@ -88,6 +88,17 @@ def channels(recipe: Recipe, base: Path) -> int:
     return recipe.backbone.in_chans or default(recipe.backbone.name).in_chans
 
 
+def input_size(recipe: Recipe, base: Path) -> tuple[int, int] | None:
+    """Height and width of the images that the backbone is made for, None where it takes any."""
+    start = recipe.partition or recipe.continues
+    if start is not None:
+        return read_checkpoint(locate(start, base)).metadata.backbone.input_size
+    assert recipe.backbone is not None
+    asked = recipe.backbone.input_size or default(recipe.backbone.name).input_size
+    size = (asked, asked) if isinstance(asked, int) else asked
+    return size if all(size) else None
+
+
 def prepared_for(recipe: Recipe, base: Path, in_chans: int) -> Preprocessing | None:
     """How images were prepared for the weights that a recipe starts from; None where those are random."""
     start = recipe.partition or recipe.continues

@@ -20,7 +20,7 @@ from dvn_cli.evaluation.measure import Evaluation
 from dvn_cli.files import check_writable
 from dvn_cli.store.metadata import Preprocessing
 from dvn_cli.training import recipes
-from dvn_cli.training.building import build, channels, prepared_for
+from dvn_cli.training.building import build, channels, input_size, prepared_for
 from dvn_cli.training.loop import Run
 from dvn_cli.training.recipe import Recipe
 from dvn_cli.training.session import (
@@ -200,22 +200,32 @@ def _same_file(a: Path, b: Path) -> bool:
 def load_data(recipe: Recipe, base: Path, note: Note = silent) -> list[TaskData]:
     """Reads the images of all tasks; paths are relative to `base`, else to the working directory.
 
-    What a task does not say of how its images are prepared is as for the weights that the recipe starts from.
+    What a task does not say of how its images are prepared is as for the weights that the recipe starts from. Images of
+    different sizes are brought to the backbone's where it does not say to which.
 
     Raises:
         InputError: see `data.Reader`; the message begins with the task's name.
     """
     in_chans, reader = channels(recipe, base), Reader()
     weights = prepared_for(recipe, base, in_chans)
-    resized = any(task.data.size is not None for task in recipe.tasks)
+    specs, plans, loaded = [], [], []
+    for task in recipe.tasks:
+        with _named(task.name):
+            spec = task.data
+            size = input_size(recipe, base) if reader.needs_size(spec, channels=in_chans, base=base) else None
+            if size is not None:
+                height_width = f"{size[0]}x{size[1]}"
+                note(f"task '{task.name}': images are brought to the backbone's {height_width}; size sets another one")
+                spec = spec.model_copy(update={"size": size})
+            specs.append(spec)
+    resized = any(spec.size is not None for spec in specs)
     if weights is not None and (resized or weights.mean is not None):
         how = weights.describe(resized)
         note(f"images are prepared as for the weights where the recipe does not say otherwise: {how}")
-    plans, loaded = [], []
-    for task in recipe.tasks:
+    for task, spec in zip(recipe.tasks, specs, strict=True):
         with _named(task.name):
-            plans.append(reader.task(_prepared(task.data, weights), channels=in_chans, base=base))
-    reader.check_memory()
+            plans.append(reader.task(_prepared(spec, weights), channels=in_chans, base=base))
+    reader.settle()
     for task, plan in zip(recipe.tasks, plans, strict=True):
         with _named(task.name):
             loaded.append(plan.load())

@@ -112,7 +112,7 @@ class Run:
                 continue
             tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
             graph = self.network.narrowed(*networks[0], training=True)
-            norm = norm_of_a_single_value(graph, tensors, tuple(split.images.shape[1:]))
+            norm = norm_of_a_single_value(graph, tensors, split.shape)
             if norm is not None:
                 remedy = "batch_size 2 or more" if len(split) > 1 else "the task 2 training images or more"
                 raise InputError(

@@ -14,6 +14,7 @@ import torch
 from pydantic import ValidationError
 
 from dvn_cli.data import DataSpec
+from dvn_cli.data.pool import left_out
 from dvn_cli.data.spec import MAY_DIFFER
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError, enough_memory
@@ -59,6 +60,7 @@ class Session:
         files: what it writes.
         note: is told, in a line each, what the record says that the recipe does not.
         restarts: after which numbers of epochs the run was trained on from its finished networks alone.
+        left_out: what is said of images that cannot be read; None where there are none.
         record: what the record says before anything is trained.
     """
 
@@ -66,6 +68,7 @@ class Session:
     files: Files
     note: Callable[[str], None]
     restarts: list[int] = field(default_factory=list)
+    left_out: str | None = field(default=None, init=False)
     record: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -142,6 +145,7 @@ class Session:
 
         def keep(run: Run) -> None:
             self._note_capture()
+            self._note_left_out()
             metadata = StateMetadata(
                 recipe=self.record["recipe"],
                 epochs_done=run.epochs_done,
@@ -176,6 +180,13 @@ class Session:
             self.record["capture_error"] = error
             self.note(f"warning: a step cannot be captured as a CUDA graph; steps are launched one by one: {error}")
 
+    def _note_left_out(self) -> None:
+        """Says and records which images cannot be read, where others than before are found."""
+        line = left_out(pool for data in self.run.data.values() for pool in data.pools)
+        if line is not None and line != self.left_out:
+            self.left_out = line
+            self.note(f"warning: {line}")
+
     @contextlib.contextmanager
     def _resumable(self) -> Iterator[None]:
         """Says of a file that cannot be written what is not lost."""
@@ -190,6 +201,7 @@ class Session:
 
     def finish(self, results: Sequence[Evaluation]) -> None:
         """Adds the accuracies on the test images to the record."""
+        self._note_left_out()
         self.record["test"] = [result.to_dict() for result in results]
         self._write_record()
 
@@ -199,7 +211,7 @@ class Session:
             | ({} if data.spec.groups is None else {"groups": data.spec.groups})
             for number, data in self.run.data.items()
         ]
-        more = {"restarts": self.restarts} if self.restarts else {}
+        more = {key: value for key in ("restarts", "left_out") if (value := getattr(self, key))}
         record = {**self.record, **more, "tasks": tasks, "epochs": self.run.history}
         text = json.dumps(record, indent=1, allow_nan=False)
         with atomic(self.files.record) as file:

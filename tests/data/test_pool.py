@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from dvn_cli.data import DataSpec, Reader, Split, batches, load_task, load_test, memory, sources, to_device
+from dvn_cli.data import DataSpec, Reader, Split, batches, decode, load_task, load_test, memory, to_device
 from dvn_cli.errors import InputError
 
 
@@ -19,8 +19,8 @@ from dvn_cli.errors import InputError
 def decoded(monkeypatch):
     """The images that are decoded, as messages call them."""
     seen = []
-    upright = sources.decode.upright
-    monkeypatch.setattr(sources.decode, "upright", lambda item: (seen.append(item.where), upright(item))[1])
+    upright = decode.upright
+    monkeypatch.setattr(decode, "upright", lambda item: (seen.append(item.where), upright(item))[1])
     return seen
 
 
@@ -188,31 +188,35 @@ def test_on_a_device_shared_images_are_there_once():
     assert all(tensor.is_meta for tensor in tensors)
 
 
-def test_images_that_do_not_fit_are_refused_before_one_is_decoded(monkeypatch, decoded):
+def test_images_that_do_not_fit_are_streamed_or_refused_before_one_is_decoded(monkeypatch, decoded):
     needed = 1797 * 8 * 8
+    kept = digits(load="memory")
     monkeypatch.setattr(memory, "available", lambda: needed)
-    load(digits())
+    load(kept)
     decoded.clear()
     monkeypatch.setattr(memory, "available", lambda: needed - 1)
     with pytest.raises(InputError, match=r"1,297 images of 1x8x8 of digits, .* take 0.1 MiB, and 0.1 MiB "):
-        load(digits())
+        load(kept)
     assert decoded == []
-    load(digits(train_images=1000))
+    load(digits(train_images=1000, load="memory"))
+    [task] = load(digits())
+    assert not isinstance(task.train.pool, torch.Tensor)
+    assert isinstance(task.test.pool, torch.Tensor)  # the smallest split first, in half of what is free
     monkeypatch.setattr(memory, "available", lambda: 10**9)
-    with pytest.raises(InputError, match=r"take .* GiB, and 0.9 GiB .*: set a smaller size, fewer train_images "):
-        load(digits(), digits(size=40000))
-    with pytest.raises(InputError, match=r"500 images of 3x40000x40000 of digits take 2,235.2 GiB"):
+    with pytest.raises(InputError, match=r"take .* GiB, and 0.9 GiB .*: set load to stream, a smaller size, fewer "):
+        load(kept, digits(size=40000, load="memory"))
+    with pytest.raises(InputError, match=r"500 images of 3x40000x40000 of digits take 2,235.2 GiB, .*: set a "):
         load_test(digits(size=40000))
     monkeypatch.setattr(memory, "available", lambda: None)  # where the system does not say
-    load(digits())
+    load(kept)
 
 
 def test_memory_that_ends_while_images_are_decoded_is_the_same_line(monkeypatch):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr(sources.decode, "eight_bit", full)
-    with pytest.raises(InputError, match=r"1,297 images of 1x8x8 of digits take 0.1 MiB, and .* free: set a smaller "):
+    monkeypatch.setattr(decode, "eight_bit", full)
+    with pytest.raises(InputError, match=r"1,297 images of 1x8x8 of digits take 0.1 MiB, and .* free: set load to "):
         load(digits())
 
 
