@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dvn_cli.graph.dtype import recast
-from dvn_cli.graph.folding import fold
+from dvn_cli.graph.folding import before, fold
 from dvn_cli.graph.narrow import Narrowed, on_device
 from dvn_cli.partition import Origin, Partition, check_size
 from dvn_cli.store import shapes
@@ -99,6 +99,7 @@ class VirtualNetwork(nn.Module):
         self._names: dict[bool, tuple[str, ...]] = {}
         self.train_graph: fx.GraphModule | None = None
         self.eval_graph: fx.GraphModule | None = None
+        self._features: tuple[Any, Any] = (None, None)  # a graph, and its part before the classifier
         self._add_graph(narrowed, training)
         super().train(training)
 
@@ -138,6 +139,18 @@ class VirtualNetwork(nn.Module):
         assert graph is not None
         places = [self._places[name] for name in self._names[self.training]]
         return graph(images, *[getattr(module, key) for module, key in places])
+
+    def features(self, images: Tensor) -> Tensor:
+        """Returns what the classifier is given: float (batch, features), or with height and width where it is so made.
+
+        In the mode that the network is in, with gradients. Of several classifiers it is the first one's input.
+        """
+        graph, names = (self.train_graph, self.eval_graph)[not self.training], self._names[self.training]
+        assert graph is not None
+        if self._features[0] is not graph:
+            classifier = {name for name, _ in self.metadata.class_axis}
+            self._features = graph, before(Narrowed(graph, names), classifier)
+        return self._features[1](images, *[getattr(*self._places[name]) for name in names])
 
     def macs(self) -> int:
         """Returns the multiply-accumulates of one image."""

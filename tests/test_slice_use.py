@@ -216,6 +216,33 @@ def test_it_is_exported_again(network: VirtualNetwork, images: Images) -> None:
     assert set(program.state_dict) == set(network.state_dict())
 
 
+def test_features_are_what_the_classifier_is_given(network: VirtualNetwork, images: Images) -> None:
+    own = [p for name, p in network.named_parameters() if name.startswith(("head.", "classifier."))]
+    bias, weight = sorted(own, key=lambda p: p.ndim)
+    for dtype, mode in ((torch.float32, True), (torch.float32, False), (torch.float64, False)):
+        network.train(mode).to(dtype)
+        state = copy.deepcopy(network.state_dict())
+        features = network.features(images().to(dtype))
+        assert features.shape == (4, weight.shape[1])
+        network.load_state_dict(state)
+        expected = network(images().to(dtype))
+        torch.testing.assert_close(F.linear(features, weight, bias), expected, rtol=1e-4, atol=1e-5)
+    assert copy.deepcopy(network).features(images().double()).equal(features)
+    found = gradients(network, lambda x: network.features(x)[:, :CLASSES], images().double())
+    assert not any(name.startswith(("head.", "classifier.")) for name in found)
+    assert len(found) == len(list(network.parameters())) - 2
+
+
+def test_features_of_a_convolution_that_classifies() -> None:
+    torch.manual_seed(0)
+    layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, CLASSES, 1))
+    module = nn.Sequential(layers, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    network = networks_apart(module, BackboneSpec("timm", "convolutions", CLASSES, 3, (8, 8))).virtual_network(1, 2)
+    features = network.features(random_images(2, 8))
+    assert features.shape == (2, 8, 6, 6)
+    torch.testing.assert_close(layers[2](features).mean((2, 3)), network(random_images(2, 8)))
+
+
 # What a backbone casts
 
 

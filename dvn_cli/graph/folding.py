@@ -1,7 +1,7 @@
-"""A narrow network as a function of images alone: what depends on weights alone is calculated once."""
+"""A narrow network as a function of images alone, what depends on weights calculated once; and a part of a network."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -72,6 +72,31 @@ def fold(narrowed: Narrowed, tensors: Mapping[str, Tensor], norms: bool = False)
                 new[node] = graph.node_copy(node, entered)
     graph.eliminate_dead_code()
     return fx.GraphModule(root, graph, "Network")
+
+
+def before(narrowed: Narrowed, names: Collection[str]) -> fx.GraphModule:
+    """Returns the network up to what the first operator is given that joins some of its tensors with images.
+
+    Args:
+        narrowed: it stays as it is, and its constants are shared.
+        names: of the tensors, by the backbone's names.
+    """
+    part = fx.GraphModule(narrowed.module, copy.deepcopy(narrowed.module.graph), "Before")
+    images, *weights = part.graph.find_nodes(op="placeholder")
+    seen = {images}
+    reached = {node for node, name in zip(weights, narrowed.names, strict=True) if name in names}
+    for node in part.graph.nodes:
+        given = set(node.all_input_nodes)
+        if given & reached and given & seen:
+            result = next(n for n in node.all_input_nodes if n in seen)
+            break
+        seen |= {node} if given & seen else set()
+        reached |= {node} if given & reached else set()
+    (output,) = part.graph.find_nodes(op="output")
+    output.args = (result,)
+    part.graph.eliminate_dead_code()
+    part.recompile()
+    return part
 
 
 def _plain(module: fx.GraphModule) -> fx.GraphModule:
