@@ -419,13 +419,13 @@ def _peak_memory(job: Job) -> int | None:
     features = nn.functional.conv2d(torch.zeros(1, 16, 16, 16), torch.zeros(32, 16, 3, 3))
     features = nn.functional.batch_norm(features, zeros, zeros, zeros, zeros).relu_()
     nn.functional.linear(features.mean((2, 3)), torch.zeros(8, 32))
-    before = _resident_peak(reset=True)
+    before = resident_peak(reset=True)
     seconds(*_load(job), 3)
-    after = _resident_peak()
+    after = resident_peak()
     return None if before is None or after is None or device.type != "cpu" else after - before
 
 
-def _resident_peak(reset: bool = False) -> int | None:
+def resident_peak(reset: bool = False) -> int | None:
     """The most bytes of this process that were ever in memory, or are now where the mark can be reset."""
     with contextlib.suppress(OSError):
         if reset:

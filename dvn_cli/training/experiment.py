@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from dvn_cli.training import recipes
 from dvn_cli.training.building import build, channels, input_size, prepared_for
 from dvn_cli.training.loop import Run
 from dvn_cli.training.recipe import Recipe
+from dvn_cli.training.rehearsal import Rehearsal, rehearse
 from dvn_cli.training.session import (
     Files,
     Finished,
@@ -106,15 +108,8 @@ def train(
         >>> trained = dvn_cli.train("digits", overrides=["epochs=5"])  # doctest: +SKIP
         >>> [round(result.top1) for result in trained.results]  # doctest: +SKIP
     """
-    observer, output, base = observer or Observer(), Path(output), Path()
-    if isinstance(recipe, Recipe):
-        if overrides:
-            raise InputError("a Recipe is complete: give its keys as a mapping to override some of them")
-    elif isinstance(recipe, Mapping):
-        recipe = recipes.parse(recipes.resolved(copy.deepcopy(dict(recipe)), overrides, "the recipe"), "the recipe")
-    else:
-        file = recipes.find(os.fspath(recipe))
-        recipe, base = recipes.read(file, overrides), recipes.folder(file)
+    observer, output = observer or Observer(), Path(output)
+    recipe, base = _read(recipe, overrides)
     if resume and (finished := complete_run(recipe, output)) is not None:
         observer.note(f"{output} has all of its {finished.epochs} epochs: there is nothing left to do")
         return Trained(output, Files.of(output).record, finished.results or [], finished.history)
@@ -131,6 +126,40 @@ def train(
     finally:  # whichever of the two fails, the other one has the results
         session.finish(results)
     return trained
+
+
+def dry_run(
+    recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe,
+    *,
+    overrides: Sequence[str] = (),
+    device: str | torch.device = "auto",
+    observer: Observer | None = None,
+) -> Rehearsal:
+    """Reads and divides all that a run needs, takes two steps, and returns what the run will take; writes nothing.
+
+    Arguments and errors are those of `train`.
+    """
+    observer = observer or Observer()
+    recipe, base = _read(recipe, overrides)
+    where = device if isinstance(device, torch.device) else choose(device)
+    with tempfile.TemporaryDirectory() as folder:
+        session = prepare(recipe, base, Path(folder) / "dvn.safetensors", where, note=observer.note)
+    observer.begins(session)
+    with enough_memory_for(recipe, where):
+        return rehearse(session.run)
+
+
+def _read(recipe: str | os.PathLike[str] | Mapping[str, Any] | Recipe, overrides: Sequence[str]) -> tuple[Recipe, Path]:
+    """The recipe, however it is given, and the folder that its relative paths start from."""
+    if isinstance(recipe, Recipe):
+        if overrides:
+            raise InputError("a Recipe is complete: give its keys as a mapping to override some of them")
+        return recipe, Path()
+    if isinstance(recipe, Mapping):
+        content = recipes.resolved(copy.deepcopy(dict(recipe)), overrides, "the recipe")
+        return recipes.parse(content, "the recipe"), Path()
+    file = recipes.find(os.fspath(recipe))
+    return recipes.read(file, overrides), recipes.folder(file)
 
 
 def prepare(

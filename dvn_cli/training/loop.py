@@ -24,7 +24,7 @@ from dvn_cli.store.metadata import StateMetadata, TaskLevel
 from dvn_cli.training.freezing import Freezing
 from dvn_cli.training.levels import networks_of_step
 from dvn_cli.training.losses import balancing
-from dvn_cli.training.methods import METHODS, plan
+from dvn_cli.training.methods import METHODS, Stage, plan
 from dvn_cli.training.optimizer import load_state, make_optimizer, state_tensors
 from dvn_cli.training.recipe import Recipe
 from dvn_cli.training.schedule import factor
@@ -94,8 +94,12 @@ class Run:
     @property
     def steps(self) -> int:
         """Of an epoch of this stage."""
+        return self.steps_of(self.stage)
+
+    def steps_of(self, stage: Stage) -> int:
+        """Of an epoch of a stage."""
         sizes = self.batch_sizes
-        batches = max(batch_count(self.train[task], sizes[task], training=True) for task in self.stage.tasks)
+        batches = max(batch_count(self.train[task], sizes[task], training=True) for task in stage.tasks)
         return -(-batches // self.recipe.accumulate)
 
     @property

@@ -1,9 +1,11 @@
 """Where recipes are, and how one is read: from its file, with the overrides of its scale, its setting and its user."""
 
 import codecs
+import itertools
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,32 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
 def shipped() -> dict[str, Path]:
     """The recipes that come with dvn, by name."""
     return {path.stem: path for folder in FOLDERS for path in sorted(folder.glob("*.yaml"))}
+
+
+@dataclass(frozen=True)
+class Shipped:
+    """A recipe that comes with dvn.
+
+    Attributes:
+        name: of it.
+        scales: sets of overrides that it has, by their names.
+        meaning: what it trains.
+    """
+
+    name: str
+    scales: list[str]
+    meaning: str
+
+
+def described() -> list[Shipped]:
+    """Returns the recipes that come with dvn, as their files describe themselves."""
+    found = []
+    for name, path in shipped().items():
+        text = path.read_text(encoding="utf-8")
+        comment = "".join(itertools.takewhile(lambda line: line.startswith("#"), text.splitlines(keepends=True)))
+        meaning = comment.partition("#\n")[2].replace("# ", "").replace("\n", " ").strip()
+        found.append(Shipped(name, ["full", *(read_yaml(text).get("scales") or {})], meaning))
+    return found
 
 
 def folder(file: Path) -> Path:

@@ -116,6 +116,8 @@ def documents(folder: Path) -> Callable[[str], Any]:
         "partition": ["partition", *digits, "-o", str(folder / "new.safetensors")],
         "train": ["train", str(folder / "small.yaml"), "-o", run],
         "train --keys": ["train", "--keys"],
+        "train --list": ["train", "--list"],
+        "train --dry-run": ["train", str(folder / "small.yaml"), "--dry-run"],
         "slice": ["slice", str(folder / "trained.safetensors"), "--all", "-o", str(folder / "slices")],
         "eval": ["eval", cut, "--data", "source=digits"],
         "bench": ["bench", cut, "--num-bench-iter", "1", "--num-warm-iter", "0"],
