@@ -2,7 +2,7 @@
 
 from dvn_cli.data.batches import Split, batch_count, batches, to_device
 from dvn_cli.data.pool import Pool
-from dvn_cli.data.sample import drawn, sample, unlabelled
+from dvn_cli.data.sample import drawn, sample, some, unlabelled
 from dvn_cli.data.spec import DataSpec
 from dvn_cli.data.task import Chosen, Reader, TaskData, load_task, load_test
 
@@ -19,6 +19,7 @@ __all__ = [
     "load_task",
     "load_test",
     "sample",
+    "some",
     "to_device",
     "unlabelled",
 ]

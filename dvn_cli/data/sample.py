@@ -48,10 +48,15 @@ def sample(spec: DataSpec, count: int = IMAGES, *, seed: int, channels: int = 3,
     return Split(pool.images, torch.zeros(len(pool.images), dtype=torch.int64))
 
 
+def some(split: Split, count: int, *, seed: int) -> Split:
+    """Returns some images of a split, drawn by a seed: all where it has no more."""
+    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count].to(split.labels.device)
+    return split.subset(order)
+
+
 def drawn(split: Split, mean: Sequence[float], std: Sequence[float], *, seed: int, count: int = IMAGES) -> list[Tensor]:
     """Returns some images of a split, drawn by a seed: normalised batches, float (batch, channels, height, width)."""
-    order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))[:count].to(split.labels.device)
-    return [images for images, _ in batches(split.subset(order), BATCH, mean=mean, std=std)]
+    return [images for images, _ in batches(some(split, count, seed=seed), BATCH, mean=mean, std=std)]
 
 
 def unlabelled(

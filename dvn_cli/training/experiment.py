@@ -212,6 +212,9 @@ def prepare(
             teachers = file_teachers(recipe.taught_by, base, network, list(learnt), device)
         run = Run(recipe, network, learnt, device, before, teachers)
     run.check_batches()
+    held = {student.task for stage in run.stages for student, _ in stage.distilled}
+    for number in sorted(held - run.data.keys()) if recipe.sequential.replay else ():
+        note(f"no images of task '{run.network.tasks[number - 1].name}' are replayed: the recipe has none")
     session = Session(run, files, note)
     if interrupted is not None:
         session.restore(interrupted)

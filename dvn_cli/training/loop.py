@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from dvn_cli.data import TaskData, to_device
+from dvn_cli.data import Split, TaskData, some, to_device
 from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.evaluation.measure import evaluate_all
@@ -274,7 +274,7 @@ class Run:
         """One pass over the stage's largest task. Returns the mean loss of every network, by task and level."""
         recipe, stage, step = self.recipe, self.stage, self.step
         self.network.train()
-        batches = {number: self._endless(number) for number in stage.tasks}
+        batches = {number: self._endless(number, split) for number, split in self._splits().items()}
         step.totals.zero_()
         counts = Counter[TaskLevel]()
         check_every = 1 if self.device.type == "cpu" else CHECK_EVERY
@@ -348,9 +348,17 @@ class Run:
             "overwritten"
         )
 
-    def _endless(self, number: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def _splits(self) -> dict[int, Split]:
+        """The images that this stage trains on: those of its tasks, and those of old ones that are replayed."""
+        splits, count = {number: self.train[number] for number in self.stage.tasks}, self.recipe.sequential.replay
+        for student, _ in self.stage.distilled if count else ():
+            if student.task in self.train:
+                splits[student.task] = some(self.train[student.task], count, seed=self.recipe.seed)
+        return splits
+
+    def _endless(self, number: int, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of a task, pass after pass: a smaller task is seen more often in an epoch."""
-        resident = TaskData(**{**vars(self.data[number]), "train": self.train[number]})
+        resident = TaskData(**{**vars(self.data[number]), "train": split})
         while True:
             yield from resident.train_batches(self.batch_sizes[number], self.generators[number], self.device)
 

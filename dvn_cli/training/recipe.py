@@ -166,6 +166,12 @@ class SequentialKeys(Keys):
         description="Each task adds one unit and the last task the last one; otherwise all units exist from the "
         "start. It makes no difference to methods with one level a task.",
     )
+    replay: Annotated[int, Field(ge=0, strict=True)] = Field(
+        default=0,
+        description="Number of training images of each earlier task of the recipe that are kept, for distilled: its "
+        "networks learn to give their old outputs on these and on the new task's images. By default none, as in the "
+        "paper.",
+    )
     temperature: float = Field(
         default=2.0,
         gt=0,

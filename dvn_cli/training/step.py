@@ -132,10 +132,10 @@ class Step:
     def _prepared(self, batches: Batches) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
         """The images that each task's networks get, by its number, and the labels there are."""
         images = {number: given for number, (given, _) in batches.items()}
-        for number, _ in self.networks:
-            if number not in images:  # an old task, whose images are gone
-                source, tasks = self.stage.tasks[0], self.network.tasks
-                images[number] = as_seen_by(batches[source][0], tasks[source - 1], tasks[number - 1])
+        source, tasks = self.stage.tasks[0], self.network.tasks
+        for number in {student.task for student, _ in self.stage.distilled}:  # old tasks, whose images are gone or few
+            seen = as_seen_by(batches[source][0], tasks[source - 1], tasks[number - 1])
+            images[number] = torch.cat([seen, images[number]]) if number in images else seen
         layout = memory_format(self.recipe.memory_format, self.device)
         images = {number: given.contiguous(memory_format=layout) for number, given in images.items()}
         return images, {number: labels for number, (_, labels) in batches.items()}

@@ -170,8 +170,11 @@ def test_no_unit_is_free(tmp_path: Path) -> None:
     """Then the old networks learn by distillation, and that is said; or the new task has no unit of its own."""
     path = first(tmp_path / "first")
     notes: list[str] = []
-    session = added(tmp_path / "second", path, SEQUENTIAL, note=notes.append)
-    assert notes == ["no unit is free for task 'high': earlier tasks' networks are trained on, held by distillation"]
+    session = added(tmp_path / "second", path, SEQUENTIAL, "sequential.replay=9", note=notes.append)
+    assert notes == [
+        "no unit is free for task 'high': earlier tasks' networks are trained on, held by distillation",
+        "no images of task 'low' are replayed: the recipe has none",
+    ]
     assert session.run.stage.distilled == (((1, 1), (1, 1)), ((1, 2), (1, 2)))
     session = added(tmp_path / "third", path, SEQUENTIAL, "sequential.old=frozen")
     session.train(small.nothing, small.nothing)

@@ -386,6 +386,7 @@ CHANGES = {
     "sequential": "{temperature: 3}",
     "sequential.old": "frozen",
     "sequential.grow": "true",
+    "sequential.replay": "10",
     "sequential.temperature": "3",
     "sequential.weight": "0.5",
     "sequential.squared_temperature": "true",

@@ -85,6 +85,13 @@ class SecondStep:
             {(1, 1): (1, 1), (1, 2): (1, 2)},
         ),
         (
+            ["learning=sequential", "sequential.replay=8"],
+            2,
+            {(2, 1), (2, 2)},
+            {},
+            {(1, 1): (1, 1), (1, 2): (1, 2)},
+        ),
+        (
             [*GROW, "sequential.weight=0.3", "sequential.temperature=3", "inplace_distillation=true"],
             2,
             {(2, 2)},
@@ -99,7 +106,7 @@ class SecondStep:
             {(1, 2): (1, 1)},
         ),
     ],
-    ids=["from the top level", "from the next level", "held at each level", "a grown level", "warm-up"],
+    ids=["from the top level", "from the next level", "held at each level", "replayed", "a grown level", "warm-up"],
 )
 def test_gradients(
     tmp_path: Path,
@@ -135,6 +142,23 @@ def test_gradients(
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
     moving = {name for name, tensor in run.network.file_tensors().items() if tensor.requires_grad}
     assert set(seen.gradients) == moving
+
+
+def test_replayed_images(tmp_path: Path) -> None:
+    """The same few of an old task's training images, in every step, behind the new ones."""
+    run = small.session(tmp_path, "learning=sequential", "sequential.replay=3", "tasks.0.data.augment=none").run
+    seen: list[Tensor] = []
+
+    def forward(_: Any, given: Any) -> None:
+        if run.stage == run.stages[1] and given[1:3] == (1, 2):
+            seen.append(given[0])
+
+    run.network.register_forward_pre_hook(forward)
+    run.run(small.nothing, small.nothing)
+    assert {len(images) for images in seen} == {16 + 3}
+    kept = torch.cat([images[16:] for images in seen])
+    small.labels_of(kept, run.data[1])  # fails where they are no training images of the old task
+    assert len(kept.unique(dim=0)) == 3
 
 
 def test_old_networks_see_the_new_images_as_their_own(tmp_path: Path) -> None:
