@@ -31,6 +31,11 @@ def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
 
 
+def limits(interval: tuple[float, float]) -> str:
+    """An interval of accuracies in per cent: 94.4-98.6."""
+    return "{:.1f}-{:.1f}".format(*interval)
+
+
 def console(stderr: bool = False, markup: bool = False) -> Console:
     """Returns the console of a command: on stderr without control codes where that is a log, whatever is forced."""
     is_log = stderr and not (sys.stderr is not None and sys.stderr.isatty())
@@ -59,15 +64,14 @@ class FittedTable(Table):
             made.add_row(*cells, style=row.style)
         return made
 
-    @property
-    def least_width(self) -> int:
-        """The width with every figure in full, and with `NARROWEST // 3` characters for words, which fold."""
+    def least_width(self, words: int = NARROWEST // 3) -> int:
+        """The width with every figure in full, and with so many characters for words, which fold."""
         wide = Console(width=10_000)
         least = Measurement.get(wide, wide.options, self).maximum
         for column in self.columns:
             if not column.no_wrap:
                 cells = (Measurement.get(wide, wide.options, cell).maximum for cell in (column.header, *column.cells))
-                least -= max(0, max(cells) - NARROWEST // 3)
+                least -= max(0, max(cells) - words)
         return least
 
 
@@ -76,9 +80,9 @@ def show(on: Console, *tables: FittedTable) -> None:
     width = on.width
     for each in tables:
         for header in each.optional:
-            if each.least_width > width:
+            if each.least_width(max(NARROWEST // 3, width // 6)) > width:
                 each = each.without(header)
-        on.width = max(width, each.least_width)
+        on.width = max(width, each.least_width())
         on.print(each, crop=False)
     on.width = width
 

@@ -1,11 +1,11 @@
-"""`dvn eval`: accuracy and loss of networks on test images."""
+"""`dvn eval`: accuracy and loss of networks on test images, and whether they are good enough."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from dvn_cli.errors import DvnError, InputError
+from dvn_cli.errors import InputError
 from dvn_cli.files import check_writable
 
 
@@ -25,7 +25,33 @@ def eval_command(
         ),
     ] = None,
     min_accuracy: Annotated[
-        float | None, typer.Option(help="Top-1 in per cent; exit with 1 if a network is below it.")
+        list[str] | None,
+        typer.Option(
+            metavar="[NETWORKS:]A",
+            help="Top-1 in per cent; exit with 1 if a network is below it. Of all networks, or of those of task=T, "
+            "level=L or task=T,level=L. Can be given again; what is said of fewer networks goes before.",
+        ),
+    ] = None,
+    gates: Annotated[
+        Path | None, typer.Option(help="A YAML file of such floors, `task=T,level=L: A` in each line, `all: A` in one.")
+    ] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(help="Compare, image by image, with what --save-baseline wrote; exit with 1 if one is worse."),
+    ] = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="With --baseline: points of accuracy that may be lost. Default: 0.5.")
+    ] = None,
+    undecided: Annotated[
+        str | None,
+        typer.Option(help="With --baseline: what too few images to tell count as, pass or fail. Default: exit with 3."),
+    ] = None,
+    save_baseline: Annotated[
+        Path | None, typer.Option(help="Write which images were told right, if all gates are passed.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML, a test case for each network.")] = None,
+    summary: Annotated[
+        Path | None, typer.Option(help="Add a summary in Markdown to this file, such as $GITHUB_STEP_SUMMARY.")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time; the result does not depend on it.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -34,18 +60,29 @@ def eval_command(
         Path | None, typer.Option(help="Write the results to this file too, as .csv or .json.")
     ] = None,
 ) -> None:
-    """Evaluate networks on test images: top-1, top-5, loss. Exits with 1 below --min-accuracy, and at NaN."""
-    if min_accuracy is not None and not 0 <= min_accuracy <= 100:
-        raise InputError(f"--min-accuracy is in per cent, 0 to 100, not {min_accuracy:g}")
-    if min_accuracy is not None and 0 < min_accuracy < 1:
-        raise InputError(f"--min-accuracy is in per cent: give {100 * min_accuracy:g} for {min_accuracy:g}")
+    """Evaluate networks on test images: top-1, top-5, loss, and 95 % intervals of top-1.
+
+    Exits with 1 where a gate is missed or a loss is not a number, and with 3 where too few images leave it undecided.
+    """
+    from dvn_cli.evaluation.gates import Verdict, parse_floor, read_floors
+
     if results_file is not None and results_file.suffix not in (".csv", ".json"):
         raise InputError(f"--results-file ends with .csv or .json, not '{results_file.name}'")
+    if baseline is None and (tolerance is not None or undecided is not None):
+        raise InputError("--tolerance and --undecided are of a comparison: give --baseline too")
+    if undecided not in (None, "pass", "fail"):
+        raise InputError(f"--undecided is pass or fail, not '{undecided}'")
+    if tolerance is not None and not 0 <= tolerance <= 100:
+        raise InputError(f"--tolerance is in points of accuracy, 0 to 100, not {tolerance:g}")
+    floors = [] if gates is None else read_floors(gates)
+    floors += [parse_floor(text) for text in min_accuracy or []]
+    for path in (results_file, save_baseline, junit, summary):
+        if path is not None:
+            check_writable(path)
 
+    import contextlib
     import json
-
-    if results_file is not None:
-        check_writable(results_file)
+    import os
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -53,12 +90,19 @@ def eval_command(
 
     err = report.console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+
+    def note(line: str) -> None:
+        err.print(line, soft_wrap=True)
+
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task("reading", total=None)
 
-        from dvn_cli.evaluation import gates, rendering
+        from dvn_cli.evaluation import ci, rendering
+        from dvn_cli.evaluation.judge import Judge
         from dvn_cli.evaluation.measure import evaluate
 
+        counts_as: Verdict = "undecided" if undecided is None else "passed" if undecided == "pass" else "failed"
+        judge = Judge(floors, baseline, tolerance, counts_as, save_baseline, task, level, note)
         rows = evaluate(
             files or [Path("dvn.safetensors")],
             task,
@@ -66,19 +110,25 @@ def eval_command(
             data=data,
             batch_size=batch_size,
             device=device,
-            note=lambda line: err.print(line, soft_wrap=True),
+            note=note,
             progress=lambda done, total: progress.update(bar, description="images", completed=done, total=total),
+            opened=judge.opens,
         )
-    judged = None if min_accuracy is None else gates.gate(rows, min_accuracy)
-    results = rendering.as_document(rows, judged)
-    try:
+    gate = judge.judge(rows)
+    results = rendering.as_document(rows, gate)
+    with contextlib.ExitStack() as outputs:  # whichever of them fails, the others have the results
+        if results_file is not None:
+            outputs.callback(rendering.write, results_file, results)
+        if summary is not None:
+            outputs.callback(ci.append, summary, ci.markdown(rows, gate))
+        if junit is not None:
+            outputs.callback(ci.write_junit, junit, rows, gate)
+        if os.environ.get("GITHUB_ACTIONS") == "true":
+            for line in ci.annotations(gate):
+                outputs.callback(typer.echo, line, err=True)
         if as_json:
             typer.echo(json.dumps(results, indent=2))
         else:
-            report.show(report.console(), *rendering.result_tables(rows))
-    finally:  # whichever of the two fails, the other one has the results
-        if results_file is not None:
-            rendering.write(results_file, results)
-    problem = gates.failure(rows, judged)
-    if problem is not None:
-        raise DvnError(problem)
+            report.show(report.console(), *rendering.result_tables(rows), *rendering.check_tables(gate))
+    gate.raise_for_verdict()
+    judge.save(rows)

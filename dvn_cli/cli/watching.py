@@ -115,7 +115,9 @@ def level_table(run: Run) -> report.FittedTable:
     made = report.table(*columns, text=1, optional=("of all units", "MACs"))
     for row in rows:
         name = f"{row.task} {run.network.tasks[row.task - 1].name}"
-        accuracy = ["-" if row.top1 is None else f"{row.top1:.1f} %"] if before else []
+        accuracy = ["-"] if before else []
+        if row.top1 is not None and row.interval is not None:
+            accuracy = [f"{row.top1:.1f} %\n{report.limits(row.interval)}"]
         shares = (report.percent(row.density), report.percent(row.common))
         size = (report.short(row.params), *shares, report.short(row.macs))
         made.add_row(name, str(row.level), str(row.units), *size, *accuracy)

@@ -1,10 +1,11 @@
 """Accuracy and loss of networks on test images."""
 
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dvn_cli.data.words import Data, parse_data, prepared
 from dvn_cli.device import choose
 from dvn_cli.errors import InputError, enough_memory
 from dvn_cli.evaluation.images import choose_images, named
+from dvn_cli.evaluation.intervals import wilson
 from dvn_cli.loading import from_file
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 from dvn_cli.store.file import AnyHeader, read_header
@@ -43,12 +45,16 @@ class Scores:
             classes or fewer, where that says nothing.
         loss: mean cross-entropy over the images; NaN where one of their logits is not finite.
         images: how many there were.
+        predicted: the likeliest class of each image, int64 (N,) on the CPU; -1 where a logit is not finite.
+        labels: their classes, likewise.
     """
 
     top1: float
     top5: float | None
     loss: float
     images: int
+    predicted: Tensor
+    labels: Tensor
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Evaluation:
         units: that it is made of, by number from 1.
         params: elements of its trainable parameters.
         density: their share of those of its task's top level.
-        top1, top5, loss, images: see `Scores`.
+        top1, top5, loss, images, predicted, labels: see `Scores`; the last two are None in what was read back.
         file: that it came from, where it came from one.
     """
 
@@ -76,17 +82,31 @@ class Evaluation:
     top5: float | None
     loss: float
     images: int
+    predicted: Tensor | None = field(default=None, repr=False, compare=False)
+    labels: Tensor | None = field(default=None, repr=False, compare=False)
     file: str | None = None
 
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval of `top1`, in per cent: what as many other images of this kind may give."""
+        return wilson(round(self.top1 * self.images / 100), self.images)
+
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it: null for a loss that is not finite."""
-        return {**vars(self), "units": list(self.units), "loss": self.loss if math.isfinite(self.loss) else None}
+        """As JSON has it, without predictions and labels: null for a loss that is not finite."""
+        entry = {key: value for key, value in vars(self).items() if key not in ("predicted", "labels")}
+        return {
+            **entry,
+            "units": list(self.units),
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "top1_interval": list(self.interval),
+        }
 
     @classmethod
     def from_dict(cls, entry: Mapping[str, Any]) -> "Evaluation":
         """Reads what `to_dict` returned."""
         loss = math.nan if entry["loss"] is None else entry["loss"]
-        return cls(**{**entry, "units": tuple(entry["units"]), "loss": loss})
+        kept = {key: value for key, value in entry.items() if key != "top1_interval"}
+        return cls(**{**kept, "units": tuple(entry["units"]), "loss": loss})
 
     def __str__(self) -> str:
         return f"task '{self.name}', level {self.level}" + (f" of '{self.file}'" if self.file else "")
@@ -138,9 +158,12 @@ def measure_together(
         raise ValueError("a network is evaluated in eval mode")
     losses: list[list[Tensor]] = [[] for _ in networks]
     ranks: list[list[Tensor]] = [[] for _ in networks]
+    predicted: list[list[Tensor]] = [[] for _ in networks]
+    seen: list[Tensor] = []
     classes = len(task.classes)
     with torch.inference_mode():
         for images, labels in batches(split, batch_size, mean=task.mean, std=task.std, device=device):
+            seen.append(labels)
             for place, network in enumerate(networks):
                 logits = network(images).float()
                 own = logits.gather(1, labels[:, None])
@@ -149,21 +172,26 @@ def measure_together(
                 finite = logits.isfinite().all(1)
                 losses[place].append(F.cross_entropy(logits, labels, reduction="none").where(finite, math.nan))
                 ranks[place].append(rank.where(finite, classes))
+                predicted[place].append(logits.argmax(1).where(finite, -1))  # the first of equal ones
                 if progress is not None:
                     progress(len(labels))
     if not ranks[0]:
         raise InputError("none of the images can be read")
+    labels = torch.cat(seen).cpu()
     return [
-        _scores(torch.cat(of_network), torch.cat(loss), classes) for of_network, loss in zip(ranks, losses, strict=True)
+        _scores(torch.cat(of_network).cpu(), torch.cat(loss).cpu(), torch.cat(likeliest).cpu(), labels, classes)
+        for of_network, loss, likeliest in zip(ranks, losses, predicted, strict=True)
     ]
 
 
-def _scores(ranks: Tensor, losses: Tensor, classes: int) -> Scores:
+def _scores(ranks: Tensor, losses: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> Scores:
     return Scores(
         top1=100 * int((ranks < 1).sum()) / len(ranks),
         top5=100 * int((ranks < 5).sum()) / len(ranks) if classes > 5 else None,
-        loss=float(losses.cpu().double().mean()),
+        loss=float(losses.double().mean()),
         images=len(ranks),
+        predicted=predicted,
+        labels=labels,
     )
 
 
@@ -229,6 +257,7 @@ def evaluate(
     device: str | torch.device = "auto",
     note: Callable[[str], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    opened: Callable[[Sequence["Loaded"]], None] | None = None,
 ) -> list[Evaluation]:
     """Measures accuracy and loss of networks on test images.
 
@@ -242,6 +271,7 @@ def evaluate(
         device: `auto`, or by torch's name; networks in memory are moved there.
         note: is told, in a line, what was taken for what.
         progress: is told how many images have been run, and how many there are.
+        opened: is given the files with their images before anything is run.
 
     Raises:
         InputError: a file that is missing or broken, no such task or level, or images that are not there or not of
@@ -258,7 +288,9 @@ def evaluate(
     spec, base = parse_data(data, note) if data else (None, None)
     given = [files] if isinstance(files, str | os.PathLike | nn.Module) else files
     loaded = open_files(given, None if task is None else str(task), level, spec, base, note)
-    total, done, results = sum(opened.images for opened in loaded), 0, []
+    if opened is not None:
+        opened(loaded)
+    total, done, results = sum(each.images for each in loaded), 0, []
 
     def advance(count: int) -> None:
         nonlocal done
@@ -266,9 +298,9 @@ def evaluate(
         if progress is not None:
             progress(done, total)
 
-    for opened in loaded:
-        results += opened.evaluate(batch_size, chosen, advance)
-    pools = (split.pool for opened in loaded for split in opened.splits.values())
+    for each in loaded:
+        results += each.evaluate(batch_size, chosen, advance)
+    pools = (split.pool for each in loaded for split in each.splits.values())
     line = left_out(pool for pool in pools if isinstance(pool, Pool))
     if line is not None and note is not None:
         note(f"warning: {line}")
@@ -289,6 +321,16 @@ class Loaded:
     def images(self) -> int:
         """How many are run in all."""
         return sum(len(self.splits[task]) for task, _ in self.networks)
+
+    def sha256(self, task: int, level: int) -> str:
+        """Returns the digest of a network: of its tensors by name, and of what its task's images are normalised by."""
+        entry, module = self.header.metadata.numbered_tasks[task], self.module
+        tensors = module.tensors(task, level) if isinstance(module, DeepVirtualNetwork) else module.state_dict()
+        digest = hashlib.sha256(repr((entry.mean, entry.std)).encode())
+        for name, tensor in sorted(tensors.items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        return digest.hexdigest()
 
     def evaluate(self, batch_size: int, device: torch.device, progress: Progress | None = None) -> list[Evaluation]:
         """Evaluates its networks, in order; their mode is left as it was.

@@ -12,19 +12,29 @@ from dvn_cli.evaluation.gates import Gate
 from dvn_cli.evaluation.measure import Evaluation
 from dvn_cli.files import atomic
 
+SCHEMA_VERSION = 1
+"""Of the document of `dvn eval --json`, which `eval.schema.json` describes; it rises when a key goes or changes."""
 
-def gate_as_json(judged: Gate | None) -> dict[str, Any] | None:
-    """A gate as JSON has it."""
-    if judged is None:
+
+def gate_as_json(gate: Gate) -> dict[str, Any] | None:
+    """A gate as JSON has it; None where nothing was asked."""
+    if all(check.kind == "loss" for check in gate.checks):
         return None
-    row = judged.worst.to_dict()
-    worst = {key: row[key] for key in ("task", "name", "level", "top1", "file")}
-    return {"min_accuracy": judged.min_accuracy, "passed": judged.passed, "worst": worst}
+    floors = [check for check in gate.checks if check.kind == "min_accuracy"]
+    worst = min(floors, key=lambda check: check.margin, default=None)
+    return {
+        "verdict": gate.verdict,
+        "passed": gate.verdict == "passed",
+        "min_accuracy": gate.min_accuracy,
+        "worst": worst and {**worst.network._asdict(), "top1": worst.figures["top1"], "file": worst.file},
+        "checks": [check.to_dict() for check in gate.checks],
+    }
 
 
-def as_document(rows: Sequence[Evaluation], judged: Gate | None) -> dict[str, Any]:
+def as_document(rows: Sequence[Evaluation], gate: Gate) -> dict[str, Any]:
     """Returns rows and their gate as the one document of `dvn eval --json`."""
-    return {"results": [row.to_dict() for row in rows], "gate": gate_as_json(judged)}
+    results = [row.to_dict() for row in rows]
+    return {"schema_version": SCHEMA_VERSION, "results": results, "gate": gate_as_json(gate)}
 
 
 def write(path: Path, document: Mapping[str, Any]) -> None:
@@ -37,7 +47,8 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
     if path.suffix == ".json":
         json.dump(document, text, indent=2)
     else:
-        rows = [row | {"units": " ".join(map(str, row["units"]))} for row in document["results"]]
+        lists = ("units", "top1_interval")
+        rows = [row | {key: " ".join(map(str, row[key])) for key in lists} for row in document["results"]]
         writer = csv.DictWriter(text, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
@@ -54,8 +65,8 @@ def result_tables(rows: Sequence[Evaluation]) -> list[report.FittedTable]:
 
 
 def _result_table(rows: Sequence[Evaluation], title: str | None) -> report.FittedTable:
-    columns = ("task", "level", "units", "params", "density", "top-1", "top-5", "loss", "images")
-    optional = ("units", "params", "density", "images", "loss", "top-5")
+    columns = ("task", "level", "units", "params", "density", "top-1", "95 % CI", "top-5", "loss", "images")
+    optional = ("units", "params", "density", "images", "loss", "top-5", "95 % CI")
     made = report.table(*columns, title=title, text=1, optional=optional)
     for row in rows:
         made.add_row(
@@ -65,6 +76,7 @@ def _result_table(rows: Sequence[Evaluation], title: str | None) -> report.Fitte
             report.short(row.params),
             report.percent(row.density),
             f"{row.top1:.2f}",
+            report.limits(row.interval),
             "-" if row.top5 is None else f"{row.top5:.2f}",
             f"{row.loss:.3f}",
             str(row.images),
@@ -72,14 +84,24 @@ def _result_table(rows: Sequence[Evaluation], title: str | None) -> report.Fitte
     return made
 
 
+def check_tables(gate: Gate) -> list[report.FittedTable]:
+    """A row for each check of a gate, or no table where nothing was asked."""
+    made = report.table("network", "asked", "verdict", "found", title=f"\ngate: {gate.verdict}", text=4)
+    for check in gate.checks:
+        network = f"{check.network.task} {check.network.name}, level {check.network.level}"
+        made.add_row(network, check.asked, check.verdict, check.found)
+    return [made] if gate.checks else []
+
+
 def accuracy_table(rows: Sequence[Evaluation]) -> report.FittedTable:
-    """Top-1 accuracy in per cent, a row for each task and a column for each level."""
+    """Top-1 accuracy in per cent above its 95 % interval, a row for each task and a column for each level."""
     levels = max(row.level for row in rows)
     columns = (f"level {level}" for level in range(1, levels + 1))
-    made = report.table("top-1 in %", *columns, "images", text=1, optional=("images",))
+    made = report.table("top-1 in %, 95 % CI", *columns, "images", text=1, optional=("images",))
     for number in dict.fromkeys(row.task for row in rows):
         own = {row.level: row for row in rows if row.task == number}
-        cells = [f"{own[level].top1:.2f}" if level in own else "" for level in range(1, levels + 1)]
+        texts = {level: f"{row.top1:.2f}\n{report.limits(row.interval)}" for level, row in own.items()}
+        cells = [texts.get(level, "") for level in range(1, levels + 1)]
         first = next(iter(own.values()))
         made.add_row(f"{number} {first.name}", *cells, str(first.images))
     return made

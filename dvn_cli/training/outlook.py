@@ -19,6 +19,7 @@ class Outlook:
         common: the share of its parameters that belongs to all units, and so to every level.
         top1: accuracy on the validation images, in per cent; None where there are none, weights are random, or the
             run goes on.
+        interval: its 95 % interval.
     """
 
     task: int
@@ -29,6 +30,7 @@ class Outlook:
     macs: int
     common: float
     top1: float | None
+    interval: tuple[float, float] | None
 
 
 def outlook(run: Run) -> list[Outlook]:
@@ -37,7 +39,7 @@ def outlook(run: Run) -> list[Outlook]:
     has_weights = network.preprocessing is not None or (backbone is not None and backbone.has_weights)
     splits = run.validation if has_weights and not run.epochs_done else {}
     rows = evaluate_all(network, splits, device=run.device)
-    accuracy = {(row.task, row.level): row.top1 for row in rows}
+    accuracy = {(row.task, row.level): (row.top1, row.interval) for row in rows}
     header = network.header("dvn.safetensors")
     return [
         Outlook(
@@ -47,7 +49,7 @@ def outlook(run: Run) -> list[Outlook]:
             *count.params_and_density(header, number, level),
             network.macs(number, level),
             1 - count.divided_share(header, number, level),
-            accuracy.get((number, level)),
+            *accuracy.get((number, level), (None, None)),
         )
         for number, level in network
     ]

@@ -1,11 +1,14 @@
 """Small images, and accuracy counted on them with numpy."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import dvn_cli
 
@@ -13,7 +16,20 @@ MEAN, STD = (0.3,), (0.25,)
 COLOURS = ("black", "blue", "grey", "olive", "red", "white")
 PICTURES = ("--data", "recipes/pictures")
 DIGITS = ("--data", "source=digits", "--data", "classes=0-2", "--data", "test_images=40")
-KEYS = ["task", "name", "level", "units", "params", "density", "top1", "top5", "loss", "images", "file"]
+KEYS = [
+    "task",
+    "name",
+    "level",
+    "units",
+    "params",
+    "density",
+    "top1",
+    "top5",
+    "loss",
+    "images",
+    "file",
+    "top1_interval",
+]
 
 
 def picture(label: int, index: int, size: int = 8) -> np.ndarray:
@@ -45,3 +61,13 @@ def counted(file: Path, pixels: list[np.ndarray], labels: list[int]) -> tuple[fl
     log_sum = np.log(np.exp(out - out.max(1, keepdims=True)).sum(1)) + out.max(1)
     loss = (log_sum - out[np.arange(len(labels)), labels]).mean()
     return 100 * np.mean([h == 0 for h in hits]), 100 * np.mean([h < 5 for h in hits]), loss
+
+
+def altered(file: Path, output: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Writes a copy of a checkpoint or a slice with other tensors."""
+    tensors = load_file(file)
+    with safe_open(file, framework="pt") as opened:
+        said = json.loads(opened.metadata()["dvn"])
+    del said["checksums"]  # of the other bytes
+    change(tensors)
+    save_file(tensors, output, {"dvn": json.dumps(said)})

@@ -105,5 +105,5 @@ def test_evaluating_all_leaves_the_mode_and_takes_the_tasks_that_have_images(mad
     assert [(row.task, row.level, row.images) for row in rows] == [(2, 1, 3), (2, 2, 3)]
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.file_tensors().items())
     table = accuracy_table(rows)
-    assert [column.header for column in table.columns] == ["top-1 in %", "level 1", "level 2", "images"]
+    assert [column.header for column in table.columns] == ["top-1 in %, 95 % CI", "level 1", "level 2", "images"]
     assert table.row_count == 1

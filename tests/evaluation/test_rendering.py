@@ -17,12 +17,21 @@ def test_the_table_fits_80_columns(dvn):
     assert (code, err) == (0, "")
     assert all(len(line) <= 80 for line in out.splitlines())
     header, _, *rows = (line.split() for line in out.splitlines() if line.strip())
-    assert header == ["task", "level", "units", "params", "density", "top-1", "top-5", "loss", "images"]
+    assert header == ["task", "level", "density", "top-1", "95", "%", "CI", "top-5", "loss", "images"]
     assert [row[:3] for row in rows] == [
         ["1", "colours", "1"],
         ["1", "colours", "2"],
         *[["2", "digits", n] for n in "12"],
     ]
+    low, high = map(float, rows[0][6].split("-"))
+    assert low < float(rows[0][5]) < high
+
+
+def test_a_wide_terminal_gets_all_columns(dvn, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    header, _, *rows = (line.split() for line in dvn()[1].splitlines() if line.strip())
+    columns = ["task", "level", "units", "params", "density", "top-1", "95", "%", "CI", "top-5", "loss", "images"]
+    assert header == columns
     assert rows[3][3:5] == ["1", "2"]
 
 
@@ -87,7 +96,7 @@ def test_a_narrow_terminal_hides_no_accuracy(dvn, monkeypatch, columns):
     code, out, err = dvn()
     assert (code, err) == (0, "")
     assert "…" not in out
-    header, _, *lines = out.splitlines()
+    header, _, *lines = out.replace("95 % CI", "interval").splitlines()
     assert max(map(len, lines)) <= (max(columns, 24) if columns else 80)
     place = header.split().index("top-1") - len(header.split())
     shown = [line.split()[place] for line in lines if len(line.split()) >= len(header.split())]

@@ -94,11 +94,13 @@ def test_stopped_with_ctrl_c(typed: tuple[Path, list[str]]) -> None:
 
 def test_table(typed: tuple[Path, list[str]]) -> None:
     lines = typed[1][1].splitlines()
-    assert lines[0].split() == ["top-1", "in", "%", "level", "1", "level", "2", "images"]
-    assert [line.split()[:2] for line in lines[2:]] == [["1", "low"], ["2", "high"], ["3", "digits"], ["4", "parity"]]
+    assert lines[0].split() == ["top-1", "in", "%,", "95", "%", "CI", "level", "1", "level", "2", "images"]
+    assert [line.split()[:2] for line in lines[2::2]] == [["1", "low"], ["2", "high"], ["3", "digits"], ["4", "parity"]]
     record = json.loads((typed[0] / "dvn.run.json").read_text())
-    shown = [float(value) for line in lines[2:] for value in line.split()[2:4]]
+    shown = [float(value) for line in lines[2::2] for value in line.split()[2:4]]
     assert shown == pytest.approx([row["top1"] for row in record["test"]], abs=0.006)
+    limits = [float(limit) for line in lines[3::2] for cell in line.split() for limit in cell.split("-")]
+    assert limits == pytest.approx([limit for row in record["test"] for limit in row["top1_interval"]], abs=0.06)
 
 
 def test_only_these_files(typed: tuple[Path, list[str]]) -> None:

@@ -1,0 +1,115 @@
+"""What CI reads: JUnit, the summary, annotations, and the JSON document against its schema."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from dvn_cli.evaluation import ci
+from dvn_cli.evaluation.gates import Check, Gate, Named
+from dvn_cli.evaluation.measure import Evaluation
+
+NAME = "a|b <i>\x1b[1m*"
+ROWS = [
+    Evaluation(1, NAME, level, (1,), 1234, 0.5, 90.0, None, 0.1, 50, file="file.safetensors") for level in (1, 2, 3)
+]
+CHECKS = [
+    Check("min_accuracy", Named(1, NAME, 1), "file.safetensors", "top-1 >= 80 %", "top-1 is 90.00 %", "passed", 10),
+    Check("baseline", Named(1, NAME, 1), "file.safetensors", "change >= -1", "100 %: 1\n2", "failed", -3),
+    Check("baseline", Named(1, NAME, 2), "file.safetensors", "change >= -1", "too few", "undecided", -1),
+    Check("baseline", Named(1, NAME, 4), None, "change >= -1", "it is gone", "failed"),
+]
+
+
+@pytest.mark.parametrize(("undecided", "totals", "tags"), [
+    ("undecided", (4, 2, 1), ["failure system-out", "error", "", "failure"]),
+    ("failed", (4, 3, 0), ["failure system-out", "failure", "", "failure"]),
+    ("passed", (4, 2, 0), ["failure system-out", "system-out", "", "failure"]),
+])  # fmt: skip
+def test_junit(tmp_path, undecided, totals, tags):
+    ci.write_junit(tmp_path / "junit.xml", ROWS, Gate(CHECKS, undecided))
+    root = ElementTree.parse(tmp_path / "junit.xml").getroot()
+    (suite,) = root
+    assert (root.tag, suite.tag, suite.get("name")) == ("testsuites", "testsuite", "dvn eval")
+    assert tuple(int(suite.get(key) or -1) for key in ("tests", "failures", "errors")) == totals
+    assert [" ".join(inner.tag for inner in case) for case in suite] == tags
+    cases = [(case.get("classname"), case.get("name")) for case in suite]
+    assert cases[0] == ("file.safetensors", "task 1 a|b <i>\ufffd[1m*, level 1")
+    assert [name for name, _ in cases] == ["file.safetensors"] * 3 + ["baseline"]
+    failure = suite[0][0]
+    assert failure.attrib == {"type": "baseline", "message": "100 %: 1\n2"}
+    assert failure.text == "change >= -1: 100 %: 1\n2"
+
+
+def test_the_summary_is_added_to_what_is_there(tmp_path):
+    file = tmp_path / "summary.md"
+    for _ in range(2):
+        ci.append(file, ci.markdown(ROWS, Gate(CHECKS)))
+    lines = file.read_text().splitlines()
+    assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
+    assert lines[0] == "### dvn eval: failed"
+    assert [line.replace("\\|", "").count("|") for line in lines[2:8]] == [8] * 6  # of as many cells
+    assert lines[4].startswith("| 1 a\\|b &lt;i&gt;\x1b\\[1m\\* | 1 | 1.2K | 90.00 | 78.6-95.7 | 50 | ✅ passed: ")
+    assert lines[4].endswith("<br>❌ failed: change &gt;= -1; 100 %: 1 2 |")
+    assert lines[7].startswith("| 1 a\\|b &lt;i&gt;\x1b\\[1m\\* | 4 |  |  |  |  | ❌ failed: ")
+
+
+def test_annotations():
+    name = "task 'a|b <i>\x1b[1m*', level"
+    assert ci.annotations(Gate(CHECKS)) == [
+        f"::error title=dvn eval::{name} 1 of 'file.safetensors': 100 %25: 1%0A2",
+        f"::warning title=dvn eval::{name} 2 of 'file.safetensors': too few",
+        f"::error title=dvn eval::{name} 4: it is gone",
+    ]
+    assert ci.annotations(Gate(CHECKS, "passed"))[1].startswith("::notice ")
+
+
+def test_all_of_it_from_one_command(dvn, made, monkeypatch):
+    jsonschema = pytest.importorskip("jsonschema")
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    assert dvn("--save-baseline", "base.json")[2] == "base.json is written\n"
+    schema = json.loads((files("dvn_cli.evaluation") / "eval.schema.json").read_text())
+    validator = jsonschema.Draft202012Validator(schema)
+    validator.check_schema(schema)
+    outputs = ("--junit", "junit.xml", "--summary", "summary.md", "--results-file", "results.json")
+    code, out, err = dvn("--json", "--baseline", "base.json", "--min-accuracy", "task=1,level=1:100", *outputs)
+    assert code == 1
+    document = json.loads(out)
+    assert json.loads((made / "results.json").read_text()) == document
+    for content in (document, json.loads(dvn("--json")[1])):
+        validator.validate(content)
+    for wrong in ({"gate": {}}, {"results": [{}]}, {"schema_version": 2}):
+        assert not validator.is_valid(document | wrong)
+    annotation, line = (line for line in err.splitlines() if "no floor" not in line)
+    assert annotation.startswith("::error title=dvn eval::task 'colours', level 1 of 'dvn.safetensors': top-1 is ")
+    assert line.startswith("dvn: task 'colours', level 1")
+    assert (made / "summary.md").read_text().startswith("### dvn eval: failed\n")
+    assert ElementTree.parse(made / "junit.xml").getroot()[0].get("failures") == "1"
+
+
+@pytest.mark.slow
+def test_the_steps_of_the_workflow(tmp_path):
+    """The one that README tells to copy, but for what GitHub has of its own and `pip install`."""
+    root = Path(__file__).parents[2] / ".github"
+    steps = yaml.safe_load((root / "workflows" / "gates.yml").read_text())["jobs"]["gates"]["steps"]
+    commands = [step["run"] for step in steps if "run" in step]
+    assert commands[0] == "pip install ."
+    shutil.copytree(root, tmp_path / ".github")
+    (tmp_path / "dvn").write_text(f'#!/bin/sh\nexec "{sys.executable}" -m dvn_cli "$@"\n')
+    (tmp_path / "dvn").chmod(0o755)
+    paths = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": str(root.parent)}
+    environment = os.environ | paths | {"GITHUB_ACTIONS": "true", "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md")}
+    for command in commands[1:]:
+        done = subprocess.run(
+            ["bash", "-e", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "summary.md").read_text().startswith("### dvn eval: passed\n")
+    assert ElementTree.parse(tmp_path / "junit.xml").getroot()[0].get("tests") == "16"
