@@ -38,7 +38,7 @@ from dvn_cli.network import VirtualNetwork
 from dvn_cli.partition import Origin, Partition
 from dvn_cli.store.file import AnyHeader, read_header
 from dvn_cli.store.metadata import CheckpointMetadata, SliceMetadata, Task, check_level, find_task
-from dvn_cli.store.slicing import slice_file
+from dvn_cli.store.slicing import count, slice_file
 from dvn_cli.units.count import macs, params_and_density
 
 ROUNDS = 8
@@ -97,6 +97,7 @@ class Measurement:
         level: from 1.
         units: that it is made of, by number from 1.
         params: elements of its parameters.
+        bytes: of its tensors in a file.
         density: the share of those of its task's top level.
         macs: multiply-accumulates of one image.
         latencies: seconds of each forward pass of a batch, in the order measured.
@@ -112,6 +113,7 @@ class Measurement:
     level: int
     units: tuple[int, ...]
     params: int
+    bytes: int
     density: float
     macs: int
     latencies: tuple[float, ...]
@@ -132,6 +134,7 @@ class Measurement:
             "name": self.name,
             "level": self.level,
             "params": self.params,
+            "bytes": self.bytes,
             "density": self.density,
             "compression": 1 / self.density,
             "macs": self.macs,
@@ -255,6 +258,7 @@ def measure(
             level=target.level,
             units=target.entry.units(target.level),
             params=cost.params,
+            bytes=cost.bytes,
             density=cost.density,
             macs=cost.macs,
             latencies=tuple(seconds for turn in times[number] for seconds in turn),
@@ -284,6 +288,7 @@ class Cost:
     """What is known of a network without running it."""
 
     params: int
+    bytes: int
     density: float
     macs: int
 
@@ -300,7 +305,9 @@ def _prepare(target: Target, file: Path, settings: Settings) -> tuple[Job, Cost]
         params, density = params_and_density(header)
     image = (partition.spec.in_chans, *entry.input_size)
     narrowed = origin.network(train=False)
-    cost = Cost(params, density, macs(narrowed, partition.tensors(origin.units, origin.classes), image))
+    cost = Cost(
+        params, count(header).bytes, density, macs(narrowed, partition.tensors(origin.units, origin.classes), image)
+    )
     title = f"task {target.task}, level {target.level} of '{target.header.path}'"
     return Job(title, settings, narrowed, origin, image, header.path), cost
 

@@ -21,7 +21,7 @@ from dvn_cli.store.slicing import count, slice_file
 from dvn_cli.tasks import default_tasks
 
 KEYS = {"file", "task", "name", "level", "params", "density", "compression", "macs", "latency_ms", "images_per_s"}
-KEYS |= {"peak_memory_bytes", "speedup"}
+KEYS |= {"bytes", "peak_memory_bytes", "speedup"}
 
 
 def dvn(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -62,6 +62,7 @@ def test_a_checkpoint_as_typed(folder: Path) -> None:
         assert set(row) == KEYS
         assert (row["task"], row["name"], row["level"]) == (1, "task1", level)
         assert row["params"] == count(header, 1, level).params
+        assert row["bytes"] == count(header, 1, level).bytes
         assert row["density"] == row["params"] / top["params"]
         assert row["compression"] == pytest.approx(top["params"] / row["params"])
         latency = row["latency_ms"]
@@ -131,7 +132,7 @@ def test_speed_ups_are_ratios_within_a_round(folder: Path) -> None:
     """The machine slows down tenfold between the rounds, and the ratio stays."""
     header = read_checkpoint(folder / "dvn.safetensors")
     targets = [benchmark.Target(header, 1, level) for level in (1, 2)]
-    costs = [benchmark.Cost(params, 1.0, 1) for params in (10, 20)]
+    costs = [benchmark.Cost(params, 1, 1.0, 1) for params in (10, 20)]
     times = [[[1.0, 1.0, 9.0], [10.0]], [[3.0, 3.0, 3.0], [30.0]]]
     assert [benchmark._speedup(number, targets, costs, times) for number in (0, 1)] == [3, 1]
 
@@ -147,14 +148,14 @@ def test_networks_are_compared_within_their_task(folder: Path) -> None:
     for number, target in enumerate(targets):
         groups.setdefault(target.family, []).append(number)
     assert sorted(groups.values()) == [[0, 1], [2, 3], [4, 6], [5]]
-    costs = [benchmark.Cost(level, 1.0, 1) for _, level in numbers]
+    costs = [benchmark.Cost(level, 1, 1.0, 1) for _, level in numbers]
     speedups = [benchmark._speedup(n, targets, costs, [[[1.0 * level]] for _, level in numbers]) for n in range(7)]
     assert speedups == [2, 1, 2, 1, 2, None, 1]
 
 
 def test_percentiles_are_of_all_iterations() -> None:
     latencies = tuple(float(n) for n in range(101))
-    result = benchmark.Measurement("file", 1, "name", 1, (1,), 1, 0.5, 1, latencies, None, None, batch_size=4)
+    result = benchmark.Measurement("file", 1, "name", 1, (1,), 1, 4, 0.5, 1, latencies, None, None, batch_size=4)
     assert [result.percentile(p) for p in (50, 90, 99)] == [50, 90, 99]
     assert result.to_dict()["latency_ms"] == {"p50": 50000, "p90": 90000, "p99": 99000}
     assert result.to_dict()["images_per_s"] == 4 / 50
@@ -191,3 +192,42 @@ def test_a_task_of_its_own_size_is_measured_at_it(folder: Path, tmp_path: Path) 
             shapes.append((tuple(images.shape), tuple(network(images).shape)))
             assert len(benchmark.seconds(network, images, 2)) == 2
     assert shapes == [((1, 3, 64, 64), (1, 3)), ((1, 3, 32, 32), (1, 2))]
+
+
+def test_against_a_baseline(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """As it is typed, with measurements that are at hand."""
+    rows = [
+        benchmark.Measurement("dvn.safetensors", 1, "a", level, (1,), 10 * level, 40, 1.0, 7, (0.5,), None, None)
+        for level in (1, 2)
+    ]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(benchmark, "bench", lambda *_, **__: rows)
+
+    def typed(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dvn", "bench", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    assert typed("--results-file", "before.json")[0] == 0
+    code, out, err = typed("--baseline", "before.json", "--json")
+    assert (code, err) == (0, "")
+    same = {"differences": {}, "latency_ratio": 1.0}
+    assert json.loads(out)["baseline"] == [{"name": "a", "level": level, **same} for level in (1, 2)]
+
+    before = json.loads((folder / "before.json").read_text())
+    before["results"][0] |= {"params": 11, "macs": 6}
+    before["results"][1]["level"] = 3
+    before["host"] = "another"
+    (folder / "before.json").write_text(json.dumps(before))
+    code, out, err = typed("--baseline", "before.json")
+    assert code == 1
+    assert err == "dvn: task 'a', level 1: params 11 -> 10, macs 6 -> 7 (2 of 2 networks are not the baseline's)\n"
+    assert [line.split() for line in out.splitlines()[-2:]] == [
+        ["a", "1", "-1", "same", "+1", "-"],
+        ["a", "3", "gone", "gone", "gone", "-"],
+    ]
+    del before["host"]
+    (folder / "before.json").write_text(json.dumps(before))
+    message = "dvn: 'before.json' is no document of `dvn bench --json` of this version: 'host' is missing\n"
+    assert typed("--baseline", "before.json") == (2, "", message)

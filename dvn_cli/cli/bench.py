@@ -2,6 +2,7 @@
 
 import functools
 import json
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +14,7 @@ from dvn_cli.files import atomic, check_folder_writable, check_writable
 
 if TYPE_CHECKING:
     from dvn_cli.benchmark import Measurement
+    from dvn_cli.report import FittedTable
 
 
 def bench_command(
@@ -46,6 +48,13 @@ def bench_command(
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels last in memory.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
     results_file: Annotated[Path | None, typer.Option(help="Write the JSON document there too.")] = None,
+    baseline: Annotated[
+        Path | None,
+        typer.Option(
+            help="Compare with such a document; exit with 1 where parameters, bytes or MACs are not the same. Latency "
+            "is shown as a ratio where machine and settings are."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Measure parameters, MACs, latency, throughput and peak memory of the networks in checkpoints and slices.
@@ -58,6 +67,9 @@ def bench_command(
         raise InputError("--scenario is of all tasks and levels: leave out --task, --level and --all")
     if scenario is None and plots is not None:
         raise InputError("--plots is of runs: give --scenario too")
+
+    if scenario is not None and baseline is not None:
+        raise InputError("--baseline is of networks that are measured now: leave out --scenario")
 
     if results_file is not None:
         check_writable(results_file)
@@ -73,13 +85,21 @@ def bench_command(
         channels_last=channels_last,
         threads=threads,
     )
+    from dvn_cli.evaluation import costs
+
+    before = None if baseline is None else costs.read(baseline)
+    compared: list[costs.Comparison] = []
     show: Callable[[], None]
     if scenario is not None:
         document, show = _scenario(scenario.lower(), files or [Path()], plots, measure)
     else:
         given = files or [Path("dvn.safetensors")]
         results, document = measure(given, task, level, every=every)
-        show = functools.partial(_print, document, [_name(result, len(given)) for result in results])
+        if before is not None:
+            compared = costs.compare(before, document)
+            document["baseline"] = [one.to_dict() for one in compared]
+        names = [_name(result, len(given)) for result in results]
+        show = functools.partial(_print, document, names, [costs.table(compared)] if compared else [])
     text = json.dumps(document, indent=2)
     try:
         if as_json:
@@ -90,6 +110,7 @@ def bench_command(
         if results_file is not None:
             with atomic(results_file) as opened:
                 opened.write(text.encode() + b"\n")
+    costs.check(compared)
 
 
 def _measure(
@@ -128,6 +149,7 @@ def _measure(
     return results, {
         "device": str(chosen),
         "device_name": devices.title(chosen),
+        "host": platform.node(),
         "torch": torch.__version__,
         "threads": threads or torch.get_num_threads(),
         **{key: value for key, value in settings.items() if key != "every"},
@@ -179,7 +201,7 @@ def _name(result: "Measurement", files: int) -> str:
     return result.name if files == 1 else stem if result.kind == "slice" else f"{stem} {result.name}"
 
 
-def _print(document: dict[str, Any], names: list[str]) -> None:
+def _print(document: dict[str, Any], names: list[str], more: Sequence["FittedTable"]) -> None:
     from dvn_cli.report import console as new_console
     from dvn_cli.report import percent, short, show, table
 
@@ -211,4 +233,4 @@ def _print(document: dict[str, Any], names: list[str]) -> None:
         )
     show(console, costs)
     console.print()
-    show(console, speeds)
+    show(console, speeds, *more)

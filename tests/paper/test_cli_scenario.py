@@ -212,7 +212,7 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dvn: Callab
         assert [(target.task, target.level) for target in targets] == [(2, 1), (2, 2)]
         return [
             benchmark.Measurement(
-                *("", 2, "all", level, tuple(range(1, level + 1)), 1, 1.0, 1),
+                *("", 2, "all", level, tuple(range(1, level + 1)), 1, 4, 1.0, 1),
                 *((seconds,) * 3, None, 0.008 / seconds),
                 batch_size=4,
             )

@@ -1,0 +1,120 @@
+"""Whether networks cost what they did: parameters, bytes and MACs exactly, latency where it is of the same machine."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from dvn_cli import report
+from dvn_cli.errors import DvnError, InputError
+from dvn_cli.files import LARGEST_RECORD, read_bytes
+from dvn_cli.store.schema import dumps, loads, parse
+
+EXACT = ("params", "bytes", "macs")
+
+
+@dataclass(frozen=True)
+class NetworkCost:
+    """What one network costs, as `dvn bench --json` has it."""
+
+    name: str
+    level: int
+    params: int
+    bytes: int
+    macs: int
+    latency_ms: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """A document of `dvn bench --json`: the machine, its settings, and the networks."""
+
+    host: str
+    device: str
+    device_name: str
+    torch: str
+    threads: int
+    batch_size: int
+    channels_last: bool
+    results: tuple[NetworkCost, ...]
+
+    @property
+    def machine(self) -> list[Any]:
+        """What two documents have in common whose latencies can be compared."""
+        return [getattr(self, each.name) for each in fields(self) if each.name != "results"]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A network of the baseline, and what it costs now: None where it is gone.
+
+    Attributes:
+        latency_ratio: now over then, of the medians; None on another machine or with other settings.
+    """
+
+    before: NetworkCost
+    after: NetworkCost | None
+    latency_ratio: float | None
+
+    @property
+    def differences(self) -> dict[str, tuple[int, int]]:
+        """What was and is not the same: then and now."""
+        pairs = ((key, getattr(self.before, key), getattr(self.after, key, 0)) for key in EXACT)
+        return {key: (then, now) for key, then, now in pairs if then != now}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `dvn bench --json` shows it."""
+        differences = {key: list(pair) for key, pair in self.differences.items()} if self.after else None
+        key = {"name": self.before.name, "level": self.before.level}
+        return {**key, "differences": differences, "latency_ratio": self.latency_ratio}
+
+    def __str__(self) -> str:
+        told = ", ".join(f"{key} {then:,} -> {now:,}" for key, (then, now) in self.differences.items())
+        return f"task '{self.before.name}', level {self.before.level}: {told if self.after else 'it is gone'}"
+
+
+def read(path: str | os.PathLike[str]) -> Costs:
+    """Reads a document of `dvn bench --json`.
+
+    Raises:
+        InputError: it is missing, or no such document.
+    """
+    raw = read_bytes(path, LARGEST_RECORD)
+    try:
+        return parse(Costs, loads(raw))
+    except (InputError, ValueError) as error:
+        raise InputError(f"'{path}' is no document of `dvn bench --json` of this version: {error}") from None
+
+
+def compare(before: Costs, document: Mapping[str, Any]) -> list[Comparison]:
+    """Compares the networks of a baseline with those of a document of now, by the names of their tasks and levels."""
+    now = parse(Costs, loads(dumps(document)))
+    found = {(network.name, network.level): network for network in now.results}
+    comparisons = []
+    for network in before.results:
+        after = found.get((network.name, network.level))
+        same = after is not None and now.machine == before.machine
+        ratio = after.latency_ms["p50"] / network.latency_ms["p50"] if same and after else None
+        comparisons.append(Comparison(network, after, ratio))
+    return comparisons
+
+
+def table(comparisons: Sequence[Comparison]) -> report.FittedTable:
+    """A row for each network of a baseline."""
+    made = report.table("task", "level", *EXACT, "p50 ratio", title="\nagainst the baseline", text=1)
+    for one in comparisons:
+        cells = [
+            "gone" if one.after is None else f"{one.differences[key][1] - one.differences[key][0]:+,}"
+            if key in one.differences else "same"
+            for key in EXACT
+        ]  # fmt: skip
+        ratio = "-" if one.latency_ratio is None else f"{one.latency_ratio:.2f}"
+        made.add_row(one.before.name, str(one.before.level), *cells, ratio)
+    return made
+
+
+def check(comparisons: Sequence[Comparison]) -> None:
+    """Raises DvnError where a network is gone, or one of `EXACT` is not what it was."""
+    wrong = [one for one in comparisons if one.after is None or one.differences]
+    if wrong:
+        raise DvnError(f"{wrong[0]} ({len(wrong)} of {len(comparisons)} networks are not the baseline's)")
