@@ -16,7 +16,7 @@ ROWS = (
     {"cli"},
     {"paper"},
     {"evaluation", "benchmark", "training"},
-    {"dividing", "loading", "export", "runtime", "check", "calibration", "formats"},
+    {"dividing", "loading", "export", "runtime", "check", "calibration", "formats", "budget"},
     {"compensation"},
     {"undivided"},
     {"network", "partition", "reference", "tasks"},

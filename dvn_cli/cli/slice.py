@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from dvn_cli import export
+from dvn_cli import budget, export
 from dvn_cli.errors import InputError
 from dvn_cli.formats import FORMATS
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import find_task
 
 
 def slice_command(
@@ -50,6 +52,24 @@ def slice_command(
         list[str] | None,
         typer.Option(help="Compare on these images too; a folder, or as --data of `dvn eval`. Can be given again."),
     ] = None,
+    max_bytes: Annotated[
+        str | None, typer.Option(help="Take the largest level whose safetensors file has at most so much, such as 2MB.")
+    ] = None,
+    max_params: Annotated[str | None, typer.Option(help="The same by parameters, such as 1.5M.")] = None,
+    max_macs: Annotated[str | None, typer.Option(help="The same by multiply-accumulates, such as 300M.")] = None,
+    max_latency: Annotated[
+        str | None, typer.Option(help="The same by the median latency in --results of `dvn bench`, such as 5ms.")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None,
+        typer.Option(
+            help="Top-1 in per cent, as in --results or recorded by training; alone: the smallest such level."
+        ),
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(help="JSON of `dvn eval` or `dvn bench` on this checkpoint. Can be given again."),
+    ] = None,
     list_formats: Annotated[
         bool, typer.Option("--list-formats", help="Say which formats this machine can write, and what the others need.")
     ] = False,
@@ -64,6 +84,16 @@ def slice_command(
         _show_formats(as_json)
         return
     form = export.Form(file_format, dtype, fold_norms, data or None)
+    given = {"bytes": max_bytes, "params": max_params, "macs": max_macs, "latency": max_latency}
+    limits = {what: budget.amount(what, text) for what, text in given.items() if text is not None}
+    choice = None
+    if limits or min_accuracy is not None:
+        if task is None or level is not None or every:
+            raise InputError("a budget chooses the level of a task: give --task T, without --level and --all")
+        choice = _choose(checkpoint, task, limits, min_accuracy, results or [])
+        level = choice.level.level
+        if not as_json:
+            _show_choice(choice)
     files: Iterable[export.SliceFile]
     if every and task is None and level is None:
         files = export.slice_all(checkpoint, output, calibrate or None, note, form)
@@ -75,13 +105,13 @@ def slice_command(
     if calibrate:  # images are read once for all networks of a task
         files = list(files)
         accuracies = _accuracies(checkpoint, [cut for cut in files if cut.calibration is not None], calibrate, note)
-    results = []
+    rows = []
     for cut in files:
         result = cut.to_dict()
         if cut.calibration is not None:
             before, after = accuracies.get((cut.task, cut.level), (None, None))
             result["calibration"] = {**result["calibration"], "top1_before": before, "top1_after": after}
-        results.append(result)
+        rows.append(result)
         if not as_json:
             units = ", ".join(map(str, cut.units))
             typer.echo(
@@ -90,7 +120,8 @@ def slice_command(
                 f"{_calibration(result['calibration'])}"
             )
     if as_json:
-        typer.echo(json.dumps({"checkpoint": str(checkpoint), "slices": results}, indent=2))
+        chosen = {} if choice is None else {"choice": {"why": choice.why, "levels": list(map(vars, choice.levels))}}
+        typer.echo(json.dumps({"checkpoint": str(checkpoint), **chosen, "slices": rows}, indent=2))
 
 
 def _accuracies(
@@ -127,6 +158,30 @@ def _check(check: dict[str, Any] | None) -> str:
         return ""
     same = f"{check['same']} of {check['images']}" if check["same"] < check["images"] else f"all {check['images']}"
     return f"  logits within {check['difference']:.0e}, the same class on {same} images"
+
+
+def _choose(
+    checkpoint: Path, task: str, limits: dict[str, float], least: float | None, results: Sequence[Path]
+) -> budget.Choice:
+    header = read_checkpoint(checkpoint)
+    number = find_task(header.metadata.tasks, task)
+    levels = budget.known_levels(header, number, results, with_macs="macs" in limits)
+    return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name)
+
+
+def _show_choice(choice: budget.Choice) -> None:
+    from dvn_cli.report import console, show, table
+
+    typer.echo(f"level {choice.level.level}: {choice.why}")
+    whats = [
+        what
+        for what in ("bytes", "params", "macs", "latency", "accuracy")
+        if any(getattr(level, what) is not None for level in choice.levels)
+    ]
+    rows = table("level", *whats)
+    for level in choice.neighbours:
+        rows.add_row(str(level.level), *map(level.describe, whats))
+    show(console(), rows)
 
 
 def _show_formats(as_json: bool) -> None:

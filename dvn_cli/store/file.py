@@ -330,29 +330,12 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorData], metad
         ValueError: data that does not fit its shape and dtype, or metadata that is not JSON (NaN is not).
     """
     try:
-        content = checked(metadata) | {"format": FORMAT, "kind": metadata.kind}
-        if not isinstance(metadata, StateMetadata):
-            check_tensors(metadata, tensors)
+        content, ordered = _laid_out(tensors, metadata)
     except InputError as error:
         raise InputError(f"cannot write '{path}': {error}") from None
-    # Larger items first keeps every tensor aligned to its item size.
-    ordered = dict(sorted(tensors.items(), key=lambda item: (-ITEM_SIZE[item[1].dtype], item[0])))
-    first = crc(_described(content, ordered))
     # Zeros are as long as the checksums will be.
     checksums = {name: "0" * 8 * _block_count(tensor.nbytes) for name, tensor in ordered.items()}
-
-    def header() -> bytes:
-        text = dumps(content | {"checksums": first + "".join(checksums[name] for name in sorted(checksums))})
-        entries: dict[str, Any] = {"__metadata__": {"dvn": text}}
-        end = 0
-        for name, tensor in ordered.items():
-            begin, end = end, end + tensor.nbytes
-            entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-        packed = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-        packed += b" " * (-len(packed) % 8)
-        return len(packed).to_bytes(8, "little") + packed
-
-    before = header()
+    before = _packed(content, ordered, checksums)
     if len(before) > MOST_HEADER:
         raise InputError(f"cannot write '{path}': its header would have more than {MOST_HEADER:,} bytes")
     with atomic(path) as file:
@@ -360,7 +343,40 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, TensorData], metad
         for name, tensor in ordered.items():
             checksums[name] = _write_tensor(file, name, tensor)
         file.seek(0)
-        file.write(header())
+        file.write(_packed(content, ordered, checksums))
+
+
+def size(tensors: Mapping[str, TensorData], metadata: Metadata) -> int:
+    """Returns how many bytes `write` would write.
+
+    Raises:
+        InputError: metadata that no file may have.
+    """
+    content, ordered = _laid_out(tensors, metadata)
+    zeros = {name: "0" * 8 * _block_count(tensor.nbytes) for name, tensor in ordered.items()}
+    return len(_packed(content, ordered, zeros)) + sum(tensor.nbytes for tensor in ordered.values())
+
+
+def _laid_out(tensors: Mapping[str, TensorData], metadata: Metadata) -> tuple[Mapping[str, Any], dict[str, TensorData]]:
+    """Returns what a file says, and its tensors in their order; InputError where it cannot be said."""
+    content = checked(metadata) | {"format": FORMAT, "kind": metadata.kind}
+    if not isinstance(metadata, StateMetadata):
+        check_tensors(metadata, tensors)
+    # Larger items first keeps every tensor aligned to its item size.
+    return content, dict(sorted(tensors.items(), key=lambda item: (-ITEM_SIZE[item[1].dtype], item[0])))
+
+
+def _packed(content: Mapping[str, Any], ordered: Mapping[str, TensorData], checksums: Mapping[str, str]) -> bytes:
+    """Returns the beginning of a file, up to its tensors."""
+    joined = crc(_described(content, ordered)) + "".join(checksums[name] for name in sorted(checksums))
+    entries: dict[str, Any] = {"__metadata__": {"dvn": dumps(dict(content) | {"checksums": joined})}}
+    end = 0
+    for name, tensor in ordered.items():
+        begin, end = end, end + tensor.nbytes
+        entries[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    packed = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    packed += b" " * (-len(packed) % 8)
+    return len(packed).to_bytes(8, "little") + packed
 
 
 def _write_tensor(file: BinaryIO, name: str, tensor: TensorData) -> str:

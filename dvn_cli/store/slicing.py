@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dvn_cli.errors import InputError
-from dvn_cli.store.file import ITEM_SIZE, Header, StoredTensor, TensorData, is_trained, lost_with, write
+from dvn_cli.store.file import ITEM_SIZE, Header, StoredTensor, TensorData, is_trained, lost_with, size, write
 from dvn_cli.store.metadata import (
     Calibration,
     CheckpointMetadata,
@@ -130,14 +130,30 @@ def slice_file(
         InputError: as `cut` and `atomic`, or `output` is the checkpoint itself.
         DvnError: as `atomic`.
     """
-    tensors = {**cut(checkpoint, task, level), **(changed or {})}
+    tensors, own = _contents(checkpoint, task, level, changed or {}, calibration)
     check_output(checkpoint, output)
+    write(output, tensors, own)
+    return _counts(checkpoint.metadata, tensors)
+
+
+def slice_size(checkpoint: Header[CheckpointMetadata], task: int, level: int) -> int:
+    """Returns the bytes of the file of a task and level, both from 1; raises InputError as `cut`."""
+    return size(*_contents(checkpoint, task, level, {}, None))
+
+
+def _contents(
+    checkpoint: Header[CheckpointMetadata],
+    task: int,
+    level: int,
+    changed: Mapping[str, TensorData],
+    calibration: Calibration | None,
+) -> tuple[dict[str, TensorData], SliceMetadata]:
+    tensors = {**cut(checkpoint, task, level), **changed}
     entry = replace(checkpoint.metadata.tasks[task - 1], data=None)  # a slice is shipped: nothing of where it was cut
     tensors |= _aliased(checkpoint.metadata, tensors)
     divided, units = checkpoint.metadata.divided_for(entry), entry.units(level)
     own = SliceMetadata(**divided, task=entry, task_number=task, level=level, kept=units, calibration=calibration)
-    write(output, tensors, own)
-    return _counts(checkpoint.metadata, tensors)
+    return tensors, own
 
 
 def count(

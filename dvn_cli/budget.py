@@ -1,0 +1,189 @@
+"""Which level of a task fits a budget: by counts, and by what `dvn eval`, `dvn bench` and training have recorded."""
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dvn_cli.errors import DvnError, InputError
+from dvn_cli.files import LARGEST_RECORD, read_bytes
+from dvn_cli.report import short
+from dvn_cli.store.file import Header
+from dvn_cli.store.metadata import CheckpointMetadata
+from dvn_cli.store.slicing import count, slice_size
+
+_DECIMAL = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
+_BYTES = {f"{prefix}b": factor for prefix, factor in _DECIMAL.items()} | {"": 1, "kib": 2**10, "mib": 2**20}
+_UNITS = {"bytes": _BYTES, "params": _DECIMAL, "macs": _DECIMAL, "latency": {"ms": 1, "s": 1e3, "us": 1e-3}}
+"""What may follow a number, in small letters, and how many bytes, elements, operations or milliseconds it means."""
+
+_EXAMPLES = {"bytes": "2MB", "params": "1.5M", "macs": "300M", "latency": "5ms"}
+
+_ADVICE = "give --results FILE of `dvn {0} CHECKPOINT --results-file FILE`"
+_SOURCES = {"latency": _ADVICE.format("bench"), "accuracy": _ADVICE.format("eval")}
+
+
+@dataclass(frozen=True)
+class KnownLevel:
+    """What is known of a network.
+
+    Attributes:
+        level: from 1.
+        bytes: of its file, as safetensors.
+        params: elements of its parameters.
+        macs: multiply-accumulates of one image; None where nobody asked.
+        latency: the median of a forward pass, in ms; None where none is recorded.
+        accuracy: top-1, per cent; None where none is recorded.
+    """
+
+    level: int
+    bytes: int
+    params: int
+    macs: int | None = None
+    latency: float | None = None
+    accuracy: float | None = None
+
+    def describe(self, what: str) -> str:
+        """Says one of the figures in words, `1.9 MB` for one."""
+        return in_words(what, getattr(self, what))
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A level, and why it is that.
+
+    Attributes:
+        level: the one.
+        why: in words.
+        levels: of its task, all that are known.
+    """
+
+    level: KnownLevel
+    why: str
+    levels: tuple[KnownLevel, ...]
+
+    @property
+    def neighbours(self) -> list[KnownLevel]:
+        """The level below, itself and the one above, as far as there are any."""
+        return [each for each in self.levels if abs(each.level - self.level.level) <= 1]
+
+
+def amount(what: str, text: str) -> float:
+    """Reads a budget of `bytes`, `params`, `macs` or `latency`, such as `2MB`, `1.5M` or `5ms`.
+
+    Raises:
+        InputError: it is none.
+    """
+    parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if parts is None or parts[2].lower() not in _UNITS[what] or not float(parts[1]):
+        raise InputError(f"--max-{what} is an amount such as {_EXAMPLES[what]}, not '{text}'")
+    return float(parts[1]) * _UNITS[what][parts[2].lower()]
+
+
+def in_words(what: str, value: float | None) -> str:
+    """Says a figure with its unit."""
+    if value is None:
+        return "-"
+    words = {"latency": f"{value:.2f} ms", "accuracy": f"{value:.1f} %", "bytes": f"{short(value)}B"}
+    return words.get(what) or f"{short(value)} {what}"
+
+
+def known_levels(
+    header: Header[CheckpointMetadata],
+    task: int,
+    results: Sequence[str | os.PathLike[str]] = (),
+    with_macs: bool = False,
+) -> list[KnownLevel]:
+    """Returns what is known of a task's levels.
+
+    Args:
+        header: a checkpoint's. Accuracies are also taken from the record of its run beside it, NAME.run.json.
+        task: from 1.
+        results: files of what `dvn eval` and `dvn bench` found, as JSON; later ones count where several say it.
+        with_macs: whether multiply-accumulates are counted, for which the backbone is built.
+
+    Raises:
+        InputError: a file cannot be read, or is of other networks.
+    """
+    entry, found = header.metadata.tasks[task - 1], []
+    record = header.path.with_name(f"{header.path.stem}.run.json")
+    trained = header.metadata.training is not None and record.is_file()
+    rows = [row for row in _rows(record) if row["task"] == task] if trained else []
+    rows += [row for path in results for row in _rows(path) if (row["task"], row["name"]) == (task, entry.name)]
+    for level in range(1, len(entry.levels) + 1):
+        params, latency, accuracy = count(header, task, level).params, None, None
+        for row in (row for row in rows if row["level"] == level):
+            if row["params"] != params:
+                raise InputError(
+                    f"'{row['of']}' is of other networks: level {level} of task '{entry.name}' has {row['params']:,} "
+                    f"parameters there, {params:,} in '{header.path}'"
+                )
+            latency = row.get("latency_ms", {}).get("p50", latency)
+            accuracy = row.get("top1", accuracy)
+        macs = _macs(header, task, level) if with_macs else None
+        found.append(KnownLevel(level, slice_size(header, task, level), params, macs, latency, accuracy))
+    return found
+
+
+def _rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The rows of a file of results or of the record of a run."""
+    try:
+        document = json.loads(read_bytes(path, LARGEST_RECORD))
+        rows = document["results"] if "results" in document else document["test"]
+        return [
+            {key: row[key] for key in ("task", "name", "level", "params")} | row | {"of": str(path)} for row in rows
+        ]
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"'{path}' holds no results of `dvn eval` or `dvn bench` as JSON") from None
+
+
+def _macs(header: Header[CheckpointMetadata], task: int, level: int) -> int:
+    from dvn_cli.partition import Partition
+    from dvn_cli.units.count import macs
+
+    entry, partition = header.metadata.tasks[task - 1], Partition.restore(header.metadata)
+    units, classes = entry.units(level), len(entry.classes)
+    image = (partition.spec.in_chans, *entry.input_size)
+    return macs(partition.network(units, classes, entry.input_size), partition.tensors(units, classes), image)
+
+
+def choose(
+    levels: Sequence[KnownLevel], limits: Mapping[str, float], least: float | None = None, name: str = ""
+) -> Choice:
+    """Chooses the largest level within limits; where only an accuracy is asked for, the smallest that has it.
+
+    Args:
+        levels: of a task.
+        limits: the most of `bytes`, `params`, `macs` or `latency`.
+        least: accuracy in per cent.
+        name: of the task.
+
+    Raises:
+        InputError: what is limited is not known of any level.
+        DvnError: no level will do; the message says which comes nearest.
+    """
+    wanted = [*limits, *(["accuracy"] if least is not None else [])]
+    for what in wanted:
+        if all(getattr(level, what) is None for level in levels):
+            raise InputError(f"no {what} of task '{name}' is recorded: {_SOURCES[what]}")
+    known = [level for level in levels if all(getattr(level, what) is not None for what in wanted)]
+    asked = [f"at most {in_words(what, most)}" for what, most in limits.items()]
+    asked += [f"at least {in_words('accuracy', least)}"] if least is not None else []
+
+    def excess(level: KnownLevel) -> float:
+        """How many times as much as is allowed a level takes of what it has too much of."""
+        over = [getattr(level, what) / most for what, most in limits.items()]
+        return max([*over, *([least / max(level.accuracy or 0, 1e-9)] if least else [])], default=0)
+
+    fitting = [level for level in known if excess(level) <= 1]
+    if not fitting:
+        near = min(known, key=excess)
+        has = ", ".join(near.describe(what) for what in wanted)
+        raise DvnError(
+            f"no level of task '{name}' has {' and '.join(asked)}: the nearest is level {near.level}, which has {has}"
+        )
+    chosen = fitting[-1] if limits else fitting[0]
+    why = f"the {'largest' if limits else 'smallest'} with {' and '.join(asked)}"
+    return Choice(chosen, why, tuple(levels))

@@ -1,0 +1,152 @@
+"""Levels chosen by a budget: from counts, and from what was recorded."""
+
+import gzip
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from dvn_cli import budget
+from dvn_cli.budget import KnownLevel, amount, choose, known_levels
+from dvn_cli.cli import app
+from dvn_cli.errors import DvnError, InputError
+from dvn_cli.export import slice as slice_network
+from dvn_cli.store.file import read_checkpoint
+
+TRAINED = Path(__file__).parent / "pins/files/0.1.0/trained.safetensors.gz"
+
+
+@pytest.fixture(autouse=True)
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A trained checkpoint in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("dvn.safetensors")
+    path.write_bytes(gzip.decompress(TRAINED.read_bytes()))
+    return path
+
+
+def run(*words: str) -> dict[str, Any]:
+    result = CliRunner().invoke(app, ["slice", "--task", "1", *words, "--json"])
+    if result.exception is not None:
+        raise result.exception
+    return json.loads(result.stdout)
+
+
+def recorded(path: str, **figures: list[Any]) -> Path:
+    """Writes results of the first task, level after level."""
+    header = read_checkpoint("dvn.safetensors")
+    name, levels = header.metadata.tasks[0].name, known_levels(header, 1)
+    rows = [
+        {"task": 1, "name": name, "level": level.level, "params": level.params}
+        | {key: values[level.level - 1] for key, values in figures.items()}
+        for level in levels
+    ]
+    Path(path).write_text(json.dumps({"results": rows}))
+    return Path(path)
+
+
+def test_counts_are_those_of_the_files() -> None:
+    header = read_checkpoint("dvn.safetensors")
+    for task, entry in enumerate(header.metadata.tasks, 1):
+        for level in known_levels(header, task):
+            cut = slice_network("dvn.safetensors", task, level.level, "cut.safetensors")
+            assert (level.bytes, level.params) == (cut.bytes, cut.params)
+        assert level.level == len(entry.levels)
+
+
+def test_the_largest_level_within_a_limit_is_cut() -> None:
+    one, two = known_levels(read_checkpoint("dvn.safetensors"), 1)
+    for words, level in (
+        (["--max-bytes", str(one.bytes)], 1),
+        (["--max-bytes", str(two.bytes - 1)], 1),
+        (["--max-bytes", str(two.bytes)], 2),
+        (["--max-params", f"{two.params / 1000}K"], 2),
+        (["--max-params", f"{two.params}", "--max-bytes", f"{one.bytes}B"], 1),
+    ):
+        document = run(*words)
+        assert [cut["level"] for cut in document["slices"]] == [level]
+        assert Path(document["slices"][0]["file"]).is_file()
+    assert [each["params"] for each in document["choice"]["levels"]] == [one.params, two.params]
+    shown = CliRunner().invoke(app, ["slice", "--task", "1", "--max-bytes", str(one.bytes)]).stdout
+    assert shown.startswith("level 1: the largest with at most ")
+
+
+def test_macs_are_counted() -> None:
+    levels = run("--max-macs", "1G")["choice"]["levels"]
+    assert 0 < levels[0]["macs"] < levels[1]["macs"]
+    assert run("--max-macs", str(levels[1]["macs"] - 1))["slices"][0]["level"] == 1
+
+
+def test_recorded_figures_choose() -> None:
+    speeds = recorded("bench.json", latency_ms=[{"p50": 1.0}, {"p50": 3.0}])
+    accuracies = recorded("eval.json", top1=[80.0, 90.0])
+    assert run("--max-latency", "2.5ms", "--results", str(speeds))["slices"][0]["level"] == 1
+    assert run("--min-accuracy", "80", "--results", str(accuracies))["slices"][0]["level"] == 1
+    assert run("--min-accuracy", "81", "--results", str(accuracies))["slices"][0]["level"] == 2
+    both = ("--results", str(accuracies), "--results", str(speeds))
+    assert run("--min-accuracy", "70", "--max-latency", "3ms", *both)["slices"][0]["level"] == 2
+    with pytest.raises(
+        DvnError, match=r"no level of task '.*' has at most 2.00 ms and at least 85.0 %: the nearest is level 1, which"
+    ) as error:
+        run("--min-accuracy", "85", "--max-latency", "2ms", *both)
+    assert error.value.exit_code == 1
+
+
+def test_the_record_of_the_run_gives_accuracies() -> None:
+    document = json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())
+    Path("dvn.run.json").write_text(json.dumps({"test": document["results"]}))
+    assert run("--min-accuracy", "71")["slices"][0]["level"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--max-bytes", "2 parsecs"], "--max-bytes is an amount such as 2MB, not '2 parsecs'"),
+        (["--max-bytes", "0"], "--max-bytes is an amount"),
+        (["--max-params", "1", "--level", "1"], "a budget chooses the level of a task"),
+        (["--max-latency", "1ms"], "no latency of task '.*' is recorded: give --results FILE of `dvn bench"),
+        (["--min-accuracy", "1"], "no accuracy of task '.*' is recorded: give --results FILE of `dvn eval"),
+        (["--min-accuracy", "1", "--results", "other.json"], "'other.json' is of other networks: level 1"),
+        (["--min-accuracy", "1", "--results", "dvn.safetensors"], "holds no results"),
+        (["--min-accuracy", "1", "--results", "none.json"], "there is no file 'none.json'"),
+    ],
+)
+def test_what_cannot_be_done_is_said(words: list[str], message: str) -> None:
+    other = json.loads(recorded("other.json", top1=[1.0, 2.0]).read_text())
+    other["results"][0]["params"] += 1
+    Path("other.json").write_text(json.dumps(other))
+    with pytest.raises(InputError, match=message):
+        run(*words)
+
+
+def test_what_no_level_meets_names_the_nearest() -> None:
+    with pytest.raises(DvnError, match=r"has at most 10B: the nearest is level 1, which has \d") as error:
+        run("--max-bytes", "10")
+    assert error.value.exit_code == 1
+    assert [path.name for path in Path().iterdir()] == ["dvn.safetensors"]
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_readme() -> None:
+    page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("### Ship it")[2]
+    document = json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())
+    Path("dvn.run.json").write_text(json.dumps({"test": document["results"]}))
+    for line in page.partition("```sh\n")[2].partition("```")[0].splitlines():
+        result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
+        assert result.exit_code == 0, (line, result.exception)
+
+
+def test_amounts() -> None:
+    assert [amount("bytes", text) for text in ("2MB", "2 kB", "7", "1.5GB", "1MiB")] == [2e6, 2e3, 7, 1.5e9, 2**20]
+    assert [amount("latency", text) for text in ("5ms", "0.5 s", "20us")] == [5, 500, 0.02]
+
+
+def test_a_larger_level_that_is_no_more_accurate_is_not_taken_for_accuracy() -> None:
+    levels = [KnownLevel(n, n, n, accuracy=accuracy) for n, accuracy in enumerate([80.0, 90.0, 85.0], 1)]
+    assert choose(levels, {}, 85.0).level.level == 2
+    assert choose(levels, {"bytes": 3}, 90.0).level.level == 2
+    assert [level.level for level in choose(levels, {"bytes": 1}).neighbours] == [1, 2]
+    assert budget.in_words("macs", None) == "-"
