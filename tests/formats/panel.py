@@ -1,0 +1,103 @@
+"""Networks of many kinds in every format, each file run in an environment of its own: what its logits are.
+
+    python tests/formats/panel.py -o FILE.csv --python onnx=/path/to/python --formats pt2 onnx
+
+Without `--python` this one's interpreter runs the files, from which dvn, timm and torch are hidden where a runtime does
+not need them. Statistics of norms are those of random images, as after training; two tasks, of 5 and 9 classes.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import dvn_cli
+from dvn_cli.errors import DvnError
+from dvn_cli.export import Form
+from dvn_cli.formats import FORMATS, NotExpressible
+from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.tasks import default_tasks
+
+MODELS = {
+    **{"test_resnet": 64, "test_convnext": 64, "torchvision/shufflenet_v2_x0_5": 64, "densenet121": 64},
+    **{"mobilenetv3_small_050": 64, "test_efficientnet": 32, "ghostnet_050": 64, "regnety_002": 64},
+    **{"test_vit": 160, "levit_128s": 224, "mobilevit_xxs": 64, "efficientvit_b0": 64},
+}
+"""Architectures, and the sizes of their images: plain CNNs, mobile ones, attention, and hybrids of the two."""
+
+UNITS = 3
+
+
+def checkpoint(name: str, path: Path) -> None:
+    """Writes a partition whose norms have the statistics of random images."""
+    torch.manual_seed(0)
+    network = dvn_cli.divide(name, units=UNITS, num_classes=9, input_size=MODELS[name])
+    tasks = default_tasks(UNITS, 9, (MODELS[name],) * 2, (0.5,) * 3, (0.25,) * 3)[:1]
+    tasks.append(default_tasks(UNITS, 5, (MODELS[name],) * 2, (0.5,) * 3, (0.25,) * 3)[1])
+    network = DeepVirtualNetwork(network.partition, tasks, network.file_tensors())
+    network.make_private()
+    with torch.no_grad():
+        for task, level in network:
+            network(torch.randn(8, 3, *tasks[task - 1].input_size), task, level, training=True)
+    network.save(path)
+
+
+def rows(name: str, formats: list[str], pythons: dict[str, str]) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        checkpoint(name, place / "dvn.safetensors")
+        images = np.random.default_rng(0).standard_normal((3, 3, MODELS[name], MODELS[name])).astype(np.float32)
+        np.save(place / "images.npy", images)
+        for level in range(1, UNITS + 1):
+            task = 1 + level % 2
+            network = dvn_cli.load(dvn_cli.slice(place / "dvn.safetensors", task, level, place / "s.safetensors").file)
+            with torch.no_grad():
+                expected = network(torch.from_numpy(images)).numpy()
+            for each in formats:
+                row: dict[str, Any] = {"model": name, "task": task, "level": level, "format": each}
+                file, logits = place / f"network{FORMATS[each].ending}", place / "logits.npy"
+                try:
+                    cut = dvn_cli.slice(place / "dvn.safetensors", task, level, file, form=Form(each))
+                except DvnError as error:
+                    yield row | {
+                        "result": "none" if isinstance(error, NotExpressible) else "failed",
+                        "note": str(error),
+                    }
+                    continue
+                command = [pythons.get(each, sys.executable), Path(__file__).with_name("run_file.py"), each, cut.file]
+                done = subprocess.run([*command, place / "images.npy", logits], capture_output=True, text=True)
+                if done.returncode:
+                    yield row | {"result": "failed", "note": done.stderr.strip().splitlines()[-1]}
+                    continue
+                found = np.load(logits)
+                difference = float(np.abs(found - expected).max() / np.abs(expected).max())
+                right = difference <= 1e-4 and bool((found.argmax(1) == expected.argmax(1)).all())
+                yield row | {"result": "right" if right else "wrong", "difference": difference, "bytes": cut.bytes}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path, required=True)
+    parser.add_argument("--formats", nargs="+", default=[n for n, f in FORMATS.items() if not f.missing][1:])
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--python", action="append", default=[], metavar="FORMAT=INTERPRETER")
+    given = parser.parse_args()
+    columns = ["model", "task", "level", "format", "result", "difference", "bytes", "note"]
+    with open(given.output, "w", newline="") as file:
+        table = csv.DictWriter(file, columns)
+        table.writeheader()
+        for name in given.models:
+            for row in rows(name, given.formats, dict(each.split("=", 1) for each in given.python)):
+                table.writerow(row)
+                file.flush()
+
+
+if __name__ == "__main__":
+    main()
