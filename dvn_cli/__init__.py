@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from dvn_cli.export import slice
     from dvn_cli.loading import load
     from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
-    from dvn_cli.training.experiment import train
+    from dvn_cli.training.experiment import Observer, train
 
     __version__: str
 
@@ -22,6 +22,7 @@ __all__ = [
     "DeepVirtualNetwork",
     "DvnError",
     "InputError",
+    "Observer",
     "VirtualNetwork",
     "__version__",
     "bench",
@@ -36,6 +37,7 @@ _MODULES = {
     "DeepVirtualNetwork": "network",
     "DvnError": "errors",
     "InputError": "errors",
+    "Observer": "training.experiment",
     "VirtualNetwork": "network",
     "bench": "benchmark",
     "divide": "dividing",

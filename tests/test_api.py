@@ -54,7 +54,7 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert {path.name for path in tmp_path.iterdir()} == {
         "fresh.safetensors", "dvn.safetensors", "dvn.run.json", "dvn-task2-level1.safetensors"
     }  # fmt: skip
-    assert len(capsys.readouterr().out.splitlines()) == 7
+    assert len(capsys.readouterr().out.splitlines()) == 9
 
 
 def test_importing_takes_no_torch() -> None:

@@ -34,6 +34,13 @@ def train_command(
     keys: Annotated[
         bool, typer.Option("--keys", help="Show every key of a recipe: type, default and meaning; train nothing.")
     ] = False,
+    log: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Keep the figures of every epoch here too: a file that ends with .csv or .jsonl, or a folder for "
+            "TensorBoard. Can be given again."
+        ),
+    ] = None,
     list_: Annotated[bool, typer.Option("--list", help="List the recipes that come with dvn; train nothing.")] = False,
     show_: Annotated[
         bool,
@@ -75,6 +82,7 @@ def train_command(
         from dvn_cli.evaluation import rendering
         from dvn_cli.training.experiment import Trained, train
         from dvn_cli.training.experiment import dry_run as rehearse
+        from dvn_cli.training.logs import log as logger
 
     def show(trained: Trained) -> None:
         if as_json:
@@ -93,9 +101,11 @@ def train_command(
             f"{told.steps:,} steps of {told.seconds_per_step:.3g} s ({told.images_per_s:,.0f} images/s): "
             f"{timedelta(seconds=round(told.seconds))} (h:mm:ss) without validation{memory}"
         )
+    logs = [logger(path, force) for path in log or []]
     with Terminal(err, show) as terminal:
+        observers = [*logs, terminal]  # the terminal shows the results, which may fail, last
         trained = train(
-            recipe, output, overrides=overrides or [], device=device, resume=resume, force=force, observer=terminal
+            recipe, output, overrides=overrides or [], device=device, resume=resume, force=force, observer=observers
         )
     if terminal.session is not None:
         terminal.note(f"{output} is written; {trained.record} says how it went")

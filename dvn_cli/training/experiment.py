@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,7 +56,7 @@ class Trained:
 
 
 class Observer:
-    """Is told how a run goes, and keeps it to itself. A subclass shows it."""
+    """Is told how a run goes, and keeps it to itself. A subclass shows it, or hands it on to a logger."""
 
     def note(self, line: str) -> None:
         """What is used for what, and where an interrupted run goes on."""
@@ -84,7 +85,7 @@ def train(
     device: str | torch.device = "auto",
     resume: bool = False,
     force: bool = False,
-    observer: Observer | None = None,
+    observer: Observer | Sequence[Observer] = (),
 ) -> Trained:
     """Trains the networks of all tasks and levels as a recipe says, and measures them on the test images.
 
@@ -97,7 +98,7 @@ def train(
         resume: go on with the run whose files are there: interrupted, or finished with fewer epochs. Where there is
             none, start; where nothing is left to do, return what it left.
         force: replace what another run has left there.
-        observer: is told how it goes.
+        observer: is told how it goes; several are told one after the other.
 
     Raises:
         InputError: recipe, data, backbone or output cannot be used so, or there is another run's work where this one
@@ -108,21 +109,27 @@ def train(
         >>> trained = dvn_cli.train("digits", overrides=["epochs=5"])  # doctest: +SKIP
         >>> [round(result.top1) for result in trained.results]  # doctest: +SKIP
     """
-    observer, output = observer or Observer(), Path(output)
+    observers, output = [observer] if isinstance(observer, Observer) else list(observer), Path(output)
+
+    def tell(what: str, *words: Any) -> None:
+        for each in observers:
+            getattr(each, what)(*words)
+
+    note = functools.partial(tell, "note")
     recipe, base = _read(recipe, overrides)
     if resume and (finished := complete_run(recipe, output)) is not None:
-        observer.note(f"{output} has all of its {finished.epochs} epochs: there is nothing left to do")
+        note(f"{output} has all of its {finished.epochs} epochs: there is nothing left to do")
         return Trained(output, Files.of(output).record, finished.results or [], finished.history)
     where = device if isinstance(device, torch.device) else choose(device)
-    session = prepare(recipe, base, output, where, resume, force=force, note=observer.note)
-    observer.begins(session)
-    session.train(observer.epoch, observer.step)
-    observer.measures()
+    session = prepare(recipe, base, output, where, resume, force=force, note=note)
+    tell("begins", session)
+    session.train(functools.partial(tell, "epoch"), functools.partial(tell, "step"))
+    tell("measures")
     splits = {number: data.test for number, data in session.run.data.items()}
     results = measure.evaluate_all(session.run.network, splits, device=where)
     trained = Trained(output, session.files.record, results, session.run.history)
     try:
-        observer.ends(trained)
+        tell("ends", trained)
     finally:  # whichever of the two fails, the other one has the results
         session.finish(results)
     return trained

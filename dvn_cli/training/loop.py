@@ -124,6 +124,19 @@ class Run:
                     f"'{norm}' has one value for each channel, and so no variance: give {remedy}"
                 )
 
+    def scalars(self, entry: Mapping[str, Any] | None = None) -> dict[str, float]:
+        """Returns the figures of an epoch by name, such as `loss/low/1` for a task and level, as loggers want them.
+
+        Args:
+            entry: of the history; by default the last one. What it has no value for is left out.
+        """
+        entry = self.history[-1] if entry is None else entry
+        found = {name: entry[name] for name in ("epoch", "stage", "lr", "seconds")}
+        for what in ("loss", "validation"):
+            for task, levels in zip(self.network.tasks, entry[what] or [], strict=False):
+                found |= {f"{what}/{task.name}/{n}": value for n, value in enumerate(levels, 1) if value is not None}
+        return found
+
     # The state between two epochs
 
     def state(self) -> dict[str, Tensor]:
