@@ -1,5 +1,6 @@
 """Which level of a task fits a budget: by counts, and by what `dvn eval`, `dvn bench` and training have recorded."""
 
+import contextlib
 import json
 import os
 import re
@@ -108,13 +109,17 @@ def known_levels(
         InputError: a file cannot be read, or is of other networks.
     """
     entry, found = header.metadata.tasks[task - 1], []
-    record = header.path.with_name(f"{header.path.stem}.run.json")
-    trained = header.metadata.training is not None and record.is_file()
-    rows = [row for row in _rows(record) if row["task"] == task] if trained else []
-    rows += [row for path in results for row in _rows(path) if (row["task"], row["name"]) == (task, entry.name)]
+    record, rows = header.path.with_name(f"{header.path.stem}.run.json"), []
+    with contextlib.suppress(InputError):  # it may be of a run that has not ended, and nobody gave it
+        rows += _rows(record) if header.metadata.training is not None else []
+    for path in results:
+        rows += _rows(path)
+    rows = [row for row in rows if (row["task"], row["name"]) == (task, entry.name)]
     for level in range(1, len(entry.levels) + 1):
         params, latency, accuracy = count(header, task, level).params, None, None
         for row in (row for row in rows if row["level"] == level):
+            if row["params"] != params and row["of"] == str(record):
+                continue
             if row["params"] != params:
                 raise InputError(
                     f"'{row['of']}' is of other networks: level {level} of task '{entry.name}' has {row['params']:,} "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dvn_cli.budget import known_levels
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import atomic, check_folder_writable, reason
 from dvn_cli.formats import Format, NotExpressible, find_format
@@ -134,6 +135,7 @@ def slice_all(
     calibrate: "Data | Sequence[Data] | None" = None,
     note: Callable[[str], None] = lambda _: None,
     form: Form = Form(),
+    results: Sequence[str | os.PathLike[str]] = (),
 ) -> Iterator[SliceFile]:
     """Cuts every network out of a checkpoint, each when it is asked for, and at last writes what they are.
 
@@ -143,6 +145,7 @@ def slice_all(
         checkpoint: the file of all networks.
         folder: for the files, made where it is missing; by default STEM-slices in the working directory.
         calibrate, note, form: as `slice`.
+        results: files of what `dvn eval` found, as JSON, whose accuracies are noted, as are those of training.
 
     Raises:
         InputError, DvnError: as `slice`.
@@ -150,6 +153,11 @@ def slice_all(
     header, kind = read_checkpoint(checkpoint), find_format(form.format)
     folder = Path(f"{header.path.stem}-slices" if folder is None else folder)
     check_folder_writable(folder)
+    known = {
+        (task, each.level): each.accuracy
+        for task in header.metadata.numbered_tasks
+        for each in known_levels(header, task, results)
+    }
     fit, files = _fit(header, calibrate, note), list[SliceFile]()
     for network in header.metadata.networks:
         try:
@@ -166,7 +174,8 @@ def slice_all(
                 folder.rmdir()
             raise
         yield files[-1]
-    manifest = {"checkpoint": header.path.name, "format": form.format, "slices": list(map(_entry, files))}
+    manifest: dict[str, Any] = {"checkpoint": header.path.name, "format": form.format, "slices": []}
+    manifest["slices"] = [_entry(cut) | {"top1": known[cut.task, cut.level]} for cut in files]
     with atomic(folder / MANIFEST) as opened:
         opened.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
 

@@ -14,6 +14,7 @@ from dvn_cli.budget import KnownLevel, amount, choose, known_levels
 from dvn_cli.cli import app
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.export import slice as slice_network
+from dvn_cli.export import slice_all
 from dvn_cli.store.file import read_checkpoint
 
 TRAINED = Path(__file__).parent / "pins/files/0.1.0/trained.safetensors.gz"
@@ -99,6 +100,15 @@ def test_the_record_of_the_run_gives_accuracies() -> None:
     document = json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())
     Path("dvn.run.json").write_text(json.dumps({"test": document["results"]}))
     assert run("--min-accuracy", "71")["slices"][0]["level"] == 2
+
+
+def test_the_manifest_has_recorded_accuracies() -> None:
+    list(slice_all(results=[recorded("eval.json", top1=[70.0, 95.0])]))
+    found = json.loads(Path("dvn-slices/manifest.json").read_text())["slices"]
+    assert [cut["top1"] for cut in found] == [70, 95, None, None]
+    Path("dvn.run.json").write_text("{}")  # of a run that has not ended
+    list(slice_all())
+    assert json.loads(Path("dvn-slices/manifest.json").read_text())["slices"] == [cut | {"top1": None} for cut in found]
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def slice_command(
             _show_choice(choice)
     files: Iterable[export.SliceFile]
     if every and task is None and level is None:
-        files = export.slice_all(checkpoint, output, calibrate or None, note, form)
+        files = export.slice_all(checkpoint, output, calibrate or None, note, form, results or [])
     elif not every and task is not None and level is not None:
         files = [export.slice(checkpoint, task, level, output, calibrate or None, note, form)]
     else:
