@@ -8,7 +8,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dvn_cli import report
 from dvn_cli.data.classes import few
-from dvn_cli.training import loop
+from dvn_cli.training import loop, state
 from dvn_cli.training.experiment import Observer, Trained
 from dvn_cli.training.loop import Run
 from dvn_cli.training.methods import used_units
@@ -17,7 +17,7 @@ from dvn_cli.training.session import Session
 
 
 class Terminal(Observer):
-    """A bar on a terminal, a line per epoch elsewhere; a context, that says how to go on where it is left by Ctrl-C."""
+    """A bar on a terminal, a line per epoch elsewhere; a context, that says how to go on where a signal ends it."""
 
     def __init__(self, console: Console, show: Callable[[Trained], None]) -> None:
         """`show` prints the results."""
@@ -41,7 +41,7 @@ class Terminal(Observer):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.status.stop()
         self.bars.stop()
-        if self.session is not None and kind is KeyboardInterrupt:
+        if self.session is not None and kind in (KeyboardInterrupt, SystemExit):
             self.note(how_to_go_on(self.session))
 
     def note(self, line: str) -> None:
@@ -146,8 +146,9 @@ def class_lines(run: Run, width: int) -> list[str]:
 def how_to_go_on(session: Session) -> str:
     """What someone who has stopped a run wants to know."""
     run = session.run
-    if not run.epochs_done:
-        return "stopped within the first epoch: nothing has been written"
+    if not run.epochs_done and not run.steps_done:
+        return "stopped before the first step: nothing has been written"
     if session.files.state.exists():
-        return f"stopped after epoch {run.epochs_done}: the same command with --resume goes on from there"
+        place = state.read(session.files.state).metadata.place
+        return f"stopped after {place}: the same command with --resume goes on from there"
     return f"stopped after training: {session.files.checkpoint} is written, `dvn eval` measures it"

@@ -409,6 +409,7 @@ class StateMetadata:
         tasks: without where their images come from; None in the first files.
         images: of each task that is learnt, how many were there to train and to validate on.
         division: which unit owns what, which images may tell otherwise another time; None in the first files.
+        steps_done: of the epoch after those.
     """
 
     kind: ClassVar[str] = "training state"
@@ -421,6 +422,13 @@ class StateMetadata:
     tasks: tuple[Task, ...] | None = None
     images: tuple[tuple[Index, ...], ...] = ()
     division: DividedBackbone | None = None
+    steps_done: Index = 0
+
+    @property
+    def place(self) -> str:
+        """How far the run has come, in words."""
+        within = f"step {self.steps_done} of " if self.steps_done else ""
+        return f"{within}epoch {self.epochs_done + (self.steps_done > 0)}"
 
     def __post_init__(self) -> None:
         if len(self.history) > self.epochs_done:

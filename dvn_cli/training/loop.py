@@ -43,6 +43,7 @@ class Run:
         before: networks that were trained in an earlier run.
         teachers: by number of task, the networks of files that teach.
         epochs_done: how many epochs it has behind it, of all stages.
+        steps_done: how many steps of the epoch that it is in.
         history: for each epoch what it gave: learning rate, loss and validation accuracy by task and level, None for
             networks that were not trained or have no such images.
         best: of the epochs so far of this stage, the validation accuracy (mean of its networks, per cent) of the best.
@@ -60,6 +61,7 @@ class Run:
     epochs_done: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
     best: float = -math.inf
+    steps_done: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)  # of dropout and its like
@@ -137,17 +139,23 @@ class Run:
                 found |= {f"{what}/{task.name}/{n}": value for n, value in enumerate(levels, 1) if value is not None}
         return found
 
-    # The state between two epochs
+    # The state between two steps
 
     def state(self) -> dict[str, Tensor]:
-        """The tensors that change during a run."""
+        """The tensors that change during a run.
+
+        Within an epoch the generators are as they were at its start: what the steps done have drawn is drawn again.
+        """
         tensors = {f"network/{name}": tensor for name, tensor in self.network.file_tensors().items()}
         tensors |= {f"best/{name}": tensor for name, tensor in self.best_tensors.items()}
         for what, network in (("teacher", self.teacher), ("average", self.average)):
             if network is not None:
                 tensors |= {f"{what}/{name}": tensor for name, tensor in network.file_tensors().items()}
         tensors |= {f"optimizer/{name}": tensor for name, tensor in state_tensors(self.optimizer).items()}
-        tensors |= {f"generator/{i}": generator.get_state() for i, generator in self.generators.items()}
+        if self.steps_done:
+            tensors["totals"] = self.step.totals
+        drawn = self._drawn if self.steps_done else self._states_of_generators()
+        tensors |= {f"generator/{number}": state for number, state in drawn.items()}
         tensors["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
@@ -157,8 +165,11 @@ class Run:
         """Goes back to a state: what `state` returned, and what else its file says."""
         self._put(self.network, tensors, "network/")
         self.epochs_done, self.history = metadata.epochs_done, [dict(entry) for entry in metadata.history]
+        self.steps_done = metadata.steps_done
         self._begin()
-        if self.epochs_done > self._start:
+        if self.steps_done:
+            self.step.totals.copy_(tensors["totals"])
+        if self.epochs_done > self._start or self.steps_done:
             if self.teacher is not None:
                 self._put(self.teacher, tensors, "teacher/")
             if self.average is not None:
@@ -220,7 +231,8 @@ class Run:
         self._start = ends[place] - self.stage.epochs
         self.network.zero_grad(set_to_none=True)
         self.teacher = self._frozen_copy() if self.stage.distilled else None
-        if self.epochs_done == self._start and not (place and self.stages[place - 1].warmup):
+        is_new = self.epochs_done == self._start and not self.steps_done
+        if is_new and not (place and self.stages[place - 1].warmup):
             for network in self.stage.trained:
                 if self.stage.before and network not in self.stage.before:
                     self.network.inherit(*network, self.stage.before)
@@ -288,7 +300,10 @@ class Run:
         recipe, stage, step = self.recipe, self.stage, self.step
         self.network.train()
         batches = {number: self._endless(number, split) for number, split in self._splits().items()}
-        step.totals.zero_()
+        self._drawn = self._states_of_generators()
+        resumed, random = self.steps_done, torch.get_rng_state()
+        if not resumed:
+            step.totals.zero_()
         counts = Counter[TaskLevel]()
         check_every = 1 if self.device.type == "cpu" else CHECK_EVERY
         steps = self.steps
@@ -302,7 +317,12 @@ class Run:
             networks = networks_of_step(stage, recipe, done, self.epochs_done * steps + number)
             for _ in range(recipe.accumulate):
                 counts.update(networks)
-                step({task: next(of_task) for task, of_task in batches.items()}, networks)
+                given = {task: next(of_task) for task, of_task in batches.items()}
+                if number > resumed:
+                    step(given, networks)
+            if number <= resumed:  # it was done before the run was interrupted: its images are drawn again, no more
+                torch.set_rng_state(random)
+                continue
             if number % check_every == 0 or number == steps:
                 self._check(step.totals, step.networks, number)
             if recipe.optimizer.clip_grad is not None:
@@ -312,7 +332,9 @@ class Run:
             if self.average is not None:
                 self._follow(self.average, before)
             step.clear()
+            self.steps_done = number
             after_step(self, number)
+        self.steps_done = 0
         self._check_weights()
         totals = zip(step.networks, step.totals.tolist(), strict=True)
         return self._by_level({network: total / counts[network] for network, total in totals if counts[network]})
@@ -328,6 +350,9 @@ class Run:
         for name, tensor in ours.items():
             if not tensor.is_floating_point():
                 tensor.copy_(theirs[name])
+
+    def _states_of_generators(self) -> dict[int, Tensor]:
+        return {number: generator.get_state() for number, generator in self.generators.items()}
 
     def _by_level(self, values: Mapping[TaskLevel, float]) -> list[list[float | None]]:
         """Values of networks by task and level, None where there is none."""

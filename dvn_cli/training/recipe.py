@@ -152,6 +152,15 @@ class ScheduleKeys(Keys):
     )
 
 
+class SaveKeys(Keys):
+    steps: Count | None = Field(
+        default=None, description="Write the state that a run is resumed from after so many steps of an epoch too."
+    )
+    minutes: float | None = Field(
+        default=None, gt=0, le=1e30, description="Write it after the first step that ends so long after the last time."
+    )
+
+
 class SequentialKeys(Keys):
     old: Literal["frozen", "distilled"] | None = Field(
         default=None,
@@ -332,6 +341,11 @@ class Recipe(Keys):
         default="auto",
         description="How images lie in memory, and with them all that convolutions make of them. auto: channels_last, "
         "the faster one on CPU and CUDA; contiguous on MPS. Images of one channel are both.",
+    )
+    save_every: Annotated[SaveKeys, MAY_DIFFER] = Field(
+        default=SaveKeys(),
+        description="When the state that a run is resumed from is written, besides after every epoch and when SIGINT "
+        "or SIGTERM stops it.",
     )
     threads: Annotated[Annotated[Count, Field(le=1024)] | None, MAY_DIFFER] = Field(
         default=None, description="Number of CPU threads. By default torch's choice; small networks are fastest with 1."

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
@@ -27,6 +28,7 @@ from dvn_cli.store.metadata import CheckpointMetadata, StateMetadata, Task, Trai
 from dvn_cli.training import state
 from dvn_cli.training.loop import Run, json_number
 from dvn_cli.training.recipe import Keys, Recipe
+from dvn_cli.training.stop import Stop
 
 LIBRARIES = ("dvn", "torch", "timm", "torchvision", "safetensors")
 
@@ -106,7 +108,7 @@ class Session:
         tensors = state.tensors(interrupted)
         with self._fitting(self.files.state, "start again with --force"):
             self.run.restore(tensors, metadata)
-        self.note(f"going on after epoch {self.run.epochs_done}")
+        self.note(f"going on after {metadata.place}")
 
     def extend(self, finished: "Finished") -> None:
         """Goes on from a finished run's networks, or only measures them.
@@ -137,15 +139,20 @@ class Session:
     def train(self, after_epoch: Callable[[Run], None], after_step: Callable[[Run, int], None]) -> None:
         """Trains to the end and writes the checkpoint.
 
+        The state is written after every epoch, at the intervals of the recipe, and when SIGINT or SIGTERM asks for an
+        end.
+
         Raises:
+            KeyboardInterrupt, SystemExit: a signal asked for an end.
             DvnError: a loss is not a number, the device's memory is too small, or a file cannot be written; an older
                 checkpoint stays what it was, and so does its record.
         """
         tasks = tuple(replace(task, data=None) for task in self.run.network.tasks)
 
-        def keep(run: Run) -> None:
-            self._note_capture()
-            self._note_left_out()
+        saved = time.monotonic()
+
+        def save(run: Run) -> None:
+            nonlocal saved
             metadata = StateMetadata(
                 recipe=self.record["recipe"],
                 epochs_done=run.epochs_done,
@@ -156,13 +163,32 @@ class Session:
                 tasks=tasks,
                 images=self._images,
                 division=self.run.network.partition.metadata(),
+                steps_done=run.steps_done,
             )
             with self._resumable():
                 write(self.files.state, to_data(run.state()), metadata)
-            after_epoch(run)
+            saved = time.monotonic()
 
-        with enough_memory_for(self.recipe, self.run.device):
-            self.run.run(keep, after_step)
+        def epoch_ended(run: Run) -> None:
+            self._note_capture()
+            self._note_left_out()
+            save(run)
+            after_epoch(run)
+            stop.check()
+
+        def step_ended(run: Run, step: int) -> None:
+            after_step(run, step)
+            if step == run.steps:  # the epoch ends, whose state is written
+                return
+            every = self.recipe.save_every
+            is_due = every.steps is not None and step % every.steps == 0
+            is_due = is_due or (every.minutes is not None and time.monotonic() - saved >= 60 * every.minutes)
+            if is_due or stop.signal is not None:
+                save(run)
+            stop.check()
+
+        with enough_memory_for(self.recipe, self.run.device), Stop() as stop:
+            self.run.run(epoch_ended, step_ended)
         if self.run.patience_is_over:
             self.note(f"stopped after epoch {self.run.epochs_done}: none of the last {self.recipe.patience} was better")
         epochs, restarts = self.run.epochs_done, tuple(self.restarts)
@@ -195,8 +221,7 @@ class Session:
         except DvnError as error:
             if not self.files.state.exists():
                 raise
-            done = state.read(self.files.state).metadata.epochs_done
-            kept = f"'{self.files.state}' has all up to epoch {done}"
+            kept = f"'{self.files.state}' has all up to {state.read(self.files.state).metadata.place}"
             raise type(error)(f"{error}; {kept}: the same command with --resume goes on from there") from error
 
     def finish(self, results: Sequence[Evaluation]) -> None:

@@ -48,5 +48,5 @@ def lost_with(path: Path) -> str | None:
         names = ", ".join(task["name"] for task in metadata.recipe["tasks"])
     except (InputError, KeyError, TypeError):
         return f"'{path}' is there, and is not the state of a run that this dvn reads"
-    how_far = f"after epoch {metadata.epochs_done} of {total}, written {written_at(path)}"
+    how_far = f"after {metadata.place} of {total}, written {written_at(path)}"
     return f"'{path}' is the state of an interrupted run (tasks: {names}; {how_far})"

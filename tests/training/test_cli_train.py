@@ -1,9 +1,11 @@
 """`dvn train` as it is typed, and what can be typed after it."""
 
+import contextlib
 import io
 import itertools
 import json
 import os
+import random
 import re
 import signal
 import subprocess
@@ -16,13 +18,14 @@ import small
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import dvn_cli
 from dvn_cli import cli
 from dvn_cli.data import DataSpec, batches, load_test
-from dvn_cli.errors import DvnError
+from dvn_cli.errors import DvnError, InputError
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
-from dvn_cli.training import recipes
+from dvn_cli.training import recipes, state
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.loop import Run
 from dvn_cli.training.session import Session
@@ -70,30 +73,58 @@ def stopped(folder: Path, sign: signal.Signals, line: str, *words: str) -> tuple
 
 WORDS = (
     *("train", "digits", "epochs=4", "backbone.name=wrn_10_1", "units=2"),
-    *("tasks.*.data.train_images=700", "tasks.*.data.test_images=200"),
+    *("tasks.*.data.train_images=700", "tasks.*.data.test_images=200", "save_every.steps=2"),
 )
 
 
 @pytest.fixture(scope="module")
 def typed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    """The folder of a run that was killed, resumed, stopped with Ctrl-C and resumed again, and what it all said."""
+    """The folder of a run that was killed, stopped with SIGTERM and with Ctrl-C, and what it said from then on."""
     folder = tmp_path_factory.mktemp("typed")
     code, _ = stopped(folder, signal.SIGKILL, "epoch 1/4", *WORDS)
     assert code == -signal.SIGKILL
     assert "dvn.safetensors" not in {path.name for path in folder.iterdir()}
-    code, told = stopped(folder, signal.SIGINT, "epoch 2/4", *WORDS, "--resume")
-    assert code == 130
-    return folder, [told, dvn(folder, *WORDS, "--resume")]
+    told = []
+    for sign, line in ((signal.SIGTERM, "epoch 2/4"), (signal.SIGINT, "epoch 3/4")):
+        code, rest = stopped(folder, sign, line, *WORDS, "--resume")
+        assert code == 128 + sign
+        told.append(rest)
+    return folder, [*told, dvn(folder, *WORDS, "--resume")]
 
 
-def test_stopped_with_ctrl_c(typed: tuple[Path, list[str]]) -> None:
-    told = [line for line in typed[1][0].splitlines() if line and not line.startswith("epoch ")]
+@pytest.mark.parametrize("place", [0, 1])
+def test_stopped_by_a_signal(typed: tuple[Path, list[str]], place: int) -> None:
+    """Most likely within an epoch, after any step of it."""
+    told = [line for line in typed[1][place].splitlines() if line and not line.startswith("epoch ")]
     assert len(told) == 1
-    assert re.fullmatch(r"stopped after epoch [23]: the same command with --resume goes on from there", told[0])
+    where = rf"(epoch {place + 2}|epoch {place + 3}|step \d+ of epoch {place + 3})"
+    assert re.fullmatch(rf"stopped after {where}: the same command with --resume goes on from there", told[0])
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(tmp_path: Path) -> None:
+    """At any moment; no more than an interval is lost, and the losses are those of a run that nobody killed."""
+    words = (*WORDS, "save_every.minutes=0.001")
+    chance, ends = random.Random(0), []
+    while True:
+        process = start(tmp_path, *words, "--resume")
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=chance.uniform(4, 30))
+        if process.poll() is not None:
+            break
+        process.kill()
+        process.communicate()
+        with contextlib.suppress(InputError):  # killed before it had written any
+            metadata = state.read(tmp_path / "dvn.state.safetensors").metadata
+            ends.append((metadata.epochs_done, metadata.steps_done))
+    assert process.returncode == 0
+    assert ends == sorted(ends)
+    assert len(set(ends)) > 1
+    as_if_nothing_had_interrupted_it(tmp_path, tmp_path / "alone")
 
 
 def test_table(typed: tuple[Path, list[str]]) -> None:
-    lines = typed[1][1].splitlines()
+    lines = typed[1][2].splitlines()
     assert lines[0].split() == ["top-1", "in", "%,", "95", "%", "CI", "level", "1", "level", "2", "images"]
     assert [line.split()[:2] for line in lines[2::2]] == [["1", "low"], ["2", "high"], ["3", "digits"], ["4", "parity"]]
     record = json.loads((typed[0] / "dvn.run.json").read_text())
@@ -111,13 +142,20 @@ def test_only_these_files(typed: tuple[Path, list[str]]) -> None:
 
 
 def test_as_if_nothing_had_interrupted_it(typed: tuple[Path, list[str]], tmp_path: Path) -> None:
+    as_if_nothing_had_interrupted_it(typed[0], tmp_path / "alone")
+
+
+def as_if_nothing_had_interrupted_it(folder: Path, alone: Path) -> None:
     path = recipes.find("digits")
-    session = prepare(recipes.read(path, WORDS[2:]), path.parent, tmp_path / "dvn.safetensors", small.CPU)
+    alone.mkdir()
+    session = prepare(recipes.read(path, WORDS[2:]), path.parent, alone / "dvn.safetensors", small.CPU)
     session.train(small.nothing, small.nothing)
-    record = json.loads((typed[0] / "dvn.run.json").read_text())
+    record = json.loads((folder / "dvn.run.json").read_text())
     for mine, theirs in zip(session.run.history, record["epochs"], strict=True):
         assert {**mine, "seconds": 0} == {**theirs, "seconds": 0}
-    assert (tmp_path / "dvn.safetensors").read_bytes() == (typed[0] / "dvn.safetensors").read_bytes()
+    ours, theirs = (load_file(where / "dvn.safetensors") for where in (alone, folder))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
 def test_then_slice_and_eval(typed: tuple[Path, list[str]]) -> None:
@@ -342,7 +380,7 @@ def test_resume(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Captu
         assert ends(monkeypatch, "small.yaml", "--resume") == 130
     told = capfd.readouterr().err
     assert told.startswith("there is nothing to resume: the run starts from its beginning\n")
-    assert "stopped within the first epoch: nothing has been written\n" in told
+    assert "stopped before the first step: nothing has been written\n" in told
     assert [path.name for path in here.iterdir()] == ["small.yaml"]
 
     epoch = Run._epoch

@@ -27,11 +27,20 @@ from dvn_cli.backbones import resolve
 from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.store.file import write
 from dvn_cli.store.metadata import TrainingRecord
 from dvn_cli.training import recipes
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.methods import METHODS
-from dvn_cli.training.recipe import BackboneKeys, OptimizerKeys, Recipe, ScheduleKeys, SequentialKeys, TaskKeys
+from dvn_cli.training.recipe import (
+    BackboneKeys,
+    OptimizerKeys,
+    Recipe,
+    SaveKeys,
+    ScheduleKeys,
+    SequentialKeys,
+    TaskKeys,
+)
 from dvn_cli.training.schedule import factor
 from dvn_cli.training.session import Session
 
@@ -360,6 +369,7 @@ PATHS = [
     *(f"optimizer.{key}" for key in OptimizerKeys.model_fields),
     *(f"schedule.{key}" for key in ScheduleKeys.model_fields),
     *(f"sequential.{key}" for key in SequentialKeys.model_fields),
+    *(f"save_every.{key}" for key in SaveKeys.model_fields),
     *(f"tasks.0.{key}" for key in TaskKeys.model_fields),
 ]
 
@@ -447,6 +457,9 @@ CHANGES = {
     "patience": "1",
     "precision": "bf16",
     "memory_format": "contiguous",
+    "save_every": "{steps: 1}",
+    "save_every.steps": "1",
+    "save_every.minutes": "0.000001",
     "threads": "2",
     "seed": "1",
 }
@@ -464,11 +477,13 @@ BASES["compensate"] = ("backbone.weights=w.pth",)
 def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
     """All that a recipe can have an effect on, and nothing that repeats its words; of an error, its message."""
     threads: list[int] = []
+    states: list[Any] = []
     torch.manual_seed(5)
     torch.save(resolve("wrn_10_1", 10, 1).build().state_dict(), folder / "w.pth")
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "set_num_threads", threads.append)
+            patch.setattr("dvn_cli.training.session.write", lambda *given: (states.append(given), write(*given)))
             session = small.trained(folder, *overrides, scales={"tiny": {"epochs": 1}})
     except InputError as error:
         return {"error": str(error)}
@@ -479,6 +494,7 @@ def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
         "history": small.history(session.run),
         "best": session.run.best,
         "threads": threads,
+        "states written": len(states),
         "in a table": json.loads(session.files.record.read_text())["recipe"]["scenario"],
     }
 

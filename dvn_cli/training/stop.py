@@ -1,0 +1,42 @@
+"""Signals that ask a run to stop, heard when a step has ended: nothing that was computed is lost."""
+
+import signal
+import threading
+from types import FrameType, TracebackType
+
+
+class Stop:
+    """A context in which SIGINT and SIGTERM are noted, each once: a second one does what it did before.
+
+    Attributes:
+        signal: the one that came; None where none did.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._handlers: dict[int, signal._HANDLER] = {}
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():  # no other one may
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) != signal.SIG_IGN:  # such as under nohup
+                    self._handlers[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        self.signal = number
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._give_back()
+
+    def check(self) -> None:
+        """Raises what the signal that came stands for: KeyboardInterrupt, or SystemExit with 128 and its number."""
+        if self.signal == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is not None:
+            raise SystemExit(128 + self.signal)
