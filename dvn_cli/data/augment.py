@@ -128,14 +128,14 @@ class Mixing(NamedTuple):
         mixing = cls(spec.reprob, spec.mixup, spec.cutmix, classes)
         return mixing if any(mixing[:3]) else None
 
-    def __call__(self, images: Tensor, labels: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
         """Returns the images with parts erased, and mixed with others of the batch; then labels are (B, classes)."""
         from timm.data.random_erasing import RandomErasing
         from torchvision.transforms import v2
 
         mixes = [v2.MixUp(alpha=self.mixup, num_classes=self.classes)] if self.mixup else []
         mixes += [v2.CutMix(alpha=self.cutmix, num_classes=self.classes)] if self.cutmix else []
-        with seeded(int(torch.randint(2**62, (), generator=generator))):
+        with seeded(seed):
             if self.reprob:
                 # The noise is drawn on the CPU, so that every device has the same.
                 images = RandomErasing(self.reprob, mode="pixel", device="cpu")(images)

@@ -12,6 +12,8 @@ from dvn_cli.data.pool import Pool
 from dvn_cli.data.spec import Augmentation
 from dvn_cli.data.stream import stream
 
+Draws = tuple[Tensor, Tensor | None]
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -104,6 +106,7 @@ def batches(
     augment: Augmentation = "none",
     pad: int = 4,
     mixing: Mixing | None = None,
+    skip: int = 0,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields one pass over a split: images, float32 (B, C, H, W) normalised, and labels, int64 (B,), on the device.
 
@@ -123,6 +126,7 @@ def batches(
         augment: As in `DataSpec`; only with a generator.
         pad: As in `DataSpec`.
         mixing: What is done to whole batches; only with a generator.
+        skip: How many batches to leave out at the beginning: what they draw is drawn, but their images are not read.
     """
     scale = (
         torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255,
@@ -133,14 +137,25 @@ def batches(
     else:
         order = torch.randperm(len(split), generator=generator).to(split.labels.device)
         order = order[: len(split) - len(split) % batch_size] if len(split) >= batch_size else order
-    training = generator is not None
-    seed = int(torch.randint(2**62, (), generator=generator)) if training and split.transform else 0
-    for pixels, positions in split.read(order.split(batch_size), device, seed if training else None):
-        if generator is not None and augment in ("crop", "crop-flip"):
-            pixels = _augmented(pixels, pad, augment == "crop-flip", generator)
+    seed = int(torch.randint(2**62, (), generator=generator)) if generator is not None and split.transform else 0
+    chosen = order.split(batch_size)
+
+    def drawn(count: int) -> tuple[Draws | None, int]:
+        """What a batch draws at random, whether its images are read or skipped."""
+        if generator is None:
+            return None, 0
+        shifts = _draws(count, pad, augment == "crop-flip", generator) if augment in ("crop", "crop-flip") else None
+        return shifts, int(torch.randint(2**62, (), generator=generator)) if mixing is not None else 0
+
+    for positions in chosen[:skip]:
+        drawn(len(positions))
+    for pixels, positions in split.read(chosen[skip:], device, None if generator is None else seed):
+        shifts, seed_of_batch = drawn(len(positions))
+        if shifts is not None:
+            pixels = _augmented(pixels, pad, shifts)
         images, labels = pixels.float().sub_(scale[0]).div_(scale[1]), split.labels[positions].to(device)
         if generator is not None and mixing is not None:
-            images, labels = mixing(images, labels, generator)
+            images, labels = mixing(images, labels, seed_of_batch)
         yield images, labels
 
 
@@ -149,15 +164,20 @@ def batch_count(split: Split, batch_size: int, training: bool) -> int:
     return max(len(split) // batch_size, 1) if training else -(-len(split) // batch_size)
 
 
-def _augmented(images: Tensor, pad: int, flip: bool, generator: torch.Generator) -> Tensor:
+def _draws(count: int, pad: int, flip: bool, generator: torch.Generator) -> Draws:
+    """How far down and to the right each image of a batch is cut out, int64 (2, N, 1), and whether it is mirrored."""
+    shifts = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator)
+    return shifts, torch.randint(0, 2, (count, 1), generator=generator).bool() if flip else None
+
+
+def _augmented(images: Tensor, pad: int, draws: Draws) -> Tensor:
     """Each image with `pad` black pixels around, cut out again at a random place, and mirrored or not."""
-    count, channels, height, width = images.shape
-    down, right = torch.randint(0, 2 * pad + 1, (2, count, 1), generator=generator).to(images.device)
+    channels, height, width = images.shape[1:]
+    down, right = draws[0].to(images.device)
     rows = down + torch.arange(height, device=images.device)
     columns = right + torch.arange(width, device=images.device)
-    if flip:
-        mirrored = torch.randint(0, 2, (count, 1), generator=generator).to(images.device).bool()
-        columns = torch.where(mirrored, columns.flip(1), columns)
+    if draws[1] is not None:
+        columns = torch.where(draws[1].to(images.device), columns.flip(1), columns)
     pixels = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).flatten(1)  # (N, H * W), of the padded image
     padded = F.pad(images, (pad, pad, pad, pad)).flatten(2)
     return padded.gather(2, pixels[:, None].expand(-1, channels, -1)).view(images.shape)

@@ -68,7 +68,7 @@ class TaskData:
         return [split.pool for split in splits if isinstance(split.pool, Pool)]
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu"
+        self, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu", skip: int = 0
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One shuffled, augmented pass over train; see `batches`."""
         return batches(
@@ -81,6 +81,7 @@ class TaskData:
             augment=self.spec.augment,
             pad=self.spec.pad,
             mixing=Mixing.of(self.spec, len(self.classes)),
+            skip=skip,
         )
 
 

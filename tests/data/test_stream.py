@@ -94,6 +94,21 @@ def test_a_pass_is_another_one_each_time_and_goes_on_from_the_state_of_its_gener
     assert_same(second, list(data.train_batches(18, generator)))
 
 
+@pytest.mark.parametrize("keys", [{"augment": "crop-flip"}, CHANGED])
+def test_a_pass_can_be_entered_at_any_batch(photographs, monkeypatch, keys):
+    data = load_task(spec(photographs, load="stream", workers=0, **keys))
+    whole = list(data.train_batches(4, torch.Generator().manual_seed(5)))
+    read = []
+    decoded = Pool.decoded
+    monkeypatch.setattr(
+        Pool, "decoded", lambda self, indices, *args: (read.extend(indices), decoded(self, indices, *args))[1]
+    )
+    generator = torch.Generator().manual_seed(5)
+    assert_same(whole[3:], list(data.train_batches(4, generator, skip=3)))
+    assert len(read) == 4 * (len(whole) - 3)
+    assert_same(passes(data, seed=5)[len(whole) :], list(data.train_batches(4, generator)))
+
+
 def test_only_the_row_groups_that_hold_images_of_a_batch_are_read(photographs, monkeypatch):
     data = load_task(spec(photographs, "hf", load="stream", workers=0))
     read = []
