@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dvn_cli.budget import known_levels
-from dvn_cli.errors import DvnError, InputError
+from dvn_cli.errors import DvnError, InputError, did_you_mean
 from dvn_cli.files import atomic, check_folder_writable, reason
-from dvn_cli.formats import Format, NotExpressible, find_format
+from dvn_cli.formats import DTYPES, Format, NotExpressible, find_format
 from dvn_cli.store.file import Header, TensorData, read_checkpoint
 from dvn_cli.store.metadata import Calibration, CheckpointMetadata, TaskLevel, check_level, find_task
 from dvn_cli.store.slicing import BLOCK, check_output, slice_file
@@ -44,6 +44,10 @@ class Form:
     dtype: str = "fp32"
     fold_norms: bool = False
     data: "Data | Sequence[Data] | None" = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise InputError(f"weights are {', '.join(DTYPES)}, not '{self.dtype}'{did_you_mean(self.dtype, DTYPES)}")
 
     @property
     def is_cut(self) -> bool:

@@ -65,6 +65,10 @@ FORMATS = {
 }
 
 
+DTYPES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
+"""Types of weights, and how much logits may differ from those of the network as it is, in parts of the largest."""
+
+
 def find_format(name: str) -> Format:
     """Returns a format that this machine can write.
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from dvn_cli.formats.program import description, program
 from dvn_cli.network import VirtualNetwork
 
-LARGEST_FILE = 2 << 30
-"""Bytes of weights above which they lie in a second file, since one message of protobuf holds no more."""
-
 
 def write(network: VirtualNetwork, path: Path, fold_norms: bool) -> None:
-    """Writes a network for batches of any size; classes and preprocessing are in the model's `metadata_props`."""
+    """Writes a network for batches of any size; classes and preprocessing are in the model's `metadata_props`.
+
+    All is in one file, which protobuf limits to 2 GB.
+    """
     exported = torch.onnx.export(
         program(network, fold_norms),
         input_names=["images"],

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from dvn_cli.errors import DvnError, InputError, is_out_of_memory
 from dvn_cli.files import check_writable, put
-from dvn_cli.formats import Format
+from dvn_cli.formats import DTYPES, Format
 from dvn_cli.network import VirtualNetwork
 
-DTYPES = {"fp32": (torch.float32, 1e-4), "fp16": (torch.float16, 2e-2), "bf16": (torch.bfloat16, 1e-1)}
-"""Types of weights, and how much logits may differ from those of the network as it is, in parts of the largest."""
+_TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 RANDOM_BATCHES = (1, 4)
 """Numbers of random images that are compared, beside those that are given."""
@@ -55,7 +54,7 @@ def write(
         form: the format.
         output: the path; what is there is replaced once the new one has proved right.
         images: normalised batches to compare on, beside random ones.
-        dtype: of the weights, see `DTYPES`.
+        dtype: of the weights, see `formats.DTYPES`.
         fold_norms: whether running statistics go into the layers before them.
 
     Raises:
@@ -66,7 +65,7 @@ def write(
         raise InputError(f"--fold-norms: {form.name} holds weights, whose network has the norms")
     if not form.is_folder:
         check_writable(output)
-    torch_dtype, limit = DTYPES[dtype]
+    limit = DTYPES[dtype]
     title = f"level {network.level} of task '{network.task.name}'"
     sample = torch.Generator().manual_seed(0)
     shape = (network.metadata.backbone.in_chans, *network.task.input_size)
@@ -75,7 +74,7 @@ def write(
     with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
         file = Path(folder) / f"network{form.ending}"
         with _quiet(), _named(f"{title} cannot be written as {form.name} in {dtype}"):
-            given = network if dtype == "fp32" else copy.deepcopy(network).to(torch_dtype)
+            given = network if dtype == "fp32" else copy.deepcopy(network).to(_TORCH[dtype])
             form.module.write(given, file, fold_norms)
             run = form.module.read(file)
             pairs = [(network(batch), run(batch)) for batch in (*batches, *images)]

@@ -145,6 +145,8 @@ def test_folded_norms_and_types(checkpoint: Path) -> None:
     assert torch.export.load(half.file).module()(random_images(2)).dtype is torch.float32
     cut = dvn_cli.slice(checkpoint, 1, 1, form=Form(dtype="fp16"))
     assert {p.dtype for p in dvn_cli.load(cut.file).parameters()} == {torch.float16}
+    with pytest.raises(InputError, match="weights are fp32, fp16, bf16, not 'fp8'; did you mean"):
+        Form(dtype="fp8")
     with pytest.raises(InputError, match="--fold-norms: safetensors holds weights"):
         dvn_cli.slice(checkpoint, 1, 1, form=Form(fold_norms=True))
 
