@@ -1,12 +1,16 @@
 """`dvn eval`: accuracy and loss of networks on test images, and whether they are good enough."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from dvn_cli.errors import InputError
 from dvn_cli.files import check_writable
+
+if TYPE_CHECKING:
+    from dvn_cli.evaluation.measure import Loaded
 
 
 def eval_command(
@@ -53,6 +57,13 @@ def eval_command(
     summary: Annotated[
         Path | None, typer.Option(help="Add a summary in Markdown to this file, such as $GITHUB_STEP_SUMMARY.")
     ] = None,
+    report_file: Annotated[
+        Path | None,
+        typer.Option("--report", help="Write an HTML page about the checkpoint that needs nothing else to be read."),
+    ] = None,
+    costs: Annotated[
+        Path | None, typer.Option(help="With --report: what `dvn bench --json` printed, for accuracy over latency.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time; the result does not depend on it.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -76,7 +87,9 @@ def eval_command(
         raise InputError(f"--tolerance is in points of accuracy, 0 to 100, not {tolerance:g}")
     floors = [] if gates is None else read_floors(gates)
     floors += [parse_floor(text) for text in min_accuracy or []]
-    for path in (results_file, save_baseline, junit, summary):
+    if costs is not None and report_file is None:
+        raise InputError("--costs is of a report: give --report too")
+    for path in (results_file, save_baseline, junit, summary, report_file):
         if path is not None:
             check_writable(path)
 
@@ -97,12 +110,20 @@ def eval_command(
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task("reading", total=None)
 
-        from dvn_cli.evaluation import ci, rendering
+        from dvn_cli.evaluation import ci, page, rendering
+        from dvn_cli.evaluation.costs import read
         from dvn_cli.evaluation.judge import Judge
         from dvn_cli.evaluation.measure import evaluate
 
         counts_as: Verdict = "undecided" if undecided is None else "passed" if undecided == "pass" else "failed"
         judge = Judge(floors, baseline, tolerance, counts_as, save_baseline, task, level, note)
+        measured = None if costs is None else read(costs)
+
+        def opened(loaded: "Sequence[Loaded]") -> None:
+            judge.opens(loaded)
+            if report_file is not None:
+                page.check(loaded)
+
         rows = evaluate(
             files or [Path("dvn.safetensors")],
             task,
@@ -112,7 +133,7 @@ def eval_command(
             device=device,
             note=note,
             progress=lambda done, total: progress.update(bar, description="images", completed=done, total=total),
-            opened=judge.opens,
+            opened=opened,
         )
     gate = judge.judge(rows)
     results = rendering.as_document(rows, gate)
@@ -121,6 +142,8 @@ def eval_command(
             outputs.callback(rendering.write, results_file, results)
         if summary is not None:
             outputs.callback(ci.append, summary, ci.markdown(rows, gate))
+        if report_file is not None:
+            outputs.callback(page.write, report_file, judge.loaded, rows, measured)
         if junit is not None:
             outputs.callback(ci.write_junit, junit, rows, gate)
         if os.environ.get("GITHUB_ACTIONS") == "true":

@@ -42,7 +42,7 @@ class Judge:
         self._baseline = None if baseline is None else baselines.read(baseline)
         self._tolerance = TOLERANCE if tolerance is None else tolerance
         self._task, self._level = task, level
-        self._loaded: Sequence[Loaded] = ()
+        self.loaded: Sequence[Loaded] = ()
         self._of_network: list[Floor | None] = []
 
     def opens(self, loaded: Sequence[Loaded]) -> None:
@@ -64,13 +64,13 @@ class Judge:
             baselines.check_distinct(networks)
         for line in lines:
             self._note(line)
-        self._loaded = loaded
+        self.loaded = loaded
 
     def judge(self, rows: Sequence[Evaluation]) -> Gate:
         """Judges what came of the networks."""
         checks = check_rows(rows, self._of_network)
         if self._baseline is not None:
-            checks += baselines.compare(self._baseline, self._loaded, rows, self._tolerance, self._task, self._level)
+            checks += baselines.compare(self._baseline, self.loaded, rows, self._tolerance, self._task, self._level)
         floor_of_all = next((floor.accuracy for floor in self._floors[::-1] if floor.selector == "all"), None)
         return Gate(checks, self._undecided, floor_of_all)
 
@@ -81,5 +81,5 @@ class Judge:
             InputError, DvnError: as `files.atomic`.
         """
         if self._saves is not None:
-            baselines.save(self._saves, self._loaded, rows)
+            baselines.save(self._saves, self.loaded, rows)
             self._note(f"{self._saves} is written")

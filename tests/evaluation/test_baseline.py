@@ -151,14 +151,14 @@ def test_files_that_are_no_baseline(dvn, saved, made, monkeypatch, change, messa
     content = json.loads(saved.read_text())
     change(content)
     saved.write_text(json.dumps(content))
-    monkeypatch.setattr("dvn_cli.evaluation.measure.measure", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("dvn_cli.evaluation.measure.measure_together", lambda *_, **__: pytest.fail("computed"))
     code, out, err = dvn("--baseline", "base.json")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"dvn: {message}")
 
 
 def test_two_networks_of_one_task_and_level_make_no_baseline(dvn, made, monkeypatch):
-    monkeypatch.setattr("dvn_cli.evaluation.measure.measure", lambda *_, **__: pytest.fail("computed"))
+    monkeypatch.setattr("dvn_cli.evaluation.measure.measure_together", lambda *_, **__: pytest.fail("computed"))
     code, _, err = dvn("dvn.safetensors", "dvn.safetensors", "--save-baseline", "twice.json")
     assert (code, err) == (2, "dvn: a baseline has one network of each task and level: 'colours', 1 is there twice\n")
 

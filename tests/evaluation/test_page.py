@@ -1,0 +1,104 @@
+"""The page that `dvn eval --report` writes. How it looks is for eyes; here, what it says and that it needs nothing."""
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from pictures import COLOURS, results
+
+from dvn_cli.evaluation import charts
+
+
+class Page(HTMLParser):
+    """Cells of tables, texts, attributes, and whether every element is closed in its turn."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.rows: list[list[str]] = []
+        self.attributes: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(file.read_text())
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img"):
+            self._open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self._open and self._open[-1] in ("td", "th"):
+            self.rows[-1].append(data)
+
+
+def test_a_checkpoint_as_a_page(dvn, made):
+    row = {"params": 1, "bytes": 1, "macs": 1}
+    networks = [{"name": "digits", "level": level, "latency_ms": {"p50": level}, **row} for level in (1, 2)]
+    machine = {"host": "", "device": "cpu", "device_name": "a <CPU>", "torch": "", "threads": 1, "batch_size": 1}
+    (made / "costs.json").write_text(json.dumps({**machine, "channels_last": False, "results": networks}))
+    code, out, err = dvn("--report", "page.html", "--costs", "costs.json", "--json")
+    assert (code, err) == (0, "")
+    page = Page(made / "page.html")
+    rows = json.loads(out)["results"]
+    assert [row for row in page.rows if row[0] in ("1 colours", "2 digits")][:2] == [
+        ["1 colours", "1", "2"], ["2 digits", "2", "1"]
+    ]  # fmt: skip
+    shown = [row for row in page.rows if len(row) == 12][1:]
+    assert [(row[1], row[4].replace(",", ""), row[2]) for row in shown] == [
+        (str(row["level"]), str(row["params"]), f"{row['top1']:.2f}") for row in rows
+    ]
+    figures = [attributes for tag, attributes in page.attributes if tag == "figure" and "role" in attributes]
+    assert ["parameters" in str(figure["aria-label"]) for figure in figures] == [True, False]
+    assert "a <CPU>" in page.text
+    images = [attributes for tag, attributes in page.attributes if tag == "img"]
+    assert images
+    assert all(str(image["src"]).startswith("data:image/png;base64,") and image["alt"] for image in images)
+    assert "told right" in page.text
+    assert len((made / "page.html").read_bytes()) < 3e6
+    links = [value for _, attributes in page.attributes for key, value in attributes.items() if key in ("src", "href")]
+    assert all(str(link).startswith(("data:", "#")) for link in links)  # nothing is loaded
+
+    before = (made / "page.html").read_bytes()
+    assert dvn("--report", "page.html", "--costs", "costs.json")[0] == 0
+    assert (made / "page.html").read_bytes() == before
+
+
+def test_the_weakest_classes_are_counted(dvn, made):
+    (row,) = results(dvn("--json", "--task", "colours", "--level", "2", "--report", "page.html"))
+    text = Page(made / "page.html").text
+    told = [name for name in COLOURS if f"{name}: " in text]
+    assert len(told) == 3  # of six classes, of which the network tells two or three
+    assert row["top1"] < 50
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["s11.safetensors", "--data", "recipes/pictures", "--report", "p.html"], "--report is of one checkpoint"),
+    (["--costs", "costs.json"], "--costs is of a report: give --report too"),
+    (["--report", "no/p.html"], "cannot write 'no/p.html': there is no folder '"),
+])  # fmt: skip
+def test_what_is_no_report(dvn, made, monkeypatch, arguments, message):
+    monkeypatch.setattr("dvn_cli.evaluation.measure.measure_together", lambda *_, **__: pytest.fail("computed"))
+    code, out, err = dvn(*arguments)
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith(f"dvn: {message}")
+    assert not (made / "p.html").exists()
+
+
+def test_curves_of_training():
+    epochs = [{"epoch": number, "validation": [[50.0, 60.0 + number], [None, None]]} for number in (1, 2)]
+    svg = charts.over_epochs(epochs, ["a", "b"], "validation", "top-1")
+    assert svg is not None
+    assert ">a</text>" in svg
+    assert ">b</text>" not in svg
+    assert "currentColor" in svg
+    assert charts.over_epochs([{"epoch": 1, "validation": None}], ["a"], "validation", "top-1") is None
