@@ -172,7 +172,8 @@ def left_out(pools: Iterable[Pool]) -> str | None:
     """Returns a line on the images that cannot be read, None where there are none."""
     bad = list(dict.fromkeys(problem for pool in pools for problem in pool.bad))
     more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-    return f"{len(bad)} images are left out: {'; '.join(bad[:NAMED])}{more}" if bad else None
+    count = "1 image is" if len(bad) == 1 else f"{len(bad)} images are"
+    return f"{count} left out: {'; '.join(bad[:NAMED])}{more}" if bad else None
 
 
 def settle(pools: Iterable[Pool]) -> None:

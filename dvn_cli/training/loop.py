@@ -299,9 +299,10 @@ class Run:
         """One pass over the stage's largest task. Returns the mean loss of every network, by task and level."""
         recipe, stage, step = self.recipe, self.stage, self.step
         self.network.train()
-        batches = {number: self._endless(number, split) for number, split in self._splits().items()}
         self._drawn = self._states_of_generators()
-        resumed, random = self.steps_done, torch.get_rng_state()
+        resumed = self.steps_done  # of an interrupted run, whose images are not read again
+        skip = resumed * recipe.accumulate
+        batches = {number: self._endless(number, split, skip) for number, split in self._splits().items()}
         if not resumed:
             step.totals.zero_()
         counts = Counter[TaskLevel]()
@@ -315,14 +316,11 @@ class Run:
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"] * (recipe.sequential.lr_factor if careful else 1.0)
             networks = networks_of_step(stage, recipe, done, self.epochs_done * steps + number)
-            for _ in range(recipe.accumulate):
-                counts.update(networks)
-                given = {task: next(of_task) for task, of_task in batches.items()}
-                if number > resumed:
-                    step(given, networks)
-            if number <= resumed:  # it was done before the run was interrupted: its images are drawn again, no more
-                torch.set_rng_state(random)
+            counts.update(networks * recipe.accumulate)
+            if number <= resumed:
                 continue
+            for _ in range(recipe.accumulate):
+                step({task: next(of_task) for task, of_task in batches.items()}, networks)
             if number % check_every == 0 or number == steps:
                 self._check(step.totals, step.networks, number)
             if recipe.optimizer.clip_grad is not None:
@@ -394,11 +392,13 @@ class Run:
                 splits[student.task] = some(self.train[student.task], count, seed=self.recipe.seed)
         return splits
 
-    def _endless(self, number: int, split: Split) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of a task, pass after pass: a smaller task is seen more often in an epoch."""
+    def _endless(self, number: int, split: Split, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of a task, pass after pass, but for the first ones: a smaller task is seen more often in an epoch."""
         resident = TaskData(**{**vars(self.data[number]), "train": split})
+        size, generator = self.batch_sizes[number], self.generators[number]
         while True:
-            yield from resident.train_batches(self.batch_sizes[number], self.generators[number], self.device)
+            yield from resident.train_batches(size, generator, self.device, skip)
+            skip = max(0, skip - batch_count(split, size, training=True))
 
     def _validate(self) -> list[list[float | None]] | None:
         """Top-1 accuracy in per cent on images held out of train, of each network whose task has some in this stage."""

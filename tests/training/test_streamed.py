@@ -10,12 +10,18 @@ import small
 import torch
 from PIL import Image
 
-from dvn_cli.data import Pool
+from dvn_cli.data import Pool, Split
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation.measure import evaluate
 
 STREAMED = ["tasks.*.data.load=stream", "tasks.*.data.workers=1"]
-CROPPED = ["tasks.*.data.size=8", "tasks.*.data.augment=resized-crop", "tasks.*.data.mixup=0.2", *STREAMED]
+CROPPED = [
+    "save_every.steps=1",
+    "tasks.*.data.size=8",
+    "tasks.*.data.augment=resized-crop",
+    "tasks.*.data.mixup=0.2",
+    *STREAMED,
+]
 
 
 def test_a_streamed_run_has_the_losses_of_one_in_memory(tmp_path: Path) -> None:
@@ -25,12 +31,26 @@ def test_a_streamed_run_has_the_losses_of_one_in_memory(tmp_path: Path) -> None:
     assert small.history(streamed) == small.history(kept)
 
 
-def test_a_streamed_run_goes_on_with_another_number_of_workers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("step", [0, 2])
+def test_a_streamed_run_goes_on_with_another_number_of_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """Between two epochs and within one, where images of the steps done are not read again."""
     whole = small.trained(tmp_path, *CROPPED).run
     with pytest.raises(small.Stopped):
-        small.session(tmp_path, *CROPPED, force=True).train(*small.stop_after(1))
+        small.session(tmp_path, *CROPPED, force=True).train(*small.stop_after(1, step))
+    begun: list[int] = []  # numbers of batches that are read
+    read = Split.read
+
+    def reading(split: Split, chosen: Any, device: Any = "cpu", seed: int | None = None) -> Any:
+        if seed is not None:
+            begun.append(len(chosen))
+        return read(split, chosen, device, seed)
+
+    monkeypatch.setattr(Split, "read", reading)
     resumed = small.trained(tmp_path, *CROPPED, "tasks.*.data.workers=2", resume=True).run
     assert small.history(resumed) == small.history(whole)
+    assert begun[0] == (1 if step else 2)
     assert all(map(torch.equal, whole.network.state_dict().values(), resumed.network.state_dict().values()))
 
 
@@ -67,7 +87,7 @@ def test_a_damaged_photograph_ends_a_run_that_goes_on_without_it(photographs: Pa
     session.train(small.nothing, small.nothing)
     warnings = [note for note in notes if note.startswith("warning")]
     assert warnings == [f"warning: {json.loads(session.files.record.read_text())['left_out']}"]
-    assert f"1 images are left out: train image {photographs}/train/a/08.png cannot be read" in warnings[0]
+    assert f"1 image is left out: train image {photographs}/train/a/08.png cannot be read" in warnings[0]
 
 
 def test_images_of_different_sizes_are_brought_to_the_backbones(photographs: Path) -> None:
@@ -87,4 +107,4 @@ def test_a_damaged_test_image_is_left_out_of_an_evaluation(photographs: Path) ->
     (photographs / "test" / "b" / "01.png").write_bytes(b"")
     results = evaluate(session.files.checkpoint, note=notes.append)
     assert [result.images for result in results] == [3, 3]
-    assert "test/b/01.png" in next(note for note in notes if note.startswith("warning: 1 images are left out"))
+    assert "test/b/01.png" in next(note for note in notes if note.startswith("warning: 1 image is left out"))
