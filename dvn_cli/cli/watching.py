@@ -1,9 +1,10 @@
 """How `dvn train` shows a run that goes on: lines and a bar on stderr, the results on stdout."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from dvn_cli import report
@@ -16,6 +17,17 @@ from dvn_cli.training.outlook import outlook
 from dvn_cli.training.session import Session
 
 
+class Bars(Progress):
+    """A bar, and above it a table, once there is one."""
+
+    table: report.FittedTable | None = None
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        if self.table is not None:
+            yield self.table
+        yield from super().get_renderables()
+
+
 class Terminal(Observer):
     """A bar on a terminal, a line per epoch elsewhere; a context, that says how to go on where a signal ends it."""
 
@@ -24,7 +36,8 @@ class Terminal(Observer):
         self.console, self.show = console, show
         self.session: Session | None = None
         self.status = console.status("reading data and dividing the backbone ...")
-        self.bars = Progress(
+        self.since, self.steps = 0.0, 0  # of what is timed: the steps of this epoch
+        self.bars = Bars(
             TextColumn("epoch"),
             MofNCompleteColumn(),
             BarColumn(),
@@ -64,9 +77,16 @@ class Terminal(Observer):
             report.show(self.console, level_table(run))
         self.bar = self.bars.add_task("", total=run.total_epochs, completed=run.epochs_done)
         self.bars.start()
+        self.since = time.perf_counter()
 
     def step(self, run: Run, step: int) -> None:
-        self.bars.update(self.bar, completed=run.epochs_done + step / run.steps)
+        self.steps += 1
+        text = f"step {step}/{run.steps}, {self._images_per_s(run):,.0f} images/s"
+        self.bars.update(self.bar, completed=run.epochs_done + step / run.steps, description=text)
+
+    def _images_per_s(self, run: Run) -> float:
+        images = sum(run.batch_sizes[task] for task in run.stage.tasks) * run.recipe.accumulate
+        return self.steps * images / (time.perf_counter() - self.since)
 
     def epoch(self, run: Run) -> None:
         last = run.history[-1]
@@ -79,10 +99,12 @@ class Terminal(Observer):
             (task,) = run.stage.tasks
             alone = ", new parts alone" if run.stage.warmup else ""
             text = f"task {task} {run.network.tasks[task - 1].name}{alone}: {text}"
-        self.bars.update(self.bar, completed=run.epochs_done, description=text)
+        self.bars.update(self.bar, completed=run.epochs_done)
+        self.bars.table = epoch_table(run)
         if self.bars.disable:
-            line = f"epoch {run.epochs_done}/{run.total_epochs}: {text}, {last['seconds']:.1f} s"
-            self.console.print(line, soft_wrap=True)
+            speed = f"{last['seconds']:.1f} s, {self._images_per_s(run):,.0f} images/s"
+            self.console.print(f"epoch {run.epochs_done}/{run.total_epochs}: {text}, {speed}", soft_wrap=True)
+        self.since, self.steps = time.perf_counter(), 0
 
     def measures(self) -> None:
         self.bars.stop()
@@ -92,6 +114,21 @@ class Terminal(Observer):
     def ends(self, trained: Trained) -> None:
         self.status.stop()
         self.show(trained)
+
+
+def epoch_table(run: Run) -> report.FittedTable:
+    """What the last epoch gave: the loss of each network and, in per cent, its accuracy on the validation images."""
+    last, most = run.history[-1], max(len(task.levels) for task in run.network.tasks)
+    made = report.table(f"after epoch {last['epoch']}", *(f"level {level}" for level in range(1, most + 1)), text=1)
+    blank = [[None] * len(task.levels) for task in run.network.tasks]
+    for number, losses in enumerate(last["loss"], 1):
+        accuracies = (last["validation"] or blank)[number - 1]
+        cells = [
+            "-" if loss is None else f"{loss:.3f}" if accuracy is None else f"{loss:.3f}  {accuracy:.1f} %"
+            for loss, accuracy in zip(losses, accuracies, strict=True)
+        ]
+        made.add_row(f"{number} {run.network.tasks[number - 1].name}", *cells)
+    return made
 
 
 def task_table(run: Run) -> report.FittedTable:
