@@ -235,7 +235,7 @@ def test_what_is_told_fits(here: Path, monkeypatch: pytest.MonkeyPatch, capfd: p
     assert ends(monkeypatch, "small.yaml", "tasks.0.name='[red]low'", "tasks.0.order=[2, 1]", "tasks.1.levels=[2]") == 0
     lines = capfd.readouterr().err.splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[0] == "wrn_10_1, 2 units, 3 networks, on cpu: 2 epochs of 2 steps"
+    assert lines[0] == "wrn_10_1, 2 units (none free), 3 networks, on cpu: 2 epochs of 2 steps"
     assert lines[3].split() == ["1", "[red]low", "5", "32", "8", "20", "2", "|", "1"]
     assert lines[4].split() == ["2", "all", "10", "32", "8", "20", "2", "1"]
     assert lines[5] == "task 1 [red]low: classes '0', '1', '2', '3', '4'"
