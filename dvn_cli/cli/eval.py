@@ -64,6 +64,7 @@ def eval_command(
     costs: Annotated[
         Path | None, typer.Option(help="With --report: what `dvn bench --json` printed, for accuracy over latency.")
     ] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Say the accuracy of each class too.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images at a time; the result does not depend on it.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
@@ -136,7 +137,7 @@ def eval_command(
             opened=opened,
         )
     gate = judge.judge(rows)
-    results = rendering.as_document(rows, gate)
+    results = rendering.as_document(rows, gate, per_class)
     with contextlib.ExitStack() as outputs:  # whichever of them fails, the others have the results
         if results_file is not None:
             outputs.callback(rendering.write, results_file, results)
@@ -152,6 +153,7 @@ def eval_command(
         if as_json:
             typer.echo(json.dumps(results, indent=2))
         else:
-            report.show(report.console(), *rendering.result_tables(rows), *rendering.check_tables(gate))
+            classes = rendering.class_tables(rows) if per_class else []
+            report.show(report.console(), *rendering.result_tables(rows), *classes, *rendering.check_tables(gate))
     gate.raise_for_verdict()
     judge.save(rows)

@@ -70,6 +70,7 @@ class Evaluation:
         density: their share of those of its task's top level.
         top1, top5, loss, images, predicted, labels: see `Scores`; the last two are None in what was read back.
         file: that it came from, where it came from one.
+        classes: of the task, by name; none in what was read back.
     """
 
     task: int
@@ -85,6 +86,16 @@ class Evaluation:
     predicted: Tensor | None = field(default=None, repr=False, compare=False)
     labels: Tensor | None = field(default=None, repr=False, compare=False)
     file: str | None = None
+    classes: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    def by_class(self) -> list[tuple[str, float | None, int]]:
+        """Returns of each class its name, accuracy in per cent, None where it has no images, and number of images."""
+        assert self.predicted is not None
+        assert self.labels is not None
+        images = torch.bincount(self.labels, minlength=len(self.classes)).tolist()
+        right = torch.bincount(self.labels[self.predicted == self.labels], minlength=len(self.classes)).tolist()
+        shares = (100 * told / count if count else None for told, count in zip(right, images, strict=True))
+        return list(zip(self.classes, shares, images, strict=True))
 
     @property
     def interval(self) -> tuple[float, float]:
@@ -92,8 +103,8 @@ class Evaluation:
         return wilson(round(self.top1 * self.images / 100), self.images)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it, without predictions and labels: null for a loss that is not finite."""
-        entry = {key: value for key, value in vars(self).items() if key not in ("predicted", "labels")}
+        """As JSON has it, without predictions, labels and classes: null for a loss that is not finite."""
+        entry = {key: value for key, value in vars(self).items() if key not in ("predicted", "labels", "classes")}
         return {
             **entry,
             "units": list(self.units),
@@ -234,7 +245,7 @@ def evaluate_all(
     for number, level in chosen:
         task = network.tasks[number - 1]
         params, top = _params(network, number, level), _params(network, number, len(task.levels))
-        values = vars(scores[TaskLevel(number, level)])
+        values = {**vars(scores[TaskLevel(number, level)]), "classes": task.classes}
         rows.append(Evaluation(number, task.name, level, task.units(level), params, params / top, **values, file=file))
     return rows
 
@@ -358,7 +369,17 @@ class Loaded:
                 module.train(training)
         params, density = params_and_density(self.header)
         return [
-            Evaluation(number, task.name, level, task.units(level), params, density, **vars(scores), file=self.file)
+            Evaluation(
+                number,
+                task.name,
+                level,
+                task.units(level),
+                params,
+                density,
+                **vars(scores),
+                file=self.file,
+                classes=task.classes,
+            )
         ]
 
 

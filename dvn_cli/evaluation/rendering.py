@@ -31,9 +31,13 @@ def gate_as_json(gate: Gate) -> dict[str, Any] | None:
     }
 
 
-def as_document(rows: Sequence[Evaluation], gate: Gate) -> dict[str, Any]:
-    """Returns rows and their gate as the one document of `dvn eval --json`."""
+def as_document(rows: Sequence[Evaluation], gate: Gate, per_class: bool = False) -> dict[str, Any]:
+    """Returns rows and their gate as the one document of `dvn eval --json`, and if asked the accuracy of each class."""
     results = [row.to_dict() for row in rows]
+    if per_class:
+        for row, result in zip(rows, results, strict=True):
+            each = row.by_class()
+            result["per_class"] = [{"class": name, "top1": top1, "images": count} for name, top1, count in each]
     return {"schema_version": SCHEMA_VERSION, "results": results, "gate": gate_as_json(gate)}
 
 
@@ -49,11 +53,26 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
     else:
         lists = ("units", "top1_interval")
         rows = [row | {key: " ".join(map(str, row[key])) for key in lists} for row in document["results"]]
+        for row in rows:
+            row.pop("per_class", None)  # no cell has room for it
         writer = csv.DictWriter(text, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
     with atomic(path) as file:
         file.write(text.getvalue().encode())
+
+
+def class_tables(rows: Sequence[Evaluation]) -> list[report.FittedTable]:
+    """Top-1 in per cent of each class: a table for each task of each file, with a column for each level."""
+    made = []
+    for file, number in dict.fromkeys((row.file, row.task) for row in rows):
+        own = [row for row in rows if (row.file, row.task) == (file, number)]
+        columns = (f"level {row.level}" for row in own)
+        made.append(report.table(f"top-1 in %: {number} {own[0].name}", *columns, "images", title=file, text=1))
+        for each in zip(*(row.by_class() for row in own), strict=True):
+            cells = ("-" if top1 is None else f"{top1:.1f}" for _, top1, _ in each)
+            made[-1].add_row(each[0][0], *cells, str(each[0][2]))
+    return made
 
 
 def result_tables(rows: Sequence[Evaluation]) -> list[report.FittedTable]:

@@ -35,6 +35,26 @@ def test_a_wide_terminal_gets_all_columns(dvn, monkeypatch):
     assert rows[3][3:5] == ["1", "2"]
 
 
+def test_accuracy_of_each_class(dvn, made):
+    """Of every level, and as many images as the split has of the class; together they are the task's."""
+    code, out, _ = dvn("--per-class", "--json")
+    found = json.loads(out)["results"]
+    assert code == 0
+    for row in found:
+        right = sum(each["top1"] * each["images"] / 100 for each in row["per_class"] if each["images"])
+        assert sum(each["images"] for each in row["per_class"]) == row["images"]
+        assert 100 * right / row["images"] == pytest.approx(row["top1"])
+    assert [each["class"] for each in found[2]["per_class"]] == ["0", "1", "2"]
+    _, out, _ = dvn("--per-class", "--task", "2", "--results-file", "classes.csv")
+    lines = [line.split() for line in out.splitlines() if line.strip()]
+    place = lines.index(["top-1", "in", "%:", "2", "digits", "level", "1", "level", "2", "images"])
+    for number, line in enumerate(lines[place + 2 : place + 5]):
+        levels = [row["per_class"][number] for row in found[2:]]
+        assert line == [str(number), *(f"{each['top1']:.1f}" for each in levels), str(levels[0]["images"])]
+    assert "per_class" not in (made / "classes.csv").read_text()
+    assert "per_class" not in dvn("--json")[1]
+
+
 def test_networks_of_one_name_in_two_files_are_told_apart(dvn, made):
     shutil.copy(made / "dvn.safetensors", made / "twin.safetensors")
     _, out, _ = dvn("dvn.safetensors", "twin.safetensors", "--task", "2", "--level", "1")
