@@ -178,11 +178,12 @@ def build(
     """
     torch.manual_seed(seed)
     module = spec.build()
-    if zero_init_last:
+    if zero_init_last and weights is None and not pretrained:
         blocks: list[Any] = [block for block in module.modules() if hasattr(block, "zero_init_last")]
         if not blocks:
             raise InputError(
-                f"backbone.zero_init_last: the blocks of {spec.name} have no zero_init_last(), as timm's do"
+                f"the blocks of {spec.name} have no zero_init_last(), as timm's ResNets do: set "
+                "backbone.zero_init_last=false"
             )
         for block in blocks:
             block.zero_init_last()

@@ -41,7 +41,8 @@ class BackboneKeys(Keys):
     )
     zero_init_last: bool = Field(
         default=False,
-        description="Initialise the last norm of every residual branch to zero, in models whose blocks support it.",
+        description="Initialise the last norm of every residual branch to zero, in models whose blocks support it. It "
+        "makes no difference to a backbone that starts from weights.",
     )
 
     @property

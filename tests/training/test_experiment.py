@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import small
+import timm
 import torch
+from safetensors.torch import save_file
 
+from dvn_cli.backbones import resolve
+from dvn_cli.dividing import build
 from dvn_cli.errors import InputError
 from dvn_cli.loading import load
 from dvn_cli.network import DeepVirtualNetwork
@@ -251,8 +255,10 @@ def test_zero_init_last(tmp_path: Path) -> None:
 
 
 def test_blocks_that_do_not_know_how(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"zero_init_last: the blocks of test_convnext have no zero_init_last\(\)"):
+    with pytest.raises(InputError, match=r"the blocks of test_convnext have no zero_init_last\(\)"):
         small.session(tmp_path, "backbone={name: test_convnext, in_chans: 1, zero_init_last: true, input_size: 32}")
+    save_file(timm.create_model("test_convnext").state_dict(), tmp_path / "weights.safetensors")
+    build(resolve("test_convnext"), seed=0, weights=tmp_path / "weights.safetensors", zero_init_last=True)  # replaced
 
 
 def test_hidden_layers_that_a_partition_lacks(tmp_path: Path) -> None:
