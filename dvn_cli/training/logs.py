@@ -1,13 +1,15 @@
 """Where the figures of every epoch can go besides the record: CSV, JSON lines, TensorBoard."""
 
+import contextlib
 import csv
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from dvn_cli.errors import InputError
-from dvn_cli.files import check_writable
+from dvn_cli.errors import DvnError, InputError
+from dvn_cli.files import check_writable, reason
 from dvn_cli.training.experiment import Observer, Trained
 from dvn_cli.training.loop import Run
 from dvn_cli.training.session import Session
@@ -41,21 +43,31 @@ class FileLog(Observer):
         run = session.run
         if os.path.exists(self.path) and not (run.history or self.force):
             raise InputError(f"'{self.path}' exists: give another --log, or --force to replace it")
-        file: TextIO = open(self.path, "w", encoding="utf-8", newline="", buffering=1)  # noqa: SIM115
-        self.file = file
         networks = [f"{run.network.tasks[task - 1].name}/{level}" for task, level in run.network]
         columns = [f"{what}/{network}" for what in ("loss", "validation") for network in networks]
-        self.csv = csv.DictWriter(file, ["epoch", "stage", "lr", "seconds", *columns])
-        if self.path.suffix == ".csv":
-            self.csv.writeheader()
+        with self._writing():
+            file: TextIO = open(self.path, "w", encoding="utf-8", newline="", buffering=1)  # noqa: SIM115
+            self.file = file
+            self.csv = csv.DictWriter(file, ["epoch", "stage", "lr", "seconds", *columns])
+            if self.path.suffix == ".csv":
+                self.csv.writeheader()
         for entry in run.history:
             self._write(run.scalars(entry))
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Says what the system says, such as that the disk is full."""
+        try:
+            yield
+        except OSError as error:
+            raise DvnError(f"cannot write '{self.path}': {reason(error)}") from error
+
     def _write(self, scalars: dict[str, float]) -> None:
-        if self.path.suffix == ".csv":
-            self.csv.writerow(scalars)
-        else:
-            self.file.write(json.dumps(scalars) + "\n")
+        with self._writing():
+            if self.path.suffix == ".csv":
+                self.csv.writerow(scalars)
+            else:
+                self.file.write(json.dumps(scalars) + "\n")
 
     def epoch(self, run: Run) -> None:
         self._write(run.scalars())

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import pytest
 import small
 
 import dvn_cli
-from dvn_cli.errors import InputError
+from dvn_cli.errors import DvnError, InputError
 from dvn_cli.training.logs import log
 from dvn_cli.training.loop import Run
 
@@ -28,6 +29,15 @@ def train(folder: Path, *observers: dvn_cli.Observer, **keys: Any) -> None:
     dvn_cli.train(
         small.content(), folder / "dvn.safetensors", overrides=WORDS, observer=observers, device="cpu", **keys
     )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+@pytest.mark.parametrize("name", ["log.csv", "log.jsonl"])
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("dvn_cli.training.logs.check_writable", lambda path: None)
+    (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(DvnError, match=r"cannot write '.*': No space left on device"):
+        train(tmp_path, log(tmp_path / name, force=True))
 
 
 def test_files(tmp_path: Path) -> None:
