@@ -21,6 +21,7 @@ SIZES = {
     "tiny-imagenet-mini": (64, {"label": 200}),
     "imagenette96-mini": (96, {"label": 10}),
     "STL10": (96, {"label": 10}),
+    "photos": (32, {"label": 10}),
 }
 """Pixels, and columns of classes, of what the recipes learn."""
 
@@ -56,8 +57,12 @@ def overrides(path: Path, data_sets: DataSets, scale: str = "full") -> list[str]
     found = [f"scale={scale}", "backbone.name=wrn_10_1", "batch_size=8", "epochs=1", "threads=1"]
     if content.get("sequential", {}).get("warmup_epochs"):
         found.append("sequential.warmup_epochs=1")
+    if content["backbone"].get("pretrained"):
+        found.append("backbone.pretrained=false")
     for number, task in enumerate(content["tasks"]):
         data = dict(task["data"])
+        if data["source"] == "folder":
+            data["size"] = None  # that of the stand-ins
         if data["source"] != "digits":
             name = (data.get("path") or data["name"]).rpartition("/")[2]
             data |= {"source": "hf", "name": None, "path": str(data_sets(name)), "label": data.get("label", "label")}
