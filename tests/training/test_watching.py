@@ -28,7 +28,7 @@ def test_progress(tmp_path: Path, is_terminal: bool) -> None:
     if is_terminal:
         assert all(line in lines for line in shown)
         assert "after epoch 2" in text.getvalue()
-        assert "step 1/2, " in text.getvalue()
+        assert "step 2/2, " in text.getvalue()  # whatever was too quick to be seen, the last step is
     else:
         assert [line[:2] for line in lines if line[:1] == ["epoch"]] == [["epoch", "1/2:"], ["epoch", "2/2:"]]
         assert "after epoch" not in text.getvalue()
