@@ -70,7 +70,7 @@ class Terminal(Observer):
             f"{'1 network' if count == 1 else f'{count} networks'}, on {run.device}: "
             f"{run.total_epochs} epochs of {run.steps} steps"
         )
-        report.show(self.console, task_table(run))
+        report.show(self.console, task_table(run), *affinity_tables(run))
         for line in class_lines(run, self.console.width):
             self.note(line)
         with self.console.status("counting levels ..."):
@@ -142,6 +142,15 @@ def task_table(run: Run) -> report.FittedTable:
         units = " | ".join(" ".join(map(str, task.order[start:stop])) for start, stop in bounds)
         made.add_row(f"{number} {task.name}", str(len(task.classes)), *images, units)
     return made
+
+
+def affinity_tables(run: Run) -> list[report.FittedTable]:
+    """How tasks agree, where their orders of units were learned from that."""
+    rows = [task for task in run.network.tasks if task.affinity]
+    made = report.table("agreement", *(f"task {number}" for number in range(1, len(rows) + 1)), text=1)
+    for number, task in enumerate(rows, 1):
+        made.add_row(f"{number} {task.name}", *(f"{cosine:.2f}" for cosine in task.affinity))
+    return [made] if rows else []
 
 
 def level_table(run: Run) -> report.FittedTable:

@@ -117,9 +117,16 @@ def _orders(opened: Loaded) -> str:
             for place, unit in enumerate(task.order, 1)
         )
         rows.append(f'<tr><th scope="row">{number} {html.escape(task.name)}</th>{cells}</tr>')
+    learned = [(number, task) for number, task in opened.header.metadata.numbered_tasks.items() if task.affinity]
+    agreement = _table(
+        "The orders were learned: the cosine between what two tasks want of the shared weights, by their gradients.",
+        ("task", *(str(number) for number, _ in learned)),
+        [(f"{number} {task.name}", *(f"{cosine:.2f}" for cosine in task.affinity)) for number, task in learned],
+    )
     return (
         '<h2>The order of the units</h2><div class="wide" tabindex="0"><table><caption>Each task takes the units from '
         f"the left; a level ends at each bar.</caption><tbody>{''.join(rows)}</tbody></table></div>"
+        f"{agreement if learned else ''}"
     )
 
 

@@ -116,11 +116,8 @@ class Preprocessing:
 
 
 def _check_resize(interpolation: str, crop_pct: float | None, crop_mode: str) -> None:
-    for what, value, known in (
-        ("interpolation", interpolation, get_args(Interpolation)),
-        ("crop mode", crop_mode, get_args(CropMode)),
-    ):
-        if value not in known:
+    for what, value, kind in (("interpolation", interpolation, Interpolation), ("crop mode", crop_mode, CropMode)):
+        if value not in (known := get_args(kind)):
             raise InputError(f"no {what} '{value}'{did_you_mean(value, known)}; there are {', '.join(known)}")
     if crop_pct is not None and not 0.1 <= crop_pct <= 2:
         raise InputError(f"crop_pct is a share of the resized image, such as 0.875, not {crop_pct:g}")
@@ -160,6 +157,7 @@ class Task:
         levels: for each level how many units it has, ascending.
         data: where its images come from; None where nobody said.
         interpolation, crop_pct, crop_mode: how they are brought to their size, see `data.resize.Resize`.
+        affinity: the cosine of its gradients with those of each task, where the orders were learned from that.
     """
 
     name: str
@@ -173,6 +171,7 @@ class Task:
     interpolation: str = "bilinear"
     crop_pct: float | None = None
     crop_mode: str = "center"
+    affinity: tuple[float, ...] = omitted(())
 
     def __post_init__(self) -> None:
         if any("\ud800" <= letter <= "\udfff" for letter in self.name):

@@ -149,7 +149,7 @@ def _contents(
     calibration: Calibration | None,
 ) -> tuple[dict[str, TensorData], SliceMetadata]:
     tensors = {**cut(checkpoint, task, level), **changed}
-    entry = replace(checkpoint.metadata.tasks[task - 1], data=None)  # a slice is shipped: nothing of where it was cut
+    entry = replace(checkpoint.metadata.tasks[task - 1], data=None, affinity=())  # nothing of where it was cut
     tensors |= _aliased(checkpoint.metadata, tensors)
     divided, units = checkpoint.metadata.divided_for(entry), entry.units(level)
     own = SliceMetadata(**divided, task=entry, task_number=task, level=level, kept=units, calibration=calibration)

@@ -22,24 +22,39 @@ from dvn_cli.loading import load
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.partition import Partition
 from dvn_cli.store.file import read_checkpoint
-from dvn_cli.store.metadata import DataSource, DividedBackbone, Owner, Preprocessing, Rule, Task, TaskLevel, task_levels
+from dvn_cli.store.metadata import (
+    CheckpointMetadata,
+    DataSource,
+    DividedBackbone,
+    Owner,
+    Preprocessing,
+    Rule,
+    StateMetadata,
+    Task,
+    TaskLevel,
+    task_levels,
+)
 from dvn_cli.training import classifiers
+from dvn_cli.training.affinity import affinity
+from dvn_cli.training.loop import Run
 from dvn_cli.training.methods import METHODS, Method, levels_of, no_level, old_networks, together, used_units
 from dvn_cli.training.recipe import Recipe
-from dvn_cli.units.order import order_beside, paper_order
+from dvn_cli.units.order import learned_orders, order_beside, paper_order
 
 
 def build(
     recipe: Recipe,
     data: Sequence[TaskData],
     base: Path,
+    device: torch.device,
     note: Note = silent,
-    division: DividedBackbone | None = None,
+    earlier: StateMetadata | CheckpointMetadata | None = None,
 ) -> tuple[DeepVirtualNetwork, list[TaskLevel]]:
     """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
 
     Args:
-        division: that of the run that goes on, where one does; the networks are then not made ready to start.
+        device: to compute on where orders are learned.
+        earlier: what the run that goes on has left, where one does; the networks are then not made ready to start.
 
     Returns:
         all networks, and which of them were trained in an earlier run.
@@ -47,6 +62,7 @@ def build(
     if recipe.continues is not None:
         return _continued(recipe, data, base, note)
     method = METHODS[recipe.method]
+    division = earlier.division if isinstance(earlier, StateMetadata) else earlier
     if recipe.partition is not None:
         partition, tensors = _opened(recipe, data, base)
         is_loaded, load = True, None
@@ -59,11 +75,29 @@ def build(
     compensates = recipe.compensate and has_weights and method.levels != "top"
     if compensates:
         partition = compensation.with_private_biases(partition)
-    network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
-    network.make_private(owners(method, partition))
-    network.check()
-    if has_weights and division is None:
-        classifiers.start(network, tensors, load, is_loaded, note)
+
+    def networks(tasks: Sequence[Task], tensors: Mapping[str, Tensor], note: Note) -> DeepVirtualNetwork:
+        made = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=weights)
+        made.make_private(owners(method, partition))
+        made.check()
+        if has_weights and division is None:
+            classifiers.start(made, tensors, load, is_loaded, note)
+        return made
+
+    if recipe.orders == "learned" and earlier is None:
+        note("comparing tasks by their gradients, in a few steps of networks of all units")
+        whole = [replace(task, levels=(partition.units,)) for task in tasks]
+        copies = {name: tensor.clone() for name, tensor in tensors.items()}
+        found = affinity(Run(recipe, networks(whole, copies, silent), dict(enumerate(data, 1)), device))
+        orders = learned_orders(found, partition.units)
+        tasks = [
+            replace(task, order=task.order if keys.order else tuple(order), affinity=tuple(row))
+            for task, keys, order, row in zip(tasks, recipe.tasks, orders, found, strict=True)
+        ]
+    elif recipe.orders == "learned" and earlier is not None and earlier.tasks is not None:
+        pairs = zip(tasks, earlier.tasks, strict=True)
+        tasks = [replace(task, order=before.order, affinity=before.affinity) for task, before in pairs]
+    network = networks(tasks, tensors, note)
     if compensates and division is None:
         note("making up for what levels lack: running statistics and biases, on training images")
         images = {number: drawn(d.train, d.mean, d.std, seed=recipe.seed) for number, d in enumerate(data, 1)}

@@ -210,10 +210,10 @@ def prepare(
     if finished is not None:
         finished.check(recipe)
     data = load_data(recipe, base, note)
-    division = interrupted.metadata.division if interrupted is not None else None
-    network, before = build(recipe, data, base, note, division if finished is None else finished.header.metadata)
-    learnt = dict(enumerate(data, len(network.tasks) - len(data) + 1))
+    earlier = interrupted or (None if finished is None else finished.header)
     with enough_memory_for(recipe, device):
+        network, before = build(recipe, data, base, device, note, None if earlier is None else earlier.metadata)
+        learnt = dict(enumerate(data, len(network.tasks) - len(data) + 1))
         teachers = {}
         if recipe.taught_by not in (None, "top", "next"):
             teachers = file_teachers(recipe.taught_by, base, network, list(learnt), device)

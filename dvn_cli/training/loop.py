@@ -302,7 +302,7 @@ class Run:
         self._drawn = self._states_of_generators()
         resumed = self.steps_done  # of an interrupted run, whose images are not read again
         skip = resumed * recipe.accumulate
-        batches = {number: self._endless(number, split, skip) for number, split in self._splits().items()}
+        batches = {number: self.endless(number, split, skip) for number, split in self._splits().items()}
         if not resumed:
             step.totals.zero_()
         counts = Counter[TaskLevel]()
@@ -392,7 +392,7 @@ class Run:
                 splits[student.task] = some(self.train[student.task], count, seed=self.recipe.seed)
         return splits
 
-    def _endless(self, number: int, split: Split, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def endless(self, number: int, split: Split, skip: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches of a task, pass after pass, but for the first ones: a smaller task is seen more often in an epoch."""
         resident = TaskData(**{**vars(self.data[number]), "train": split})
         size, generator = self.batch_sizes[number], self.generators[number]

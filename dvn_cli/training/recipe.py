@@ -254,10 +254,11 @@ class Recipe(Keys):
         "channel counts by its variance on training images times the norm of the weights that read it, or, without "
         "weights to start from, by the norm of its own.",
     )
-    orders: Literal["paper", "shared"] = Field(
+    orders: Literal["paper", "shared", "learned"] = Field(
         default="paper",
-        description="Order in which tasks without an `order` of their own add units: the paper's rule (section 3.2), "
-        "another for each task, or one for all, 1 2 3 and so on.",
+        description="Order in which tasks without an `order` of their own add units. paper: another for each task "
+        "(section 3.2). shared: one for all, 1 2 3 and so on. learned: tasks whose gradients agree, in a few steps "
+        "before the run, share their lower levels, and those in conflict have other units there.",
     )
     compensate: bool = Field(
         default=True,
@@ -377,8 +378,14 @@ class Recipe(Keys):
         if self.method not in METHODS:
             hint = did_you_mean(self.method, METHODS) or f"; known are {', '.join(METHODS)}"
             raise ValueError(f"no method '{self.method}'{hint}")
-        if self.continues is not None and together(METHODS[self.method], self.learning == "sequential"):
+        method, is_joint = METHODS[self.method], together(METHODS[self.method], self.learning == "sequential")
+        if self.continues is not None and is_joint:
             raise ValueError("a checkpoint's tasks are only added to with learning sequential")
+        if self.orders == "learned" and not (is_joint and method.order == "paper" and method.private != "all"):
+            raise ValueError(
+                "orders learned compares tasks on weights that they share, with orders of their own, before all are "
+                "learnt together: give method dvn and learning joint, or orders paper"
+            )
         names = [task.name for task in self.tasks]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
@@ -386,6 +393,6 @@ class Recipe(Keys):
         if self.keeps_best and any(task.data.validation == 0 for task in self.tasks):
             key = "select best" if self.patience is None else "patience"
             raise ValueError(f"{key} needs validation images in every task: test images choose nothing")
-        if self.patience is not None and not together(METHODS[self.method], self.learning == "sequential"):
+        if self.patience is not None and not is_joint:
             raise ValueError("patience is for tasks that are learnt together: the epochs of each stage are planned")
         return self

@@ -232,9 +232,10 @@ class Session:
 
     def _write_record(self) -> None:
         tasks = [
-            {"name": self.run.network.tasks[number - 1].name, "classes": data.classes, "images": data.counts}
+            {"name": task.name, "classes": data.classes, "images": data.counts}
             | ({} if data.spec.groups is None else {"groups": data.spec.groups})
-            for number, data in self.run.data.items()
+            | ({"order": task.order, "affinity": task.affinity} if task.affinity else {})
+            for task, data in ((self.run.network.tasks[number - 1], data) for number, data in self.run.data.items())
         ]
         more = {key: value for key in ("restarts", "left_out") if (value := getattr(self, key))}
         record = {**self.record, **more, "tasks": tasks, "epochs": self.run.history}

@@ -1,6 +1,8 @@
-"""The order in which a task takes the units (section 3.2 of the paper)."""
+"""The order in which a task takes the units: the paper's (section 3.2), or one that follows how tasks agree."""
 
-from collections.abc import Collection
+import itertools
+import math
+from collections.abc import Collection, Sequence
 
 
 def paper_order(task: int, units: int) -> list[int]:
@@ -34,3 +36,35 @@ def order_beside(used: Collection[int], units: int) -> list[int]:
     """
     own = next(unit for unit in range(1, units + 1) if unit not in used)
     return sorted(paper_order(own, units), key=lambda unit: unit != own and unit not in used)
+
+
+def learned_orders(affinity: Sequence[Sequence[float]], units: int) -> list[list[int]]:
+    """The orders of units of tasks that share the more of their lower levels the better they agree.
+
+    Tasks are joined into as many groups as there are units, those that agree most first (average linkage), and each
+    group starts with a unit of its own. A task then adds the unit whose group agrees with it most, and so on; a unit
+    without a group comes after those of groups that agree with it, and before those in conflict. Of equal ones the
+    lower number comes first.
+
+    Args:
+        affinity: of each task with each, above 0 where they agree, below where they are in conflict; symmetric.
+        units: how many units there are.
+
+    Returns:
+        All units, by number from 1, for each task.
+    """
+
+    def agreement(ours: Sequence[int], theirs: Sequence[int]) -> float:
+        return sum(affinity[i][j] for i in ours for j in theirs) / (len(ours) * len(theirs))
+
+    groups = [[task] for task in range(len(affinity))]
+    while len(groups) > units:
+        one, other = max(itertools.combinations(groups, 2), key=lambda pair: agreement(*pair))
+        one += other
+        groups.remove(other)
+    orders = []
+    for task in range(len(affinity)):
+        agrees = [math.inf if task in group else agreement([task], group) for group in groups]
+        agrees += [0.0] * (units - len(groups))
+        orders.append(sorted(range(1, units + 1), key=lambda unit: -agrees[unit - 1]))
+    return orders

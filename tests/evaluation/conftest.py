@@ -25,8 +25,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     colours = {"spec": {"source": "folder", "path": "pictures"}, "base": str(root / "recipes")}
     digits = {"spec": {"source": "digits", "classes": "0-2", "test_images": 40}, "base": str(root)}
     tasks = [
-        Task("colours", COLOURS, (8, 8), MEAN, STD, (1, 2), (1, 2), colours),
-        Task("digits", ("0", "1", "2"), (8, 8), MEAN, STD, (2, 1), (1, 2), digits),
+        Task("colours", COLOURS, (8, 8), MEAN, STD, (1, 2), (1, 2), colours, affinity=(1.0, -0.25)),
+        Task("digits", ("0", "1", "2"), (8, 8), MEAN, STD, (2, 1), (1, 2), digits, affinity=(-0.25, 1.0)),
     ]
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks)
     network.make_private()

@@ -53,6 +53,10 @@ def test_a_checkpoint_as_a_page(dvn, made):
     assert [row for row in page.rows if row[0] in ("1 colours", "2 digits")][:2] == [
         ["1 colours", "1", "2"], ["2 digits", "2", "1"]
     ]  # fmt: skip
+    assert [row for row in page.rows if "-0.25" in row] == [
+        ["1 colours", "1.00", "-0.25"],
+        ["2 digits", "-0.25", "1.00"],
+    ]
     shown = [row for row in page.rows if len(row) == 12][1:]
     assert [(row[1], row[4].replace(",", ""), row[2]) for row in shown] == [
         (str(row["level"]), str(row["params"]), f"{row['top1']:.2f}") for row in rows
