@@ -4,7 +4,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,16 +32,16 @@ class KnownLevel:
 
     Attributes:
         level: from 1.
-        bytes: of its file, as safetensors.
         params: elements of its parameters.
+        bytes: of its file, as safetensors; None where nobody asked.
         macs: multiply-accumulates of one image; None where nobody asked.
         latency: the median of a forward pass, in ms; None where none is recorded.
         accuracy: top-1, per cent; None where none is recorded.
     """
 
     level: int
-    bytes: int
     params: int
+    bytes: int | None = None
     macs: int | None = None
     latency: float | None = None
     accuracy: float | None = None
@@ -71,15 +71,15 @@ class Choice:
         return [each for each in self.levels if abs(each.level - self.level.level) <= 1]
 
 
-def amount(what: str, text: str) -> float:
-    """Reads a budget of `bytes`, `params`, `macs` or `latency`, such as `2MB`, `1.5M` or `5ms`.
+def amount(what: str, text: str, option: str) -> float:
+    """Reads a budget of `bytes`, `params`, `macs` or `latency`, such as `2MB`, `1.5M` or `5ms`, given by an option.
 
     Raises:
         InputError: it is none.
     """
     parts = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if parts is None or parts[2].lower() not in _UNITS[what] or not float(parts[1]):
-        raise InputError(f"--max-{what} is an amount such as {_EXAMPLES[what]}, not '{text}'")
+        raise InputError(f"{option} is an amount such as {_EXAMPLES[what]}, not '{text}'")
     return float(parts[1]) * _UNITS[what][parts[2].lower()]
 
 
@@ -95,7 +95,7 @@ def known_levels(
     header: Header[CheckpointMetadata],
     task: int,
     results: Sequence[str | os.PathLike[str]] = (),
-    with_macs: bool = False,
+    counted: Collection[str] = (),
 ) -> list[KnownLevel]:
     """Returns what is known of a task's levels.
 
@@ -103,7 +103,7 @@ def known_levels(
         header: a checkpoint's. Accuracies are also taken from the record of its run beside it, NAME.run.json.
         task: from 1.
         results: files of what `dvn eval` and `dvn bench` found, as JSON; later ones count where several say it.
-        with_macs: whether multiply-accumulates are counted, for which the backbone is built.
+        counted: which of `bytes` and `macs` to count; for the latter the backbone is built.
 
     Raises:
         InputError: a file cannot be read, or is of other networks.
@@ -127,9 +127,15 @@ def known_levels(
                 )
             latency = row.get("latency_ms", {}).get("p50", latency)
             accuracy = row.get("top1", accuracy)
-        macs = _macs(header, task, level) if with_macs else None
-        found.append(KnownLevel(level, slice_size(header, task, level), params, macs, latency, accuracy))
+        size = slice_size(header, task, level) if "bytes" in counted else None
+        macs = _macs(header, task, level) if "macs" in counted else None
+        found.append(KnownLevel(level, params, size, macs, latency, accuracy))
     return found
+
+
+def missing_record(what: str, task: str) -> InputError:
+    """What to say where a figure of a task is wanted and none is recorded."""
+    return InputError(f"no {what} of task '{task}' is recorded: {_SOURCES[what]}")
 
 
 def _rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -172,7 +178,7 @@ def choose(
     wanted = [*limits, *(["accuracy"] if least is not None else [])]
     for what in wanted:
         if all(getattr(level, what) is None for level in levels):
-            raise InputError(f"no {what} of task '{name}' is recorded: {_SOURCES[what]}")
+            raise missing_record(what, name)
     known = [level for level in levels if all(getattr(level, what) is not None for what in wanted)]
     asked = [f"at most {in_words(what, most)}" for what, most in limits.items()]
     asked += [f"at least {in_words('accuracy', least)}"] if least is not None else []

@@ -140,6 +140,7 @@ def slice_all(
     note: Callable[[str], None] = lambda _: None,
     form: Form = Form(),
     results: Sequence[str | os.PathLike[str]] = (),
+    networks: Sequence[TaskLevel] | None = None,
 ) -> Iterator[SliceFile]:
     """Cuts every network out of a checkpoint, each when it is asked for, and at last writes what they are.
 
@@ -150,6 +151,7 @@ def slice_all(
         folder: for the files, made where it is missing; by default STEM-slices in the working directory.
         calibrate, note, form: as `slice`.
         results: files of what `dvn eval` found, as JSON, whose accuracies are noted, as are those of training.
+        networks: the only ones; all by default.
 
     Raises:
         InputError, DvnError: as `slice`.
@@ -163,7 +165,7 @@ def slice_all(
         for each in known_levels(header, task, results)
     }
     fit, files = _fit(header, calibrate, note), list[SliceFile]()
-    for network in header.metadata.networks:
+    for network in header.metadata.networks if networks is None else networks:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:

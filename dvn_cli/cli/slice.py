@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from dvn_cli import budget, export
+from dvn_cli import budget, export, planning
 from dvn_cli.errors import InputError
 from dvn_cli.formats import FORMATS
 from dvn_cli.store.file import read_checkpoint
@@ -70,6 +70,26 @@ def slice_command(
         list[Path] | None,
         typer.Option(help="JSON of `dvn eval` or `dvn bench` on this checkpoint. Can be given again."),
     ] = None,
+    plan: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="A level for each task: the highest mean of the recorded accuracies within --budget. With --output "
+            "FOLDER their files are written, otherwise the plan is printed alone.",
+        ),
+    ] = False,
+    budget_bytes: Annotated[
+        str | None,
+        typer.Option(
+            "--budget", help="With --plan: bytes of the networks together, what they share counted once, such as 20MB."
+        ),
+    ] = None,
+    weights: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TASK=WEIGHT", help="With --plan: of a task in the mean; 1 by default. Can be given again."
+        ),
+    ] = None,
     list_formats: Annotated[
         bool, typer.Option("--list-formats", help="Say which formats this machine can write, and what the others need.")
     ] = False,
@@ -85,9 +105,21 @@ def slice_command(
         return
     form = export.Form(file_format, dtype, fold_norms, data or None)
     given = {"bytes": max_bytes, "params": max_params, "macs": max_macs, "latency": max_latency}
-    limits = {what: budget.amount(what, text) for what, text in given.items() if text is not None}
-    choice = None
-    if limits or min_accuracy is not None:
+    limits = {what: budget.amount(what, text, f"--max-{what}") for what, text in given.items() if text is not None}
+    choice, planned, networks = None, None, None
+    if plan:
+        if task is not None or level is not None or every or limits or min_accuracy is not None:
+            raise InputError("a plan chooses a level for each task: leave out --task, --level, --all and their budgets")
+        if budget_bytes is None:
+            raise InputError("--plan needs --budget, such as 20MB")
+        most = budget.amount("bytes", budget_bytes, "--budget")
+        planned = planning.plan(read_checkpoint(checkpoint), most, _weights(weights or []), results or [])
+        if not as_json:
+            _show_plan(checkpoint, planned, most, written=output is not None)
+        networks = planned.networks
+    elif budget_bytes is not None or weights:
+        raise InputError("--budget and --weights are of a plan: give --plan too")
+    elif limits or min_accuracy is not None:
         if task is None or level is not None or every:
             raise InputError("a budget chooses the level of a task: give --task T, without --level and --all")
         choice = _choose(checkpoint, task, limits, min_accuracy, results or [])
@@ -95,8 +127,10 @@ def slice_command(
         if not as_json:
             _show_choice(choice)
     files: Iterable[export.SliceFile]
-    if every and task is None and level is None:
-        files = export.slice_all(checkpoint, output, calibrate or None, note, form, results or [])
+    if plan and output is None:
+        files = []
+    elif plan or (every and task is None and level is None):
+        files = export.slice_all(checkpoint, output, calibrate or None, note, form, results or [], networks)
     elif not every and task is not None and level is not None:
         files = [export.slice(checkpoint, task, level, output, calibrate or None, note, form)]
     else:
@@ -120,7 +154,12 @@ def slice_command(
                 f"{_calibration(result['calibration'])}"
             )
     if as_json:
-        chosen = {} if choice is None else {"choice": {"why": choice.why, "levels": list(map(vars, choice.levels))}}
+        chosen: dict[str, Any] = {}
+        if choice is not None:
+            chosen = {"choice": {"why": choice.why, "levels": list(map(vars, choice.levels))}}
+        if planned is not None:
+            levels = [{"task": task, **vars(each)} for task, each in enumerate(planned.levels, 1)]
+            chosen = {"plan": {"budget_bytes": most, **vars(planned), "levels": levels}}
         typer.echo(json.dumps({"checkpoint": str(checkpoint), **chosen, "slices": rows}, indent=2))
 
 
@@ -165,7 +204,7 @@ def _choose(
 ) -> budget.Choice:
     header = read_checkpoint(checkpoint)
     number = find_task(header.metadata.tasks, task)
-    levels = budget.known_levels(header, number, results, with_macs="macs" in limits)
+    levels = budget.known_levels(header, number, results, {"bytes", *limits})
     return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name)
 
 
@@ -182,6 +221,37 @@ def _show_choice(choice: budget.Choice) -> None:
     for level in choice.neighbours:
         rows.add_row(str(level.level), *map(level.describe, whats))
     show(console(), rows)
+
+
+def _weights(words: Sequence[str]) -> dict[str, float]:
+    found = {}
+    for word in words:
+        task, equals, weight = word.rpartition("=")
+        try:
+            found[task] = float(weight if equals else "")
+        except ValueError:
+            raise InputError(f"--weights is TASK=WEIGHT, such as 1=2, not '{word}'") from None
+    return found
+
+
+def _show_plan(checkpoint: Path, plan: planning.Plan, most: float, written: bool) -> None:
+    from dvn_cli.report import console, show, table
+
+    tasks = read_checkpoint(checkpoint).metadata.tasks
+    total, files = (
+        budget.in_words("bytes", size) for size in (plan.bytes, sum(each.bytes or 0 for each in plan.levels))
+    )
+    typer.echo(
+        f"{budget.in_words('accuracy', plan.accuracy)} on average, {total} of {budget.in_words('bytes', most)} "
+        f"together, what they share counted once (as files of their own {files})"
+    )
+    rows = table("task", "level", "of", "params", "accuracy", "file", text=1, optional=("file", "params", "of"))
+    for task, each in zip(tasks, plan.levels, strict=True):
+        figures = each.describe("params").removesuffix(" params"), each.describe("accuracy"), each.describe("bytes")
+        rows.add_row(task.name, str(each.level), str(len(task.levels)), *figures)
+    show(console(), rows)
+    if not written:
+        typer.echo("nothing is written: -o FOLDER writes their files")
 
 
 def _show_formats(as_json: bool) -> None:
