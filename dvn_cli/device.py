@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from dvn_cli import processes
 from dvn_cli.errors import InputError
 
 
@@ -16,6 +17,8 @@ def choose(name: str) -> torch.device:
         InputError: there is no such device here.
     """
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name in ("auto", "cuda") and available["cuda"] and processes.local_rank() >= torch.cuda.device_count():
+        raise InputError(f"there are more processes than the {torch.cuda.device_count()} GPUs of this machine")
     if name == "auto":
         return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
     kind = name.partition(":")[0]

@@ -25,7 +25,7 @@ ROWS = (
     {"units"},
     {"graph"},
     {"store"},
-    {"files", "overrides", "errors", "device", "report"},
+    {"files", "overrides", "errors", "device", "processes", "report"},
 )
 """The rooms, each a package or a module of `dvn_cli`: a room may import those of its own row and of the rows below."""
 

@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -56,7 +57,8 @@ def main() -> None:
     """Runs `dvn`: whatever goes wrong is one line on stderr and the exit code that says whose fault it was."""
     _prepare_streams()
     try:
-        with enough_memory("this machine", "see what else runs on it, or set smaller images, batches or a backbone"):
+        memory = enough_memory("this machine", "see what else runs on it, or set smaller images, batches or a backbone")
+        with _one_of_several(), memory:
             _check_working_directory()
             code = app(standalone_mode=False)
     except DvnError as error:
@@ -69,6 +71,22 @@ def main() -> None:
             raise
         code = _fail(error.format_message(), 2)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _one_of_several() -> Iterator[None]:
+    """Joins the other processes where torchrun has started this one; the first alone says how it goes."""
+    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        yield
+        return
+    from dvn_cli import processes
+
+    with processes.joined(), contextlib.ExitStack() as silence:
+        if processes.rank():
+            nowhere = silence.enter_context(open(os.devnull, "w"))
+            silence.enter_context(contextlib.redirect_stdout(nowhere))
+            silence.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
 
 
 def _check_working_directory() -> None:

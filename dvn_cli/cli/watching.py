@@ -7,7 +7,7 @@ from types import TracebackType
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dvn_cli import report
+from dvn_cli import processes, report
 from dvn_cli.data.classes import few
 from dvn_cli.training import loop, state
 from dvn_cli.training.experiment import Observer, Trained
@@ -64,10 +64,11 @@ class Terminal(Observer):
         self.session, run = session, session.run
         self.status.stop()
         count, units = len(list(run.network)), run.network.partition.units
+        where = f"{run.device}" if processes.count() == 1 else f"{processes.count()} processes, each on {run.device}"
         free = units - len(used_units(run.network.tasks, run.network))
         self.note(
             f"{run.network.partition.spec.name}, {units} units ({free or 'none'} free), "
-            f"{'1 network' if count == 1 else f'{count} networks'}, on {run.device}: "
+            f"{'1 network' if count == 1 else f'{count} networks'}, on {where}: "
             f"{run.total_epochs} epochs of {run.steps} steps"
         )
         report.show(self.console, task_table(run), *affinity_tables(run))

@@ -107,6 +107,7 @@ def batches(
     pad: int = 4,
     mixing: Mixing | None = None,
     skip: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields one pass over a split: images, float32 (B, C, H, W) normalised, and labels, int64 (B,), on the device.
 
@@ -127,6 +128,8 @@ def batches(
         pad: As in `DataSpec`.
         mixing: What is done to whole batches; only with a generator.
         skip: How many batches to leave out at the beginning: what they draw is drawn, but their images are not read.
+        part: Which one, from 0, of how many equal parts of every batch to yield, each drawn as in the whole one; images
+            are mixed with others of the part. Only with a generator.
     """
     scale = (
         torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255,
@@ -138,7 +141,7 @@ def batches(
         order = torch.randperm(len(split), generator=generator).to(split.labels.device)
         order = order[: len(split) - len(split) % batch_size] if len(split) >= batch_size else order
     seed = int(torch.randint(2**62, (), generator=generator)) if generator is not None and split.transform else 0
-    chosen = order.split(batch_size)
+    chosen, (place, parts) = order.split(batch_size), part
 
     def drawn(count: int) -> tuple[Draws | None, int]:
         """What a batch draws at random, whether its images are read or skipped."""
@@ -149,13 +152,16 @@ def batches(
 
     for positions in chosen[:skip]:
         drawn(len(positions))
-    for pixels, positions in split.read(chosen[skip:], device, None if generator is None else seed):
-        shifts, seed_of_batch = drawn(len(positions))
+    own = [positions.chunk(parts)[place] for positions in chosen[skip:]]
+    for pixels, positions in split.read(own, device, None if generator is None else seed):
+        shifts, seed_of_batch = drawn(parts * len(positions))
         if shifts is not None:
+            down_right, flips = shifts
+            shifts = down_right.chunk(parts, 1)[place], None if flips is None else flips.chunk(parts)[place]
             pixels = _augmented(pixels, pad, shifts)
         images, labels = pixels.float().sub_(scale[0]).div_(scale[1]), split.labels[positions].to(device)
         if generator is not None and mixing is not None:
-            images, labels = mixing(images, labels, seed_of_batch)
+            images, labels = mixing(images, labels, seed_of_batch + place)
         yield images, labels
 
 

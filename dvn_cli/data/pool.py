@@ -1,6 +1,7 @@
 """Images that tasks share: which of them are used is known before any is decoded; kept in memory, or read each time."""
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dvn_cli import processes
 from dvn_cli.data import decode, memory
 from dvn_cli.data.augment import ResizedCrop
 from dvn_cli.data.listing import Listing, Request
@@ -169,8 +171,9 @@ class Pool:
 
 
 def left_out(pools: Iterable[Pool]) -> str | None:
-    """Returns a line on the images that cannot be read, None where there are none."""
-    bad = list(dict.fromkeys(problem for pool in pools for problem in pool.bad))
+    """Returns a line on the images that cannot be read, by any of all processes; None where there are none."""
+    own = [problem for pool in pools for problem in pool.bad]
+    bad = list(dict.fromkeys(itertools.chain.from_iterable(processes.gathered(own))))
     more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     count = "1 image is" if len(bad) == 1 else f"{len(bad)} images are"
     return f"{count} left out: {'; '.join(bad[:NAMED])}{more}" if bad else None
@@ -189,6 +192,8 @@ def settle(pools: Iterable[Pool]) -> None:
     asked = [pool for pool in waiting if pool.streamed is False]
     _check_memory(asked)
     free = memory.available()
+    if free is not None:  # every process has images of its own, and all decide alike
+        free = min(processes.gathered(free // processes.on_this_machine()))
     room = RESIDENT if free is None else min(RESIDENT, free // 2)
     room -= sum(map(_bytes, asked))
     for pool in sorted((pool for pool in waiting if pool.streamed is None), key=_bytes):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from dvn_cli import processes
 from dvn_cli.data.decode import Item
 from dvn_cli.data.folders import folder
 from dvn_cli.data.listing import Listing, Part, Request, in_words, labelled, stratified_order
@@ -94,7 +95,8 @@ def torchvision_data(request: Request, part: Part) -> Listing | None:
     else:
         raise InputError(f"torchvision's {name} comes in several: name one with subset")
     try:
-        data, choice = _construct(name, options, choices)
+        with processes.first_alone():
+            data, choice = _construct(name, options, choices)
     except InputError:
         if part == "validation":
             return None

@@ -68,7 +68,12 @@ class TaskData:
         return [split.pool for split in splits if isinstance(split.pool, Pool)]
 
     def train_batches(
-        self, batch_size: int, generator: torch.Generator, device: torch.device | str = "cpu", skip: int = 0
+        self,
+        batch_size: int,
+        generator: torch.Generator,
+        device: torch.device | str = "cpu",
+        skip: int = 0,
+        part: tuple[int, int] = (0, 1),
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """One shuffled, augmented pass over train; see `batches`."""
         return batches(
@@ -82,6 +87,7 @@ class TaskData:
             pad=self.spec.pad,
             mixing=Mixing.of(self.spec, len(self.classes)),
             skip=skip,
+            part=part,
         )
 
 

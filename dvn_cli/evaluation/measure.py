@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dvn_cli import processes
 from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
 from dvn_cli.data.pool import Pool, left_out
 from dvn_cli.data.words import Data, parse_data, prepared
@@ -147,6 +149,7 @@ def measure_together(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    shared: bool = False,
 ) -> list[Scores]:
     """Runs networks over every image of a split, read once. The counts are exact, whatever the batch size.
 
@@ -160,6 +163,7 @@ def measure_together(
         batch_size: images at a time.
         device: to compute on.
         progress: see `Progress`; told of every network's batches.
+        shared: whether the processes that train together, which all call this, each run their part of the images.
 
     Raises:
         ValueError: a network is in train mode, where it would use the batch's own statistics.
@@ -167,6 +171,8 @@ def measure_together(
     """
     if any(getattr(network, "training", False) for network in networks):
         raise ValueError("a network is evaluated in eval mode")
+    if shared:
+        split = split.subset(processes.share(torch.arange(len(split), device=split.labels.device)))
     losses: list[list[Tensor]] = [[] for _ in networks]
     ranks: list[list[Tensor]] = [[] for _ in networks]
     predicted: list[list[Tensor]] = [[] for _ in networks]
@@ -186,13 +192,14 @@ def measure_together(
                 predicted[place].append(logits.argmax(1).where(finite, -1))  # the first of equal ones
                 if progress is not None:
                     progress(len(labels))
-    if not ranks[0]:
+    made = [seen, *(kept for of_network in zip(ranks, losses, predicted, strict=True) for kept in of_network)]
+    if shared:
+        of_processes = processes.gathered([[tensor.cpu() for tensor in kept] for kept in made])
+        made = [list(itertools.chain.from_iterable(kept)) for kept in zip(*of_processes, strict=True)]
+    if not made[0]:
         raise InputError("none of the images can be read")
-    labels = torch.cat(seen).cpu()
-    return [
-        _scores(torch.cat(of_network).cpu(), torch.cat(loss).cpu(), torch.cat(likeliest).cpu(), labels, classes)
-        for of_network, loss, likeliest in zip(ranks, losses, predicted, strict=True)
-    ]
+    labels, *rest = (torch.cat(kept).cpu() for kept in made)
+    return [_scores(*of_network, labels, classes) for of_network in zip(rest[::3], rest[1::3], rest[2::3], strict=True)]
 
 
 def _scores(ranks: Tensor, losses: Tensor, predicted: Tensor, labels: Tensor, classes: int) -> Scores:
@@ -215,13 +222,14 @@ def evaluate_all(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
     file: str | None = None,
+    shared: bool = False,
 ) -> list[Evaluation]:
     """Evaluates networks of a checkpoint, which is on the device; its mode is left as it was.
 
     Args:
         splits: the images of each task, by its number from 1.
         networks: every level of the tasks that have images by default.
-        batch_size, device, progress: as `measure_together`.
+        batch_size, device, progress, shared: as `measure_together`.
         file: that the checkpoint came from, to be noted.
     """
     chosen = [one for one in network if one.task in splits] if networks is None else list(networks)
@@ -237,7 +245,9 @@ def evaluate_all(
             of_task = [one for one in chosen if one.task == number]
             forwards = [functools.partial(network, task=number, level=level) for _, level in of_task]
             task, images = network.tasks[number - 1], on_device[number]
-            made = measure_together(forwards, images, task, batch_size=batch_size, device=device, progress=progress)
+            made = measure_together(
+                forwards, images, task, batch_size=batch_size, device=device, progress=progress, shared=shared
+            )
             scores |= dict(zip(of_task, made, strict=True))
     finally:
         network.train(training)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dvn_cli import processes
 from dvn_cli.data import DataSpec, Reader, TaskData
 from dvn_cli.data.spec import locate
 from dvn_cli.device import choose
@@ -110,6 +111,8 @@ def train(
         >>> [round(result.top1) for result in trained.results]  # doctest: +SKIP
     """
     observers, output = [observer] if isinstance(observer, Observer) else list(observer), Path(output)
+    if processes.rank():
+        observers = []
 
     def tell(what: str, *words: Any) -> None:
         for each in observers:
@@ -126,7 +129,7 @@ def train(
     session.train(functools.partial(tell, "epoch"), functools.partial(tell, "step"))
     tell("measures")
     splits = {number: data.test for number, data in session.run.data.items()}
-    results = measure.evaluate_all(session.run.network, splits, device=where)
+    results = measure.evaluate_all(session.run.network, splits, device=where, shared=True)
     trained = Trained(output, session.files.record, results, session.run.history)
     try:
         tell("ends", trained)

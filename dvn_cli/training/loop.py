@@ -4,6 +4,7 @@ import bisect
 import copy
 import itertools
 import math
+import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from dvn_cli import processes
 from dvn_cli.data import Split, TaskData, some, to_device
 from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError, InputError
@@ -21,7 +23,7 @@ from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import StateMetadata, TaskLevel
-from dvn_cli.training.freezing import Freezing
+from dvn_cli.training.freezing import Freezing, statistics
 from dvn_cli.training.levels import networks_of_step
 from dvn_cli.training.losses import balancing
 from dvn_cli.training.methods import METHODS, Stage, plan
@@ -29,6 +31,7 @@ from dvn_cli.training.optimizer import load_state, make_optimizer, state_tensors
 from dvn_cli.training.recipe import Recipe
 from dvn_cli.training.schedule import factor
 from dvn_cli.training.step import Step
+from dvn_cli.training.stop import Stop
 from dvn_cli.training.teachers import FileTeacher
 
 CHECK_EVERY = 50  # steps between looks at the losses where each look waits for all that came before: not on a CPU
@@ -50,6 +53,7 @@ class Run:
         stages: the parts of the run.
         stage: the one that it is in.
         average: the networks as their exponential moving average has them, where the recipe wants it.
+        stop: knows of signals that ask for an end, where it is entered.
     """
 
     recipe: Recipe
@@ -66,6 +70,8 @@ class Run:
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)  # of dropout and its like
         self.network.to(self.device)
+        processes.broadcast([t for t in self.network.file_tensors().values() if t.is_floating_point()])
+        self.stop = Stop()
         self._finite_before = self._finite_tensors()
         self.generators = {number: torch.Generator() for number in self.data}
         for number, generator in self.generators.items():
@@ -111,16 +117,25 @@ class Run:
         return {number: keys.batch_size or self.recipe.batch_size for number, keys in tasks}
 
     def check_batches(self) -> None:
-        """Raises InputError where a norm would take the variance of a single value: of one image at 1x1 pixels."""
+        """Raises InputError where processes cannot share a batch evenly, or what a norm gets has no variance.
+
+        Such is a single value: of one image at 1x1 pixels.
+        """
         for number, split in self.train.items():
+            batch, of = min(len(split), self.batch_sizes[number]), processes.count()
+            if batch % of:
+                raise InputError(
+                    f"{of} processes cannot share the {batch} images evenly that task "
+                    f"'{self.network.tasks[number - 1].name}' has in a batch: set its batch_size to a multiple of {of}"
+                )
             networks = [network for stage in self.stages for network in stage.learn if network.task == number]
-            if min(len(split), self.batch_sizes[number]) > 1 or not networks:
+            if batch // of > 1 or not networks:
                 continue
             tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
             graph = self.network.narrowed(*networks[0], training=True)
             norm = norm_of_a_single_value(graph, tensors, split.shape)
             if norm is not None:
-                remedy = "batch_size 2 or more" if len(split) > 1 else "the task 2 training images or more"
+                remedy = f"batch_size {2 * of} or more" if len(split) > 1 else "the task 2 training images or more"
                 raise InputError(
                     f"task '{self.network.tasks[number - 1].name}' is trained on one image at a time, of which "
                     f"'{norm}' has one value for each channel, and so no variance: give {remedy}"
@@ -319,10 +334,14 @@ class Run:
             counts.update(networks * recipe.accumulate)
             if number <= resumed:
                 continue
+            if processes.count() > 1:  # dropout and its like: others in each process, the same when resumed
+                torch.manual_seed(random.Random(f"{recipe.seed} {before} {processes.rank()}").getrandbits(63))
             for _ in range(recipe.accumulate):
                 step({task: next(of_task) for task, of_task in batches.items()}, networks)
+            some_stop = self._meet(networks)
             if number % check_every == 0 or number == steps:
                 self._check(step.totals, step.networks, number)
+                self.stop.agreed = bool(some_stop)
             if recipe.optimizer.clip_grad is not None:
                 torch.nn.utils.clip_grad_norm_(step.parameters, recipe.optimizer.clip_grad)
             self.optimizer.step()
@@ -336,6 +355,22 @@ class Run:
         self._check_weights()
         totals = zip(step.networks, step.totals.tolist(), strict=True)
         return self._by_level({network: total / counts[network] for network, total in totals if counts[network]})
+
+    def _meet(self, networks: Sequence[TaskLevel]) -> Tensor:
+        """Gives all processes the mean of their gradients, running statistics and losses: one all-reduce a step.
+
+        Returns:
+            How many of them were asked to stop, as a share.
+        """
+        asked = torch.full((1,), float(self.stop.signal is not None), device=self.device)
+        if processes.count() > 1:
+            tensors = self.network.file_tensors()
+            moving = self.freezing.train_mode.intersection(networks)
+            names = {name for one in moving for name in statistics(self.network, *one)}
+            kept = [tensors[name] for name in sorted(names) if tensors[name].is_floating_point()]
+            gradients = [p.grad for p in self.step.parameters if p.grad is not None]
+            processes.average([*gradients, *kept, self.step.totals, asked])
+        return asked
 
     @torch.no_grad()
     def _follow(self, average: DeepVirtualNetwork, step: int) -> None:
@@ -397,7 +432,8 @@ class Run:
         resident = TaskData(**{**vars(self.data[number]), "train": split})
         size, generator = self.batch_sizes[number], self.generators[number]
         while True:
-            yield from resident.train_batches(size, generator, self.device, skip)
+            part = processes.rank(), processes.count()
+            yield from resident.train_batches(size, generator, self.device, skip, part)
             skip = max(0, skip - batch_count(split, size, training=True))
 
     def _validate(self) -> list[list[float | None]] | None:
@@ -406,7 +442,7 @@ class Run:
         if not splits:
             return None
         networks = [network for network in self.stage.learn if network.task in splits]
-        rows = evaluate_all(self._kept, splits, networks=networks, device=self.device)
+        rows = evaluate_all(self._kept, splits, networks=networks, device=self.device, shared=True)
         return self._by_level({TaskLevel(row.task, row.level): row.top1 for row in rows})
 
     def _keep_best(self, validation: list[list[float | None]] | None) -> None:

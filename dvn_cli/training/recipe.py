@@ -278,7 +278,9 @@ class Recipe(Keys):
         description="Passes over the training images of the task that has the most; with sequential learning, over "
         "each task's own.",
     )
-    batch_size: Count = Field(default=128, le=10**6, description="Images of each task in every batch.")
+    batch_size: Count = Field(
+        default=128, le=10**6, description="Images of each task in every batch, of all processes."
+    )
     accumulate: Count = Field(
         default=1,
         le=10**6,

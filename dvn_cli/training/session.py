@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
+from dvn_cli import processes
 from dvn_cli.data import DataSpec
 from dvn_cli.data.pool import left_out
 from dvn_cli.data.spec import MAY_DIFFER
@@ -28,7 +29,6 @@ from dvn_cli.store.metadata import CheckpointMetadata, StateMetadata, Task, Trai
 from dvn_cli.training import state
 from dvn_cli.training.loop import Run, json_number
 from dvn_cli.training.recipe import Keys, Recipe
-from dvn_cli.training.stop import Stop
 
 LIBRARIES = ("dvn", "torch", "timm", "torchvision", "safetensors")
 
@@ -87,7 +87,7 @@ class Session:
         return self.run.recipe
 
     @property
-    def _images(self) -> tuple[tuple[int, int], ...]:
+    def images(self) -> tuple[tuple[int, int], ...]:
         """How many images of train and validation each task has that is learnt."""
         return tuple((len(data.train), len(data.validation or ())) for data in self.run.data.values())
 
@@ -100,8 +100,8 @@ class Session:
         metadata = interrupted.metadata
         if metadata.tasks is not None:
             _check_data(metadata.tasks, self.run.network.tasks)
-            learnt = self.run.network.tasks[-len(self._images) :]
-            for task, before, now in zip(learnt, metadata.images, self._images, strict=False):
+            learnt = self.run.network.tasks[-len(self.images) :]
+            for task, before, now in zip(learnt, metadata.images, self.images, strict=False):
                 if before != now:
                     raise _other_data(task)
         self.restarts = list(metadata.restarts)
@@ -147,12 +147,14 @@ class Session:
             DvnError: a loss is not a number, the device's memory is too small, or a file cannot be written; an older
                 checkpoint stays what it was, and so does its record.
         """
+        processes.check_alike((self.run.epochs_done, self.run.steps_done, self.images))
         tasks = tuple(replace(task, data=None) for task in self.run.network.tasks)
-
         saved = time.monotonic()
 
         def save(run: Run) -> None:
             nonlocal saved
+            if processes.rank():
+                return
             metadata = StateMetadata(
                 recipe=self.record["recipe"],
                 epochs_done=run.epochs_done,
@@ -161,7 +163,7 @@ class Session:
                 total_epochs=run.total_epochs,
                 restarts=tuple(self.restarts),
                 tasks=tasks,
-                images=self._images,
+                images=self.images,
                 division=self.run.network.partition.metadata(),
                 steps_done=run.steps_done,
             )
@@ -183,17 +185,19 @@ class Session:
             every = self.recipe.save_every
             is_due = every.steps is not None and step % every.steps == 0
             is_due = is_due or (every.minutes is not None and time.monotonic() - saved >= 60 * every.minutes)
-            if is_due or stop.signal is not None:
+            if is_due or stop.is_due:
                 save(run)
             stop.check()
 
-        with enough_memory_for(self.recipe, self.run.device), Stop() as stop:
+        with enough_memory_for(self.recipe, self.run.device), self.run.stop as stop:
             self.run.run(epoch_ended, step_ended)
         if self.run.patience_is_over:
             self.note(f"stopped after epoch {self.run.epochs_done}: none of the last {self.recipe.patience} was better")
         epochs, restarts = self.run.epochs_done, tuple(self.restarts)
         self.run.network.training_record = TrainingRecord(**self.record, epochs=epochs, restarts=restarts)
         self.record["stored"] = sum(p.numel() for p in self.run.network.parameters())
+        if processes.rank():
+            return
         with self._resumable():
             self.run.network.save(self.files.checkpoint)
             self._write_record()
@@ -228,7 +232,8 @@ class Session:
         """Adds the accuracies on the test images to the record."""
         self._note_left_out()
         self.record["test"] = [result.to_dict() for result in results]
-        self._write_record()
+        if not processes.rank():
+            self._write_record()
 
     def _write_record(self) -> None:
         tasks = [
@@ -238,6 +243,8 @@ class Session:
             for task, data in ((self.run.network.tasks[number - 1], data) for number, data in self.run.data.items())
         ]
         more = {key: value for key in ("restarts", "left_out") if (value := getattr(self, key))}
+        if processes.count() > 1:
+            more["processes"] = processes.count()
         record = {**self.record, **more, "tasks": tasks, "epochs": self.run.history}
         text = json.dumps(record, indent=1, allow_nan=False)
         with atomic(self.files.record) as file:

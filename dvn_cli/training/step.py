@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dvn_cli import processes
 from dvn_cli.device import memory_format
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import TaskLevel
@@ -76,15 +77,15 @@ class Step:
             networks: that the step trains; by default all.
         """
         networks = self.networks if networks is None else networks
-        images, labels = self._prepared(batches)
+        given = self._prepared(batches)
         if networks in self._captured:
-            self._captured[networks].replay(self.parameters, [*images.values(), *labels.values()])
+            self._captured[networks].replay(self.parameters, given.tensors)
         elif self._eager_left == 0:
-            self._capture(images, labels, networks)
+            self._capture(given.copy(), networks)
         else:
             self._eager_left -= 1
             with self._beside():
-                self._run(images, labels, networks)
+                self._run(given, networks)
 
     def clear(self) -> None:
         """Lets go of the gradients; those of captured steps stay in memory, and are overwritten by the next replay."""
@@ -103,16 +104,14 @@ class Step:
             yield
         torch.cuda.current_stream(self.device).wait_stream(stream)
 
-    def _capture(self, images: dict[int, Tensor], labels: dict[int, Tensor], networks: tuple[TaskLevel, ...]) -> None:
+    def _capture(self, given: "Given", networks: tuple[TaskLevel, ...]) -> None:
         """Captures the step and replays it; where that fails, launches this step and all later ones."""
-        images = {number: tensor.clone() for number, tensor in images.items()}
-        labels = {number: tensor.clone() for number, tensor in labels.items()}
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         totals, before = self.totals.clone(), [parameter.grad for parameter in self.parameters]
         self.clear()
         try:
             with torch.cuda.graph(graph):
-                self._run(images, labels, networks)
+                self._run(given, networks)
         except RuntimeError as error:  # such as a backbone that asks the device for something in between
             torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own stream as the current one
             self._eager_left = -1
@@ -120,17 +119,15 @@ class Step:
             self.totals.copy_(totals)
             for parameter, gradient in zip(self.parameters, before, strict=True):
                 parameter.grad = gradient
-            self._run(images, labels, networks)
+            self._run(given, networks)
             return
         gradients = [parameter.grad for parameter in self.parameters]
         for parameter, gradient in zip(self.parameters, before, strict=True):
             parameter.grad = gradient
-        given = [*images.values(), *labels.values()]
-        self._captured[networks] = Captured(graph, given, gradients)
-        self._captured[networks].replay(self.parameters, given)
+        self._captured[networks] = Captured(graph, given.tensors, gradients)
+        self._captured[networks].replay(self.parameters, given.tensors)
 
-    def _prepared(self, batches: Batches) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-        """The images that each task's networks get, by its number, and the labels there are."""
+    def _prepared(self, batches: Batches) -> "Given":
         images = {number: given for number, (given, _) in batches.items()}
         source, tasks = self.stage.tasks[0], self.network.tasks
         for number in {student.task for student, _ in self.stage.distilled}:  # old tasks, whose images are gone or few
@@ -138,28 +135,36 @@ class Step:
             images[number] = torch.cat([seen, images[number]]) if number in images else seen
         layout = memory_format(self.recipe.memory_format, self.device)
         images = {number: given.contiguous(memory_format=layout) for number, given in images.items()}
-        return images, {number: labels for number, (_, labels) in batches.items()}
+        labels = {number: labels for number, (_, labels) in batches.items()}
+        shares = {}
+        for number, weights in self.class_weights.items() if processes.count() > 1 else ():
+            if number in labels and labels[number].ndim == 1:  # else each image counts alike
+                own = weights[labels[number]].sum()
+                processes.average([mean := own.clone()])
+                shares[number] = own / mean
+        return Given(images, labels, shares)
 
-    def _run(self, images: Mapping[int, Tensor], labels: Mapping[int, Tensor], networks: tuple[TaskLevel, ...]) -> None:
+    def _run(self, given: "Given", networks: tuple[TaskLevel, ...]) -> None:
         recipe, distilled = self.recipe, dict(self.stage.distilled)
         weight = 1 / recipe.accumulate / (1 if recipe.reduction == "sum" else len(networks))
         soft_targets: dict[TaskLevel | FileTeacher, Tensor] = {}  # outputs, in this step, of whoever teaches
         for student, teacher in teachers(self.stage, networks, recipe.taught_by, self.files).items():
-            given = images[student.task]
+            images = given.images[student.task]
             with torch.autocast(
                 self.device.type, torch.bfloat16, enabled=recipe.precision == "bf16", cache_enabled=False
             ):
-                logits = self.network(given, *student, student in self.train_mode).float()
+                logits = self.network(images, *student, student in self.train_mode).float()
                 if teacher is not None and teacher not in soft_targets:
                     with torch.no_grad():
-                        soft_targets[teacher] = self._outputs(teacher, given).float()
+                        soft_targets[teacher] = self._outputs(teacher, images).float()
             if teacher is None:
-                loss = weighted = F.cross_entropy(
+                loss = F.cross_entropy(
                     logits,
-                    labels[student.task],
+                    given.labels[student.task],
                     self.class_weights.get(student.task),
                     label_smoothing=recipe.label_smoothing,
                 )
+                loss = weighted = loss * given.shares.get(student.task, 1.0)
             elif student in distilled:
                 keys = recipe.sequential
                 loss = distillation(logits, soft_targets[teacher], keys.temperature, keys.squared_temperature)
@@ -178,6 +183,29 @@ class Step:
             return teacher(images)
         assert self.teacher is not None
         return self.teacher(images, *teacher)
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a step gets, by number of task.
+
+    Attributes:
+        images: that its networks get.
+        labels: where there are any.
+        shares: of the weights of all processes' labels those of this one's, times the number of processes: where
+            classes have weights, by whose sum a loss is divided, and there are several processes.
+    """
+
+    images: dict[int, Tensor]
+    labels: dict[int, Tensor]
+    shares: dict[int, Tensor]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.images.values(), *self.labels.values(), *self.shares.values()]
+
+    def copy(self) -> "Given":
+        return Given(*({number: t.clone() for number, t in part.items()} for part in vars(self).values()))
 
 
 @dataclass(frozen=True)

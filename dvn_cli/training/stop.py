@@ -1,8 +1,13 @@
-"""Signals that ask a run to stop, heard when a step has ended: nothing that was computed is lost."""
+"""Signals that ask a run to stop, heard when a step has ended: nothing that was computed is lost.
+
+Of several processes that train together all stop after the same step, whichever of them had the signal.
+"""
 
 import signal
 import threading
 from types import FrameType, TracebackType
+
+from dvn_cli import processes
 
 
 class Stop:
@@ -10,10 +15,12 @@ class Stop:
 
     Attributes:
         signal: the one that came; None where none did.
+        agreed: whether all processes know that one came to some of them.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self.agreed = False
         self._handlers: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "Stop":
@@ -34,9 +41,14 @@ class Stop:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._give_back()
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the run stops after this step."""
+        return self.agreed if processes.count() > 1 else self.signal is not None
+
     def check(self) -> None:
         """Raises what the signal that came stands for: KeyboardInterrupt, or SystemExit with 128 and its number."""
-        if self.signal == signal.SIGINT:
+        if self.is_due and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
-        if self.signal is not None:
-            raise SystemExit(128 + self.signal)
+        if self.is_due:
+            raise SystemExit(128 + (self.signal or signal.SIGTERM))

@@ -1,0 +1,120 @@
+"""Several processes that train together: the run of one, whoever is stopped or fails."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import together
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dvn_cli import processes
+from dvn_cli.data import Split, batches
+from dvn_cli.data.augment import Mixing
+from dvn_cli.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What the processes of `together.py` say, by what they did."""
+    folder = tmp_path_factory.mktemp("together")
+    subprocess.run([sys.executable, together.__file__, str(folder)], check=True, timeout=500)
+    return {
+        what.name: [json.loads((what / f"{number}.json").read_text()) for number in range(together.COUNT)]
+        for what in folder.iterdir()
+    }
+
+
+def test_two_processes_that_were_stopped_equal_one(told: dict[str, list[Any]], tmp_path: Path) -> None:
+    first, second = told["interrupted"]
+    assert first == second
+    assert [first[key] for key in ("code", "epochs", "steps")] == [128 + signal.SIGTERM, 1, 2]
+    run = small.trained(tmp_path, **together.RECIPE).run
+    for ours, theirs in zip(small.history(run), first["history"], strict=True):
+        for key, value in ours.items():
+            flat = [number for levels in value for number in levels] if isinstance(value, list) else [value]
+            other = (
+                [number for levels in theirs[key] for number in levels] if isinstance(value, list) else [theirs[key]]
+            )
+            assert flat == pytest.approx(other, rel=1e-4), key
+    assert [images for images, _ in first["test"]] == [20, 20, 21, 21]
+
+
+def test_a_process_that_fails_ends_all(told: dict[str, list[Any]]) -> None:
+    assert told["failed"] == [["SystemExit", "1"], ["InputError", "no such image"]]
+
+
+@pytest.mark.parametrize("mixing", [None, Mixing(0.5, 0, 0, 3)])
+def test_parts_of_batches_are_those_of_the_whole(mixing: Mixing | None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    images = torch.randint(256, (50, 3, 6, 6), generator=draw, dtype=torch.uint8)
+    split = Split(images, torch.arange(50))
+
+    def passed(part: tuple[int, int] = (0, 1)) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(1)
+        keys: dict[str, Any] = {"generator": generator, "augment": "crop-flip", "pad": 2, "mixing": mixing}
+        made = [
+            batch
+            for _ in range(2)
+            for batch in batches(split, 12, mean=[0.5] * 3, std=[0.5] * 3, skip=1, part=part, **keys)
+        ]
+        assert len(made) == 6
+        return made
+
+    parts = [passed((place, 4)) for place in range(4)]
+    for number, (whole, labels) in enumerate(passed()):
+        assert torch.equal(labels, torch.cat([part[number][1] for part in parts]))
+        if mixing is None:
+            assert torch.equal(whole, torch.cat([part[number][0] for part in parts]))
+
+
+def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = small.session(tmp_path)
+    monkeypatch.setattr(processes, "count", lambda: 3)
+    with pytest.raises(InputError, match=r"^3 processes cannot share the 16 images .* multiple of 3$"):
+        session.run.check_batches()
+
+
+def torchrun(folder: Path, *words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "--", "dvn_cli", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path: Path) -> None:
+    """A run that a signal stops and that one process ends, running statistics and all; the same images in order."""
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small.content(epochs=60)))
+    run = torchrun(tmp_path, "train", "small.yaml", "--log", "log.jsonl")
+    log = tmp_path / "log.jsonl"
+    while not log.exists() or len(log.read_text().splitlines()) < 3:
+        time.sleep(0.2)
+        assert run.poll() is None
+    run.send_signal(signal.SIGTERM)
+    said = run.communicate(timeout=120)[1]
+    assert said.count("2 processes, each on cpu") == 1
+    assert len(re.findall("stopped after .*: the same command with --resume goes on", said)) == 1
+    done = len(log.read_text().splitlines())
+    assert 3 <= done < 60
+    with pytest.raises(InputError, match="epochs"):
+        small.session(tmp_path, f"epochs={done + 1}", resume=True)
+    small.trained(tmp_path, "epochs=60", resume=True)
+    assert load_file(tmp_path / "dvn.safetensors")
+
+
+@pytest.mark.slow
+def test_torchrun_says_what_is_wrong_once(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small.content(batch_size=15)))
+    said = torchrun(tmp_path, "train", "small.yaml").communicate(timeout=120)[1]
+    assert said.count("dvn: ") == 1
+    assert "dvn: 2 processes cannot share the 15 images evenly that task 'low' has in a batch" in said

@@ -1,0 +1,85 @@
+"""Runs what `test_processes.py` asks for in two processes that train together: `python together.py FOLDER`.
+
+They are forked from a process that has imported all and computed nothing: torchrun's start anew, which takes longer.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import small
+import torch
+import torch.multiprocessing
+
+from dvn_cli import processes
+from dvn_cli.errors import InputError
+from dvn_cli.evaluation.measure import evaluate_all
+from dvn_cli.training.loop import Run
+
+COUNT = 2
+RECIPE: dict[str, Any] = {
+    "backbone": {"name": "test_vit", "in_chans": 1, "input_size": 16},
+    "optimizer": {"lr": 0.02, "clip_grad": 1.0},
+    "batch_size": 4,
+    "accumulate": 2,
+    "tasks": [
+        {"name": "low", "data": small.data(classes="0-4", size=16, augment="crop", pad=1), "class_weights": "balanced"},
+        {"name": "all", "data": small.data(size=16, test_images=21)},
+    ],
+}
+
+
+def interrupted(folder: Path) -> Any:
+    """A run that goes on after one of its processes was asked to stop, and what it makes of the test images."""
+    session = small.session(folder, **RECIPE)
+
+    def after_step(run: Run, step: int) -> None:
+        if (run.epochs_done, step) == (1, 1) and processes.rank() == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    try:
+        session.train(small.nothing, after_step)
+    except SystemExit as error:
+        told = {"code": error.code, "epochs": session.run.epochs_done, "steps": session.run.steps_done}
+    processes.gathered(None)  # until the state is written, which a new start finds
+    run = small.trained(folder, resume=True, **RECIPE).run
+    results = evaluate_all(run.network, {number: data.test for number, data in run.data.items()}, shared=True)
+    test = [[result.images, result.top1] for result in results]
+    return {**told, "history": small.history(run), "test": test}
+
+
+def failed(_: Path) -> Any:
+    """What the others of a process that ends are told."""
+    if processes.rank() == 1:
+        raise InputError("no such image")
+    processes.average([torch.ones(2)])
+
+
+def one_of_several(number: int, what: Callable[[Path], Any], folder: Path, port: int) -> None:
+    os.environ |= {"RANK": str(number), "WORLD_SIZE": str(COUNT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    try:
+        with processes.joined():
+            told = what(folder)
+    except BaseException as error:
+        told = [type(error).__name__, str(error)]
+    (folder / f"{number}.json").write_text(json.dumps(told))
+
+
+def main() -> None:
+    for what in (interrupted, failed):
+        folder = Path(sys.argv[1]) / what.__name__
+        folder.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        torch.multiprocessing.start_processes(one_of_several, (what, folder, port), COUNT, start_method="fork")
+
+
+if __name__ == "__main__":
+    main()
