@@ -37,7 +37,8 @@ from dvn_cli.loading import read_tensors
 from dvn_cli.network import VirtualNetwork
 from dvn_cli.partition import Origin, Partition
 from dvn_cli.store.file import AnyHeader, read_header
-from dvn_cli.store.metadata import CheckpointMetadata, SliceMetadata, Task, check_level, find_task
+from dvn_cli.store.lookup import find_task
+from dvn_cli.store.metadata import CheckpointMetadata, SliceMetadata, Task, check_level
 from dvn_cli.store.slicing import count, slice_file
 from dvn_cli.units.count import macs, params_and_density
 

@@ -15,7 +15,8 @@ from dvn_cli.errors import DvnError, InputError, did_you_mean
 from dvn_cli.files import atomic, check_folder_writable, reason
 from dvn_cli.formats import DTYPES, Format, NotExpressible, find_format
 from dvn_cli.store.file import Header, TensorData, read_checkpoint
-from dvn_cli.store.metadata import Calibration, CheckpointMetadata, TaskLevel, check_level, find_task
+from dvn_cli.store.lookup import find_task
+from dvn_cli.store.metadata import Calibration, CheckpointMetadata, TaskLevel, check_level
 from dvn_cli.store.slicing import BLOCK, check_output, slice_file
 
 if TYPE_CHECKING:

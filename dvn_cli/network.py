@@ -14,6 +14,7 @@ from dvn_cli.graph.narrow import Narrowed, on_device
 from dvn_cli.partition import Origin, Partition, check_size
 from dvn_cli.store import shapes
 from dvn_cli.store.file import Header, StoredTensor, TensorData, write
+from dvn_cli.store.lookup import find_task
 from dvn_cli.store.metadata import (
     CheckpointMetadata,
     Owner,
@@ -23,7 +24,6 @@ from dvn_cli.store.metadata import (
     TaskLevel,
     TrainingRecord,
     check_level,
-    find_task,
     task_levels,
 )
 from dvn_cli.store.ownership import Run

@@ -11,7 +11,7 @@ from dvn_cli import budget, export, planning
 from dvn_cli.errors import InputError
 from dvn_cli.formats import FORMATS
 from dvn_cli.store.file import read_checkpoint
-from dvn_cli.store.metadata import find_task
+from dvn_cli.store.lookup import find_task
 
 
 def slice_command(

@@ -21,7 +21,8 @@ from dvn_cli.evaluation.gates import Check, Named, Verdict
 from dvn_cli.evaluation.intervals import change_interval, images_needed
 from dvn_cli.evaluation.measure import Evaluation, Loaded
 from dvn_cli.files import atomic, read_bytes
-from dvn_cli.store.metadata import Number, Task, matching_tasks
+from dvn_cli.store.lookup import matching_tasks
+from dvn_cli.store.metadata import Number, Task
 from dvn_cli.store.schema import checked, loads, parse
 
 LIBRARIES = ("dvn", "torch", "torchvision", "timm", "pillow", "numpy")

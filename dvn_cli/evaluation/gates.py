@@ -12,7 +12,7 @@ import yaml
 from dvn_cli.errors import DvnError, InputError, did_you_mean, shortened
 from dvn_cli.files import read_bytes
 from dvn_cli.overrides import LARGEST, read_yaml
-from dvn_cli.store.metadata import matching_tasks
+from dvn_cli.store.lookup import matching_tasks
 
 if TYPE_CHECKING:
     from dvn_cli.evaluation.measure import Evaluation

@@ -25,7 +25,8 @@ from dvn_cli.evaluation.intervals import wilson
 from dvn_cli.loading import from_file
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 from dvn_cli.store.file import AnyHeader, read_header
-from dvn_cli.store.metadata import SliceMetadata, Task, TaskLevel, check_level, find_task, matching_tasks
+from dvn_cli.store.lookup import find_task, matching_tasks
+from dvn_cli.store.metadata import SliceMetadata, Task, TaskLevel, check_level
 from dvn_cli.store.schema import dumps
 from dvn_cli.units.count import params_and_density
 

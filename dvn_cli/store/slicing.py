@@ -13,14 +13,8 @@ import numpy as np
 
 from dvn_cli.errors import InputError
 from dvn_cli.store.file import ITEM_SIZE, Header, StoredTensor, TensorData, is_trained, lost_with, size, write
-from dvn_cli.store.metadata import (
-    Calibration,
-    CheckpointMetadata,
-    DividedBackbone,
-    SliceMetadata,
-    check_level,
-    find_task,
-)
+from dvn_cli.store.lookup import find_task
+from dvn_cli.store.metadata import Calibration, CheckpointMetadata, DividedBackbone, SliceMetadata, check_level
 from dvn_cli.store.ownership import Run
 from dvn_cli.store.shapes import source
 

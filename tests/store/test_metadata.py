@@ -20,7 +20,8 @@ from tiny import metadata, networks, task
 import dvn_cli
 from dvn_cli.errors import InputError
 from dvn_cli.store.file import TensorData, read_checkpoint, read_header, read_state, write
-from dvn_cli.store.metadata import StateMetadata, check_level, find_task
+from dvn_cli.store.lookup import find_task
+from dvn_cli.store.metadata import StateMetadata, check_level
 from dvn_cli.store.schema import dumps, loads, parse
 from dvn_cli.store.slicing import count, slice_file
 
