@@ -45,7 +45,8 @@ def from_file(header: AnyHeader) -> DeepVirtualNetwork | VirtualNetwork:
         raise InputError(f"'{header.path}' is damaged: {error}") from None
     tensors = read_tensors(header)
     if isinstance(metadata, CheckpointMetadata):
-        return DeepVirtualNetwork(partition, metadata.tasks, tensors, metadata.training, metadata.preprocessing).eval()
+        known = metadata.training, metadata.preprocessing, metadata.earlier
+        return DeepVirtualNetwork(partition, metadata.tasks, tensors, *known).eval()
     task = metadata.task
     origin = partition.origin(metadata.kept, len(task.classes), task.input_size)
     return VirtualNetwork(metadata, tensors, origin.network(train=False), origin)

@@ -17,6 +17,7 @@ from dvn_cli.store.file import Header, StoredTensor, TensorData, write
 from dvn_cli.store.lookup import find_task
 from dvn_cli.store.metadata import (
     CheckpointMetadata,
+    DividedBackbone,
     Owner,
     Preprocessing,
     SliceMetadata,
@@ -199,6 +200,7 @@ class DeepVirtualNetwork(nn.Module):
         tasks: the tasks, number 1 first.
         training_record: how it was trained; None for a fresh partition.
         preprocessing: how images were prepared for the weights that it started from; None where those were random.
+        earlier: the divisions that there were before units were added.
         random: names of the backbone's tensors that those weights lack, such as a classifier of other classes.
     """
 
@@ -209,10 +211,11 @@ class DeepVirtualNetwork(nn.Module):
         tensors: Mapping[str, Tensor],
         training_record: TrainingRecord | None = None,
         preprocessing: Preprocessing | None = None,
+        earlier: tuple[DividedBackbone, ...] = (),
     ) -> None:
         """`tensors` are by their names in the file, such as `shared/conv1.weight`."""
         super().__init__()
-        self.preprocessing, self.random = preprocessing, list[str]()
+        self.preprocessing, self.earlier, self.random = preprocessing, earlier, list[str]()
         self.partition, self.tasks, self.training_record = partition, list(tasks), training_record
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._plans: dict[tuple[int, int, bool], tuple[fx.GraphModule, list[tuple[nn.Module, str, Cut]]]] = {}
@@ -382,8 +385,8 @@ class DeepVirtualNetwork(nn.Module):
         check_level(self.tasks[number - 1], level)
         tensors = {name: tensor.detach().clone() for name, tensor in self.tensors(number, level).items()}
         own = self.tasks[number - 1]
-        divided = self.partition.metadata().divided_for(own)
-        metadata = SliceMetadata(**divided, task=own, task_number=number, level=level, kept=own.units(level))
+        divided = self.metadata().divided_for(own)
+        metadata = SliceMetadata(**divided, task_number=number, level=level, kept=own.units(level))
         narrowed, origin = self.narrowed(number, level, self.training), self.origin(number, level)
         return VirtualNetwork(metadata, tensors, narrowed, origin, self.training)
 
@@ -402,6 +405,7 @@ class DeepVirtualNetwork(nn.Module):
             tasks=tuple(self.tasks),
             training=self.training_record,
             preprocessing=self.preprocessing,
+            earlier=self.earlier,
         )
 
     def header(self, path: str | os.PathLike[str]) -> Header[CheckpointMetadata]:

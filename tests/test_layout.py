@@ -16,7 +16,7 @@ ROWS = (
     {"cli"},
     {"paper"},
     {"evaluation", "benchmark", "training"},
-    {"dividing", "loading", "export", "runtime", "check", "calibration", "formats", "budget", "planning"},
+    {"dividing", "widening", "loading", "export", "runtime", "check", "calibration", "formats", "budget", "planning"},
     {"compensation"},
     {"undivided"},
     {"network", "partition", "reference", "tasks"},

@@ -71,6 +71,14 @@ class Shape(NamedTuple):
             raise InputError(f"{shortened(name)} has {layers:,} layers and {parameters:,} parameters, more than {most}")
         return self
 
+    def times(self, numerator: int, denominator: int) -> "Shape":
+        """Returns the same with other numbers of channels; InputError where they are no whole numbers."""
+        widths = [width * numerator for width in (self.stem, *self.widths)]
+        if any(width % denominator for width in widths):
+            raise InputError(f"{numerator}/{denominator} of {self.stem} channels are no whole number")
+        stem, *widths = (width // denominator for width in widths)
+        return Shape(stem, tuple(widths), self.blocks)
+
 
 class PaperResNet(nn.Module):
     """Stem at full resolution, stages of basic blocks of which all but the first halve it, pooling, linear classifier.
@@ -80,21 +88,32 @@ class PaperResNet(nn.Module):
         num_classes: Outputs of the classifier; 0 for none.
         in_chans: Channels of the images.
         global_pool: `avg`, or empty for none.
+        width: What numbers of channels are multiplied by: numerator and denominator.
     """
 
-    def __init__(self, shape: Shape, num_classes: int = 100, in_chans: int = 3, global_pool: str = "avg") -> None:
+    def __init__(
+        self,
+        shape: Shape,
+        num_classes: int = 100,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        width: tuple[int, int] = (1, 1),
+    ) -> None:
         super().__init__()
+        shape = shape.times(*width).check("a network of that width")
         self.in_chans = in_chans
         self.num_features = self.head_hidden_size = shape.widths[-1]
         self.conv1 = nn.Conv2d(in_chans, shape.stem, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(shape.stem)
         self.stages = [f"layer{number}" for number in range(1, len(shape.widths) + 1)]
         before = shape.stem
-        for name, width in zip(self.stages, shape.widths, strict=True):
+        for name, channels in zip(self.stages, shape.widths, strict=True):
             stride = 1 if name == self.stages[0] else 2
-            first = BasicBlock(before, width, stride)
-            self.add_module(name, nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(1, shape.blocks))))
-            before = width
+            first = BasicBlock(before, channels, stride)
+            self.add_module(
+                name, nn.Sequential(first, *(BasicBlock(channels, channels, 1) for _ in range(1, shape.blocks)))
+            )
+            before = channels
         self.reset_classifier(num_classes, global_pool)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):

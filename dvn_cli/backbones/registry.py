@@ -63,6 +63,7 @@ class BackboneSpec(Backbone):
         """
         import torch
 
+        from dvn_cli.backbones import paper
         from dvn_cli.graph.empty_init import empty_init
 
         if device is not None and torch.device(device).type == "meta":
@@ -70,6 +71,8 @@ class BackboneSpec(Backbone):
         library = LIBRARIES[self.source]
         if not library.has(self.name):
             raise InputError(f"the installed {self.source} has no model '{self.name}'")
+        if self.width != (1, 1) and (self.source != "timm" or paper.shape_of(self.name) is None):
+            raise InputError(f"{self.name} is built at one width alone: only wrn_N_S and resnet_N take more units")
         with torch.device(device) if device is not None else contextlib.nullcontext():
             try:
                 module = library.build(self)
@@ -246,6 +249,8 @@ def timm_cfg(name: str) -> Any:
 def timm_options(spec: BackboneSpec) -> dict[str, Any]:
     """The arguments that make `timm.create_model` build what a spec describes."""
     options: dict[str, Any] = {"num_classes": spec.num_classes, "in_chans": spec.in_chans}
+    if spec.width != (1, 1):
+        options["width"] = spec.width
     if timm_cfg(spec.name).fixed_input_size:  # a model built for one size
         options["img_size"] = spec.input_size
     return options

@@ -10,6 +10,7 @@ import typer
 
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import check_writable
+from dvn_cli.store import schema
 from dvn_cli.store.file import lost_with
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def partition_command(
     if as_json:
         document = {
             "checkpoint": None if differs else str(output),
-            "backbone": asdict(network.partition.spec),
+            "backbone": schema.checked(network.partition.spec),
             "units": units,
             "divide": divide,
             "assign": assign,

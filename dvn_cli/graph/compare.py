@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from dvn_cli.graph.trace import bind
+
 
 def same_graph(a: fx.GraphModule, b: fx.GraphModule) -> bool:
     """Tells whether two networks compute the same of the same: node by node, constants and sizes included."""
@@ -18,8 +20,8 @@ def same_graph(a: fx.GraphModule, b: fx.GraphModule) -> bool:
                 return False
         elif left.op == "call_function" and left.target is not right.target:
             return False
-        ours, form = pytree.tree_flatten((left.args, dict(left.kwargs)))
-        theirs, other_form = pytree.tree_flatten((right.args, dict(right.kwargs)))
+        ours, form = pytree.tree_flatten(_arguments(left))
+        theirs, other_form = pytree.tree_flatten(_arguments(right))
         if form != other_form:
             return False
         for x, y in zip(ours, theirs, strict=True):
@@ -29,6 +31,12 @@ def same_graph(a: fx.GraphModule, b: fx.GraphModule) -> bool:
                 return False
         twin[left] = right
     return True
+
+
+def _arguments(node: fx.Node) -> object:
+    """What a node is called with: lists of one kind, and an operator's defaults, which not all graphs write out."""
+    given = bind(node) if isinstance(node.target, torch._ops.OpOverload) else (node.args, node.kwargs)
+    return fx.node.map_aggregate(given, lambda value: value)
 
 
 def _same_value(x: object, y: object) -> bool:

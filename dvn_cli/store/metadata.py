@@ -39,6 +39,7 @@ class Backbone:
         in_chans: Channels of the images.
         input_size: Height and width of the images in pixels.
         hidden_layers: Fully connected layers put before the classifier, each as wide as the features.
+        width: What its numbers of channels are multiplied by: numerator and denominator.
     """
 
     source: Source
@@ -47,6 +48,7 @@ class Backbone:
     in_chans: Size = 3
     input_size: tuple[Size, Size] = (224, 224)
     hidden_layers: Annotated[int, range(1025)] = 0
+    width: tuple[Size, Size] = omitted((1, 1))
 
 
 @dataclass(frozen=True)
@@ -262,10 +264,6 @@ class DividedBackbone:
         """Its fields, less those that a checkpoint and its slices do not have in common."""
         return {each.name: getattr(self, each.name) for each in fields(DividedBackbone)}
 
-    def divided_for(self, task: Task) -> dict[str, Any]:
-        """Its fields as a slice of a task has them, which says nothing of the classes of other tasks."""
-        return {**self.divided, "backbone": replace(self.backbone, num_classes=len(task.classes))}
-
     @cached_property
     def assignment(self) -> Assignment:
         """Which unit owns which indices."""
@@ -319,12 +317,14 @@ class CheckpointMetadata(DividedBackbone):
         tasks: number 1 first.
         training: how they were trained; None in a fresh partition.
         preprocessing: how images were prepared for the weights that it started from; None where those were random.
+        earlier: the divisions that it had before units were added, the first one first.
     """
 
     kind: ClassVar[str] = "checkpoint"
     tasks: tuple[Task, ...]
     training: TrainingRecord | None = None
     preprocessing: Preprocessing | None = None
+    earlier: tuple[DividedBackbone, ...] = omitted(())
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -342,6 +342,14 @@ class CheckpointMetadata(DividedBackbone):
     def networks(self) -> list[TaskLevel]:
         """All of its networks."""
         return task_levels(self.tasks)
+
+    def divided_for(self, task: Task) -> dict[str, Any]:
+        """What a slice says of its task and backbone: nothing of other tasks' classes or of units added for them."""
+        units = max(task.units(len(task.levels)))
+        division = next((each for each in self.earlier if units <= each.units), self)
+        order = tuple(unit for unit in task.order if unit <= division.units)
+        backbone = replace(division.backbone, num_classes=len(task.classes))
+        return {**division.divided, "backbone": backbone, "task": replace(task, order=order)}
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def _contents(
     entry = replace(checkpoint.metadata.tasks[task - 1], data=None, affinity=())  # nothing of where it was cut
     tensors |= _aliased(checkpoint.metadata, tensors)
     divided, units = checkpoint.metadata.divided_for(entry), entry.units(level)
-    own = SliceMetadata(**divided, task=entry, task_number=task, level=level, kept=units, calibration=calibration)
+    own = SliceMetadata(**divided, task_number=task, level=level, kept=units, calibration=calibration)
     return tensors, own
 
 

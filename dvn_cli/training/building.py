@@ -40,6 +40,7 @@ from dvn_cli.training.loop import Run
 from dvn_cli.training.methods import METHODS, Method, levels_of, no_level, old_networks, together, used_units
 from dvn_cli.training.recipe import Recipe
 from dvn_cli.units.order import learned_orders, order_beside, paper_order
+from dvn_cli.widening import add_units
 
 
 def build(
@@ -233,6 +234,8 @@ def _continued(
     trained = opened.training_record.recipe.get("method", "dvn")
     if trained != recipe.method:
         raise InputError(f"'{recipe.continues}' was trained with method={trained}: continue with the same")
+    if recipe.add_units:
+        opened = add_units(opened, recipe.add_units, recipe.seed)
     known, units = opened.tasks, opened.partition.units
     twice = {task.name for task in known} & {task.name for task in recipe.tasks}
     if twice:
@@ -253,7 +256,7 @@ def _continued(
         partition = partition.rebuilt(replace(partition.spec, num_classes=most))
     torch.manual_seed(recipe.seed)
     tensors = {**_templates(partition, partition.spec.build()), **opened.file_tensors()}
-    network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=opened.preprocessing)
+    network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=opened.preprocessing, earlier=opened.earlier)
     network.make_private(owners(method, partition))
     network.check()
     return network, before
@@ -325,7 +328,8 @@ def _order_and_levels(
         new = sorted(set(order[: levels[-1]]) - used)
         if not freezes and recipe.sequential.old is None:
             note(
-                f"no unit is free for task '{keys.name}': earlier tasks' networks are trained on, held by distillation"
+                f"no unit is free for task '{keys.name}' (add_units gives it one): earlier tasks' networks are trained "
+                "on, held by distillation"
             )
         elif freezes:
             trains = f"trains unit {', '.join(map(str, new))}" if new else "trains no unit, but what it has of its own"

@@ -236,6 +236,11 @@ class Recipe(Keys):
         default=None,
         description="Trained checkpoint to which the tasks are added, instead of backbone and units.",
     )
+    add_units: Annotated[int, Field(ge=0, lt=1024, strict=True)] = Field(
+        default=0,
+        description="Number of units that are added to the checkpoint that the recipe continues, in a backbone that is "
+        "wider in proportion: one of the paper's. The networks that there are stay what they are.",
+    )
     backbone: BackboneKeys | None = Field(default=None, description="Network that is divided into units.")
     partition: str | None = Field(
         default=None, description="Checkpoint of `dvn partition` to start from, instead of backbone and units."
@@ -377,6 +382,8 @@ class Recipe(Keys):
         for key, unset in (("units", None), ("divide", "all"), ("assign", "even"), ("round_to", 1)):
             if self.backbone is None and getattr(self, key) != unset:
                 raise ValueError(f"{key} is given by the {'partition' if self.partition else 'checkpoint'}")
+        if self.add_units and self.continues is None:
+            raise ValueError("add_units adds to a checkpoint: give continues")
         if self.method not in METHODS:
             hint = did_you_mean(self.method, METHODS) or f"; known are {', '.join(METHODS)}"
             raise ValueError(f"no method '{self.method}'{hint}")

@@ -1,6 +1,7 @@
 """The smallest run there is: two tasks of the digits, two units, four steps."""
 
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def session(
     folder: Path, *overrides: str, resume: bool = False, force: bool = False, note: Any = None, **keys: Any
 ) -> Session:
     """A session of the small recipe whose checkpoint is `dvn.safetensors` in a folder."""
-    read = recipes.resolved(content(**keys), overrides, "small.yaml")
+    read = recipes.resolved(deepcopy(content(**keys)), overrides, "small.yaml")
     output, told = folder / "dvn.safetensors", note or nothing
     return prepare(recipes.parse(read, "small.yaml"), folder, output, CPU, resume, force=force, note=told)
 

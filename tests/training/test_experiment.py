@@ -176,7 +176,8 @@ def test_no_unit_is_free(tmp_path: Path) -> None:
     notes: list[str] = []
     session = added(tmp_path / "second", path, SEQUENTIAL, "sequential.replay=9", note=notes.append)
     assert notes == [
-        "no unit is free for task 'high': earlier tasks' networks are trained on, held by distillation",
+        "no unit is free for task 'high' (add_units gives it one): earlier tasks' networks are trained on, held by "
+        "distillation",
         "no images of task 'low' are replayed: the recipe has none",
     ]
     assert session.run.stage.distilled == (((1, 1), (1, 1)), ((1, 2), (1, 2)))
@@ -185,6 +186,47 @@ def test_no_unit_is_free(tmp_path: Path) -> None:
     before, after = slices(path), slices(session.files.checkpoint)
     assert {network: after[network] for network in before} == before
     assert set(after) == {(1, 1), (1, 2), (2, 1), (2, 2)}
+
+
+@pytest.mark.parametrize(("assign", "tasks"), [("even", [ALL]), ("importance", [ALL, MIDDLE])])
+def test_more_units(tmp_path: Path, assign: str, tasks: list[dict[str, Any]]) -> None:
+    """A unit for each task: files of the old networks are equal byte by byte, whatever channels they own."""
+    path, before = first(tmp_path / "1", f"assign={assign}"), dict[tuple[int, int], bytes]()
+    for number, task in enumerate(tasks, 2):
+        before |= slices(path)
+        session = added(tmp_path / str(number), path, SEQUENTIAL, "add_units=1", task=task)
+        session.train(small.nothing, small.nothing)
+        path = session.files.checkpoint
+        after = slices(path)
+        assert {network: after[network] for network in before} == before
+        network = opened(path)
+        units, order = number + 1, (number + 1, *range(number, 0, -1))
+        assert network.partition.units == units
+        assert (network.tasks[-1].order, network.tasks[-1].levels) == (order, tuple(range(1, units + 1)))
+        tensors = network.tensors(number, units)
+        assert tensors["conv1.weight"].shape[0] == 8 * units
+        assert tensors["layer1.0.conv1.weight"].shape == (8 * units, 8 * units, 3, 3)
+    images = torch.randn(3, 1, 8, 8)
+    with torch.no_grad():
+        for task_level, content in slices(path).items():
+            (tmp_path / "cut.safetensors").write_bytes(content)
+            alone = load(tmp_path / "cut.safetensors")
+            torch.testing.assert_close(alone(images), network(images, *task_level), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["units=3"], "4/3 of 16 channels are no whole number"),
+        (["round_to=12"], "no units can be added to wrn_10_1 in 2 units: they are not equally wide, or do not divide"),
+        (["divide=inner"], "no units can be added to wrn_10_1 in 2 units: they are not equally wide, or do not divide"),
+        (["backbone={name: test_vit, in_chans: 1}", "tasks.0.data.size=32"], "test_vit is built at one width alone"),
+    ],
+)
+def test_no_more_units(tmp_path: Path, words: list[str], told: str) -> None:
+    path = first(tmp_path / "first", "epochs=1", *words)
+    with pytest.raises(InputError, match=told):
+        added(tmp_path / "second", path, SEQUENTIAL, "add_units=1", *words[1:])
 
 
 def test_continued_and_interrupted(tmp_path: Path) -> None:

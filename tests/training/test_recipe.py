@@ -211,6 +211,7 @@ def dvn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         ("tasks.*.levles=[1]", "unknown key 'tasks.0.levles'; did you mean 'levels'?"),
         ("tasks.*.data.x.y=1", "unknown key 'tasks.0.data.x'"),
         ("epochs.*=1", "epochs has no keys: there is no epochs.*"),
+        ("add_units=1", "add_units adds to a checkpoint: give continues"),
         ("partition=x.safetensors", "give one of backbone (with units), partition and continues"),
         ("units=", "units is missing"),
         ("tasks.1.name=low", "two tasks have the name 'low'"),
@@ -403,6 +404,7 @@ CHANGES = {
     "sequential.warmup_epochs": "1",
     "sequential.lr_factor": "0.5",
     "continues": "not-there.safetensors",
+    "add_units": "1",
     "backbone": "{name: wrn_10_2, in_chans: 1}",
     "backbone.name": "wrn_10_2",
     "backbone.input_size": "4",
@@ -529,6 +531,7 @@ def test_every_key_has_an_effect(
         "backbone.pretrained": "there are no pretrained weights of wrn_10_1",
         "partition": no_checkpoint,
         "continues": no_checkpoint,
+        "add_units": "small.yaml: add_units adds to a checkpoint: give continues",
     }
     assert changed.get("error") == errors.get(key)
 
