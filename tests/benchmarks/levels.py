@@ -1,17 +1,21 @@
 """What levels are worth right after a backbone with weights is partitioned, before any training.
 
     python tests/benchmarks/levels.py tf_efficientnet_lite0 --weights FILE --data ../shared/data/imagenette96-mini
+    python tests/benchmarks/levels.py test_convnext --weights FILE --size 32 --own-classes \
+        --data source=hf path=../shared/data/cifar100 label=fine_label
 
 Top-1 accuracy in per cent on all test images, of all classes that the weights tell apart, for every level of a task
 that adds units in the order 1, 2, 3 and so on. Channels are assigned evenly, sorted by weights, or sorted by images;
 then running statistics and biases make up for what a level lacks (`dvn partition --data`), or its layers are fitted to
 the whole (`dvn slice --calibrate`). The images to sort by and to fit to are training images, drawn by the seed, whose
-labels are not read. The classes of the data must be called as those of the weights are (`n01440764` or `tench`).
+labels are not read. The classes of the data must be called as those of the weights are (`n01440764` or `tench`), or be
+those, in their order.
 """
 
 import argparse
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,13 +39,15 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="as of dvn eval")
     parser.add_argument("--units", type=int, default=4)
     parser.add_argument("--divide", choices=["all", "inner"], default="inner")
+    parser.add_argument("--size", type=int, help="of the images; by default that of the backbone")
+    parser.add_argument("--own-classes", action="store_true", help="the classes of the weights are those of the data")
     parser.add_argument("--crop-pct", type=float, default=1.0)
     parser.add_argument("--mean", type=float, nargs="+", help="of pixels in 0..1; by default that of the backbone")
     parser.add_argument("--std", type=float, nargs="+", help="likewise")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training images")
     options = parser.parse_args()
 
-    spec = resolve(options.backbone)
+    spec = resolve(options.backbone, input_size=options.size and (options.size, options.size))
     own = preprocessing(spec)
     assert own is not None
     mean, std = (
@@ -52,8 +58,11 @@ def main() -> None:
     resize = {"size": spec.input_size, "interpolation": own.interpolation, "crop_pct": options.crop_pct}
     data = DataSpec.model_validate(given.model_dump() | resize)
     test, names = load_test(data, base=base)
-    numbers = torch.tensor([class_numbers(spec)[folded(name)] for name in names])
-    test = Split(test.pool, numbers[test.labels], test.indices)
+    if options.own_classes:
+        spec = replace(spec, num_classes=len(names))
+    else:
+        numbers = torch.tensor([class_numbers(spec)[folded(name)] for name in names])
+        test = Split(test.pool, numbers[test.labels], test.indices)
     levels = tuple(range(1, options.units + 1))
     classes = tuple(map(str, range(spec.num_classes)))
     task = Task("all", classes, spec.input_size, mean, std, levels, levels)
