@@ -18,7 +18,8 @@ import numpy as np
 from dvn_cli.budget import KnownLevel, in_words, known_levels, missing_record
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.store.file import ITEM_SIZE, Header
-from dvn_cli.store.metadata import CheckpointMetadata, TaskLevel, find_task
+from dvn_cli.store.lookup import find_task
+from dvn_cli.store.metadata import CheckpointMetadata, TaskLevel
 from dvn_cli.store.shapes import source
 from dvn_cli.store.slicing import cut, slice_size
 
