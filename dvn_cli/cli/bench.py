@@ -23,7 +23,7 @@ def bench_command(
         typer.Argument(
             metavar="CHECKPOINT-or-SLICE",
             help="Default: dvn.safetensors. With --scenario: runs, given by their records (NAME.run.json), their "
-            "checkpoints or folders. Default: the working directory.",
+            "checkpoints or folders. Default: the working directory. With --training: KEY=VALUE of the recipe.",
         ),
     ] = None,
     task: Annotated[
@@ -36,6 +36,12 @@ def bench_command(
         typer.Option(
             help="Print the paper's table of j1, j2, j3, h1, s1 or s2 from finished runs. A run of dvn that is given "
             "by its checkpoint is timed as well."
+        ),
+    ] = None,
+    training: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RECIPE", help="Measure the steps of a run instead: a recipe's file, or the name of one with dvn."
         ),
     ] = None,
     plots: Annotated[
@@ -59,8 +65,21 @@ def bench_command(
 ) -> None:
     """Measure parameters, MACs, latency, throughput and peak memory of the networks in checkpoints and slices.
 
-    With --scenario: the accuracies of finished runs, as a table of the paper.
+    With --scenario: the accuracies of finished runs, as a table of the paper. With --training: time and memory of a
+    run's steps, against its networks apart and what the device can do.
     """
+    if training is not None:
+        others = scenario, task, level, plots, baseline, threads
+        if any(value is not None for value in others) or every or channels_last or batch_size != 1:
+            raise InputError("--training takes what it measures from the recipe: give its keys, such as batch_size=64")
+        if results_file is not None:
+            check_writable(results_file)
+        document = _training(training, list(map(str, files or [])), device, num_warm_iter, num_bench_iter)
+        text = json.dumps(document, indent=2)
+        if results_file is not None:
+            with atomic(results_file) as opened:
+                opened.write(text.encode() + b"\n")
+        return typer.echo(text) if as_json else _print_training(document)
     if every and task is not None:
         raise InputError("--task or --all, not both")
     if scenario is not None and (every or task is not None or level is not None):
@@ -111,6 +130,73 @@ def bench_command(
             with atomic(results_file) as opened:
                 opened.write(text.encode() + b"\n")
     costs.check(compared)
+
+
+def _training(recipe: str, overrides: list[str], device: str, warm: int, timed: int) -> dict[str, Any]:
+    """Measures the steps of a recipe's run. Returns the document that says it."""
+    from dvn_cli import report
+
+    notes = report.console(stderr=True)
+    with notes.status("measuring training steps"):
+        import torch
+
+        from dvn_cli import device as devices
+        from dvn_cli.training.experiment import measure_speed
+
+        speed, run = measure_speed(
+            recipe,
+            overrides=overrides,
+            device=device,
+            num_warm_iter=warm,
+            num_bench_iter=timed,
+            note=lambda line: notes.print(line, soft_wrap=True),
+        )
+    return {
+        "device": str(run.device),
+        "device_name": devices.title(run.device),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "backbone": run.network.partition.spec.name,
+        "precision": run.recipe.precision,
+        "networks": speed.networks,
+        "steps": speed.steps,
+        "step_ms": {"p50": 1000 * speed.step, "p90": 1000 * speed.step_p90},
+        "images_per_s": speed.images_per_s,
+        "data_wait_ms": 1000 * speed.wait,
+        "peak_memory_bytes": speed.peak_memory_bytes,
+        "joint_ms": 1000 * speed.joint,
+        "apart_ms": None if speed.apart is None else 1000 * speed.apart,
+        "joint_over_apart": speed.ratio,
+        "flops_per_step": speed.flops,
+        "flops_per_s": speed.achieved,
+        "device_flops_per_s": speed.device,
+        "share_of_device": speed.share,
+    }
+
+
+def _print_training(document: dict[str, Any]) -> None:
+    from dvn_cli.report import console, percent, show, table
+
+    out, step = console(), document["step_ms"]
+    threads = f", threads: {document['threads']}" if document["device"] == "cpu" else ""
+    out.print(f"{document['device']}, {document['device_name']}{threads}, torch {document['torch']}", soft_wrap=True)
+    memory, apart = document["peak_memory_bytes"], document["apart_ms"]
+    made = table(document["backbone"], f"{document['networks']} networks, {document['precision']}", text=2)
+    for name, value in (
+        ("step", f"{step['p50']:,.1f} ms; nine of ten: {step['p90']:,.1f} ms"),
+        ("images/s", f"{document['images_per_s']:,.0f}"),
+        ("waiting for images", f"{document['data_wait_ms']:,.1f} ms a step"),
+        ("peak memory", "-" if memory is None else f"{memory / 1e6:,.0f} MB"),
+        ("forward and backward", f"{document['joint_ms']:,.1f} ms"),
+        ("networks apart", "-" if apart is None else f"{apart:,.1f} ms; together {document['joint_over_apart']:.2f}"),
+        ("operations", f"{document['flops_per_s'] / 1e9:,.1f} GFLOP/s"),
+        (
+            "of a matrix product's",
+            f"{percent(document['share_of_device'])} ({document['device_flops_per_s'] / 1e9:,.0f})",
+        ),
+    ):
+        made.add_row(name, value)
+    show(out, made)
 
 
 def _measure(

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from dvn_cli import processes
 from dvn_cli.errors import DvnError
 from dvn_cli.training.loop import Run
 
@@ -35,10 +36,12 @@ def affinity(run: Run) -> list[list[float]]:
             gradient = torch.cat([tensor.grad.flatten() for tensor in shared if tensor.grad is not None])
             wanted[network.task - 1] += gradient - before
             before = gradient
+        processes.average([p.grad for p in run.step.parameters if p.grad is not None])
         for group in run.optimizer.param_groups:
             group["lr"] = run.recipe.optimizer.lr * group["lr_scale"] * step / STEPS
         run.optimizer.step()
         run.step.clear()
+    processes.average([wanted])
     if not wanted.isfinite().all():
         raise DvnError("a gradient of the steps that compare tasks is not a number: a lower optimizer.lr may help")
     directions = F.normalize(wanted)

@@ -54,6 +54,7 @@ class Run:
         stage: the one that it is in.
         average: the networks as their exponential moving average has them, where the recipe wants it.
         stop: knows of signals that ask for an end, where it is entered.
+        waited: seconds, until now, that this process took to get and augment images.
     """
 
     recipe: Recipe
@@ -71,7 +72,7 @@ class Run:
         torch.manual_seed(self.recipe.seed)  # of dropout and its like
         self.network.to(self.device)
         processes.broadcast([t for t in self.network.file_tensors().values() if t.is_floating_point()])
-        self.stop = Stop()
+        self.stop, self.waited = Stop(), 0.0
         self._finite_before = self._finite_tensors()
         self.generators = {number: torch.Generator() for number in self.data}
         for number, generator in self.generators.items():
@@ -337,7 +338,10 @@ class Run:
             if processes.count() > 1:  # dropout and its like: others in each process, the same when resumed
                 torch.manual_seed(random.Random(f"{recipe.seed} {before} {processes.rank()}").getrandbits(63))
             for _ in range(recipe.accumulate):
-                step({task: next(of_task) for task, of_task in batches.items()}, networks)
+                asked = time.perf_counter()
+                given = {task: next(of_task) for task, of_task in batches.items()}
+                self.waited += time.perf_counter() - asked
+                step(given, networks)
             some_stop = self._meet(networks)
             if number % check_every == 0 or number == steps:
                 self._check(step.totals, step.networks, number)

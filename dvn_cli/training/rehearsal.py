@@ -30,7 +30,50 @@ class Rehearsal:
 
 
 class _Enough(Exception):
-    """Two steps have been taken."""
+    """All steps that were asked for have been taken."""
+
+
+def pace(run: Run, warm: int, timed: int) -> list[tuple[float, float]]:
+    """Takes steps of a run, which is of no use afterwards.
+
+    Args:
+        warm: steps before those that are timed; fewer where the run ends.
+        timed: steps that are; the last one at least.
+
+    Returns:
+        Of each step its seconds, and for how many of them the process waited for images.
+
+    Raises:
+        DvnError: a loss is not a number.
+    """
+    taken: list[tuple[float, float]] = []
+    since = time.perf_counter(), run.waited
+
+    def begin(run: Run) -> None:  # validation is not counted
+        nonlocal since
+        since = time.perf_counter(), run.waited
+
+    def after_step(run: Run, _: int) -> None:
+        if run.device.type == "cuda":
+            torch.cuda.synchronize(run.device)
+        taken.append((time.perf_counter() - since[0], run.waited - since[1]))
+        if len(taken) == warm + timed:
+            raise _Enough
+        begin(run)
+
+    with contextlib.suppress(_Enough):
+        run.run(begin, after_step)
+    return taken[warm:] or taken[-1:]
+
+
+def images_of_step(run: Run) -> int:
+    """Returns how many images of all tasks a step takes."""
+    return sum(run.batch_sizes[task] for task in run.stage.tasks) * run.recipe.accumulate
+
+
+def peak_memory(run: Run) -> int | None:
+    """Returns the most bytes so far: on CUDA of the device, else of this process; None where none are told."""
+    return torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else resident_peak()
 
 
 def rehearse(run: Run) -> Rehearsal:
@@ -39,20 +82,7 @@ def rehearse(run: Run) -> Rehearsal:
     Raises:
         DvnError: a loss is not a number.
     """
-    ends = []
-
-    def after_step(run: Run, _: int) -> None:
-        if run.device.type == "cuda":
-            torch.cuda.synchronize(run.device)
-        ends.append(time.perf_counter())
-        if len(ends) == 2:
-            raise _Enough
-
-    start = time.perf_counter()
-    images = sum(run.batch_sizes[task] for task in run.stage.tasks) * run.recipe.accumulate
-    with contextlib.suppress(_Enough):
-        run.run(lambda _: None, after_step)
-    seconds = ends[-1] - (ends[0] if len(ends) > 1 else start)
+    images = images_of_step(run)
+    ((seconds, _),) = pace(run, warm=1, timed=1)
     steps = sum(stage.epochs * run.steps_of(stage) for stage in run.stages)
-    peak = torch.cuda.max_memory_allocated(run.device) if run.device.type == "cuda" else resident_peak()
-    return Rehearsal(steps, seconds, images / seconds, steps * seconds, peak)
+    return Rehearsal(steps, seconds, images / seconds, steps * seconds, peak_memory(run))

@@ -121,6 +121,7 @@ def documents(folder: Path) -> Callable[[str], Any]:
         "slice": ["slice", str(folder / "trained.safetensors"), "--all", "-o", str(folder / "slices")],
         "eval": ["eval", cut, "--data", "source=digits"],
         "bench": ["bench", cut, "--num-bench-iter", "1", "--num-warm-iter", "0"],
+        "bench --training": ["bench", "--training", str(folder / "small.yaml"), "--num-warm-iter", "0"],
         "bench --scenario": ["bench", "--scenario", "s1", str(folder / "run.run.json")],
     }
     return document

@@ -57,7 +57,7 @@ def test_gradients_of_a_replayed_step(tmp_path: Path, overrides: tuple[str, ...]
     with torch.no_grad():
         for parameter in run.step.parameters:  # otherwise old tasks' networks are what they are distilled from
             parameter.mul_(1.05)
-    batches = {task: next(run._endless(task, split)) for task, split in run._splits().items()}
+    batches = {task: next(run.endless(task, split)) for task, split in run._splits().items()}
     gradients: list[dict[str, torch.Tensor]] = []
     for _ in range(step.WARM + 2):  # launched WARM times, then captured and replayed, then replayed
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):

@@ -1,0 +1,52 @@
+"""`dvn bench --training`: what a training step costs, and what that is compared with."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import small
+import yaml
+from typer.testing import CliRunner
+
+from dvn_cli import cli
+from dvn_cli.data import TaskData
+from dvn_cli.training.experiment import measure_speed
+
+
+def test_waiting_and_operations_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With images that come late; two passes a step, more steps than an epoch has, and nothing left behind."""
+    monkeypatch.chdir(tmp_path)
+    train_batches = TaskData.train_batches
+
+    def late(*given: Any) -> Iterator[Any]:
+        for batch in train_batches(*given):
+            time.sleep(0.05)
+            yield batch
+
+    monkeypatch.setattr(TaskData, "train_batches", late)
+    keys = ["accumulate=2", "batch_size=4", "epochs=2"]
+    speed, run = measure_speed(small.content(), overrides=keys, num_warm_iter=2, num_bench_iter=100)
+    assert speed.steps == 2 * 4 - 2
+    assert speed.wait >= 2 * 2 * 0.05
+    assert speed.step > speed.wait
+    assert speed.images_per_s * speed.step == pytest.approx(2 * 2 * 4)
+    assert speed.flops == 2 * 4 * 6 * sum(run.network.macs(*network) for network in run.network)
+    assert speed.apart is not None
+    assert 0.2 < speed.joint / speed.apart < 5
+    assert 0 < speed.share < 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_command(tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(small.content()))
+    words = ["bench", "--training", str(tmp_path / "small.yaml"), "levels=[2]", "--num-warm-iter", "1"]
+    shown = CliRunner().invoke(
+        cli.app, [*words, "--num-bench-iter", "1", "--results-file", str(tmp_path / "speed.json")]
+    )
+    assert shown.exit_code == 0, shown.output
+    assert "2 networks, fp32" in shown.stdout
+    assert "networks apart" in shown.stdout
+    assert json.loads((tmp_path / "speed.json").read_text())["steps"] == 1
