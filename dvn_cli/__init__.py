@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dvn_cli.export import slice
     from dvn_cli.loading import load
     from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+    from dvn_cli.runtime import Runtime
     from dvn_cli.training.experiment import Observer, train
 
     __version__: str
@@ -23,6 +24,7 @@ __all__ = [
     "DvnError",
     "InputError",
     "Observer",
+    "Runtime",
     "VirtualNetwork",
     "__version__",
     "bench",
@@ -38,6 +40,7 @@ _MODULES = {
     "DvnError": "errors",
     "InputError": "errors",
     "Observer": "training.experiment",
+    "Runtime": "runtime",
     "VirtualNetwork": "network",
     "bench": "benchmark",
     "divide": "dividing",

@@ -1,6 +1,7 @@
 """From a file to the networks in it."""
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -37,12 +38,7 @@ def from_file(header: AnyHeader) -> DeepVirtualNetwork | VirtualNetwork:
     Raises:
         InputError: it is damaged, or the installed libraries build another backbone than the one that was divided.
     """
-    metadata = header.metadata
-    partition = Partition.restore(metadata)
-    try:
-        shapes.check_tensors(metadata, header.tensors, partition.shapes)
-    except InputError as error:
-        raise InputError(f"'{header.path}' is damaged: {error}") from None
+    metadata, partition = header.metadata, restored(header)
     tensors = read_tensors(header)
     if isinstance(metadata, CheckpointMetadata):
         known = metadata.training, metadata.preprocessing, metadata.earlier
@@ -52,22 +48,49 @@ def from_file(header: AnyHeader) -> DeepVirtualNetwork | VirtualNetwork:
     return VirtualNetwork(metadata, tensors, origin.network(train=False), origin)
 
 
+def restored(header: AnyHeader) -> Partition:
+    """Returns the partition that a file is of.
+
+    Raises:
+        InputError: it is damaged, or the installed libraries build another backbone than the one that was divided.
+    """
+    partition = Partition.restore(header.metadata)
+    try:
+        shapes.check_tensors(header.metadata, header.tensors, partition.shapes)
+    except InputError as error:
+        raise InputError(f"'{header.path}' is damaged: {error}") from None
+    return partition
+
+
 def read_tensors(header: Header[Metadata]) -> dict[str, Tensor]:
     """Reads all tensors of a file, each once, and not mapped, so that memory holds them once and the file may go.
 
     Raises:
         InputError: they cannot be read, or are not what was written.
     """
-    dtypes = {name: dtype for dtype, name in DTYPES.items()}
     aliases = header.metadata.aliases if isinstance(header.metadata, DividedBackbone) else {}
     tensors = {}
     for name, stored in header.tensors.items():
         if name in aliases:
             continue
-        if stored.dtype not in dtypes:
-            raise InputError(f"'{header.path}' cannot be opened: its tensor '{name}' has dtype {stored.dtype}")
-        tensors[name] = torch.empty(stored.shape, dtype=dtypes[stored.dtype])
+        tensors[name] = empty(header, name, stored.shape)
         array = tensors[name].reshape(-1).view(torch.uint8).numpy()
         for start in range(0, stored.nbytes, BLOCK):
             array[start : start + BLOCK] = header.read(name, start, min(start + BLOCK, stored.nbytes))
     return tensors
+
+
+def empty(header: Header[Metadata], name: str, shape: Sequence[int]) -> Tensor:
+    """Returns a tensor to be filled, of the dtype of one of a file's.
+
+    Raises:
+        InputError: torch has no such dtype.
+    """
+    stored = header.tensors[name].dtype
+    if stored not in _TORCH:
+        raise InputError(f"'{header.path}' cannot be opened: its tensor '{name}' has dtype {stored}")
+    return torch.empty(tuple(shape), dtype=_TORCH[stored])
+
+
+_TORCH = {name: dtype for dtype, name in DTYPES.items()}
+"""torch's dtypes by safetensors' names."""

@@ -46,7 +46,9 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     """Its example runs as it stands there."""
     section = README.read_text(encoding="utf-8").partition("### From Python\n")[2].partition("\n### ")[0]
     (example,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    assert all(f"dvn_cli.{name}(" in example for name in ("divide", "train", "slice", "evaluate", "bench", "load"))
+    assert all(
+        f"dvn_cli.{name}(" in example for name in ("divide", "train", "slice", "evaluate", "bench", "load", "Runtime")
+    )
     monkeypatch.chdir(tmp_path)
     fork = multiprocessing.get_context("fork")  # a new process imports torch, which takes seconds
     monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
@@ -54,7 +56,7 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert {path.name for path in tmp_path.iterdir()} == {
         "fresh.safetensors", "dvn.safetensors", "dvn.run.json", "dvn-task2-level1.safetensors"
     }  # fmt: skip
-    assert len(capsys.readouterr().out.splitlines()) == 9
+    assert len(capsys.readouterr().out.splitlines()) == 10
 
 
 def test_importing_takes_no_torch() -> None:

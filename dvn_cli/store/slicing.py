@@ -5,7 +5,7 @@ Tensors are handled as unsigned integers of their item size, so every dtype is c
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,21 +46,30 @@ def cut(header: Header[CheckpointMetadata], task: int, level: int) -> dict[str, 
     tensors = {}
     for name in metadata.tensors:
         file_name = source(header.tensors, name, task, level)
-        shape = header.tensors[file_name].shape
-        if "/level/" in file_name:  # narrow already
-            runs = [[(0, size)] for size in shape]
-        else:
-            runs = metadata.assignment.runs(name, shape, units, len(entry.classes))
-        tensors[name] = _cut_tensor(header, file_name, runs)
+        tensors[name] = _cut_tensor(header, file_name, runs_in_file(header, file_name, units, len(entry.classes)))
     return tensors
+
+
+def runs_in_file(header: Header[CheckpointMetadata], name: str, units: Iterable[int], classes: int) -> list[list[Run]]:
+    """Returns for each dimension of a checkpoint's tensor the runs of indices that a network of some units takes.
+
+    Args:
+        name: of the tensor in the file, such as `shared/conv1.weight`.
+        units: of the network, by number from 1.
+        classes: of its classifier.
+    """
+    shape = header.tensors[name].shape
+    if "/level/" in name:  # narrow already
+        return [[(0, size)] for size in shape]
+    return header.metadata.assignment.runs(name.rpartition("/")[2], shape, units, classes)
 
 
 def _cut_tensor(header: Header[CheckpointMetadata], name: str, runs: Sequence[Sequence[Run]]) -> TensorData:
     shape = tuple(sum(stop - start for start, stop in along) for along in runs)
-    return TensorData(header.tensors[name].dtype, shape, lambda: _blocks(header, name, runs))
+    return TensorData(header.tensors[name].dtype, shape, lambda: blocks(header, name, runs))
 
 
-def _blocks(header: Header[CheckpointMetadata], name: str, runs: Sequence[Sequence[Run]]) -> Iterator[np.ndarray]:
+def blocks(header: Header[CheckpointMetadata], name: str, runs: Sequence[Sequence[Run]]) -> Iterator[np.ndarray]:
     """Yields the runs of a tensor as contiguous arrays, some rows at a time."""
     stored = header.tensors[name]
     shape = stored.shape or (1,)

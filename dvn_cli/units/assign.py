@@ -11,7 +11,8 @@ from torch import Tensor
 from dvn_cli.errors import InputError
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.store.metadata import Rule
-from dvn_cli.store.ownership import Assignment, Axis, Run
+from dvn_cli.store.ownership import Assignment, Axis
+from dvn_cli.store.regions import runs_of
 
 SHARED = -1  # in place of a unit's number (from 0): kept by all
 CLASS = -2  # a class of the classifier: kept by the tasks that have it
@@ -162,7 +163,7 @@ def _collect(labeller: Labeller, names: Sequence[str], unit: np.ndarray) -> Assi
             if (owner == SHARED).all():
                 tensors[name].append(None)
                 continue
-            axis = tuple(_runs(owner == u) for u in range(labeller.units))
+            axis = tuple(runs_of(owner == u) for u in range(labeller.units))
             key = repr(axis) + f"/{len(owner)}"
             if key not in number:
                 number[key] = len(axes)
@@ -182,11 +183,6 @@ def class_dimensions(labeller: Labeller, names: Iterable[str]) -> list[tuple[str
         for dim, vector in enumerate(labeller.sources[name])
         if np.isin(find(vector).numpy(), output).any()
     ]
-
-
-def _runs(mask: np.ndarray) -> tuple[Run, ...]:
-    edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(np.int8), [0]])))
-    return tuple((start, stop) for start, stop in edges.reshape(-1, 2).tolist())
 
 
 def unit_of_labels(labeller: Labeller, assignment: Assignment) -> Tensor:
