@@ -11,20 +11,21 @@ import statistics
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from dvn_cli.budget import choose, known_levels
+from dvn_cli.budget import KnownLevel, choose, known_levels
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.loading import empty, restored
 from dvn_cli.network import Cut, as_cut, is_of_other_size, taken
 from dvn_cli.partition import Origin, check_size
 from dvn_cli.store.file import ITEM_SIZE, read_checkpoint
-from dvn_cli.store.metadata import TaskLevel, check_level, find_task
+from dvn_cli.store.lookup import find_task
+from dvn_cli.store.metadata import TaskLevel, check_level
 from dvn_cli.store.regions import Region, joined, outer_index
 from dvn_cli.store.shapes import source
 from dvn_cli.store.slicing import blocks, runs_in_file
@@ -138,29 +139,28 @@ class Runtime:
             results: files of what `dvn bench` found, as JSON.
 
         Raises:
-            InputError: no such task.
+            InputError: no such task, or no limit.
             DvnError: no level fits; the message says which comes nearest, and all is as it was before.
         """
-        number = self._only_task() if task is None else find_task(self.tasks, task)
-        name = self.tasks[number - 1].name
         sizes = {"bytes": budget_bytes, "latency": latency_ms}
         limits = {what: most for what, most in sizes.items() if most is not None}
+        if not limits:
+            raise InputError("nothing limits the level: give budget_bytes or latency_ms")
+        number = self._only_task() if task is None else find_task(self.tasks, task)
+        name = self.tasks[number - 1].name
         with self._lock:
             before = [key.level for key in self._active if key.task == number]
             others = [network for key, network in self._active.items() if key.task != number]
-            levels = []
-            for known in known_levels(self._header, number, results):
-                levels.append(
-                    replace(known, bytes=self._bytes([*others, self._network(TaskLevel(number, known.level))]))
-                )
+            levels = [
+                replace(known, bytes=self._bytes([*others, self._network(TaskLevel(number, known.level))]))
+                for known in known_levels(self._header, number, results)
+            ]
+            if budget_bytes is not None:
+                choose(levels, {"bytes": budget_bytes}, name=name)  # there is one
+                levels = [level for level in levels if (level.bytes or 0) <= budget_bytes]
             try:
                 if latency_ms is not None and all(level.latency is None for level in levels):
-                    for place, level in enumerate(levels):
-                        if budget_bytes is None or level.bytes <= budget_bytes:
-                            self.set(number, level.level)
-                            levels[place] = replace(level, latency=self._latency(TaskLevel(number, level.level)))
-                            if (levels[place].latency or 0) > latency_ms:
-                                break  # higher ones take longer
+                    levels = list(self._timed(number, levels, latency_ms))
                 chosen = choose(levels, limits, name=name).level.level
                 self.set(number, chosen)
             except DvnError:
@@ -203,6 +203,15 @@ class Runtime:
             stored = source(header.tensors, name, *key)
             regions[stored] = Region.of(runs_in_file(header, stored, units, classes), header.tensors[stored].shape)
         return _Network(graphs[key.level].module, partition.origin(units, classes, task.input_size), regions)
+
+    def _timed(self, number: int, levels: Iterable[KnownLevel], most: float) -> Iterator[KnownLevel]:
+        """Yields levels with their latencies in ms, up to the first that takes more than is allowed."""
+        for level in levels:
+            self.set(number, level.level)
+            latency = self._latency(TaskLevel(number, level.level))
+            yield replace(level, latency=latency)
+            if latency > most:
+                break
 
     def _latency(self, key: TaskLevel) -> float:
         task = self.tasks[key.task - 1]

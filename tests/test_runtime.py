@@ -227,7 +227,9 @@ def test_fitting_a_budget(file: Path) -> None:
         assert (runtime.active, runtime.resident_bytes) == ([(1, level)], size)
     assert runtime.fit(budget_bytes=sizes[2] - 1) == 2
     with pytest.raises(DvnError, match="the nearest is level 1"):
-        runtime.fit(budget_bytes=sizes[0] - 1)
+        runtime.fit(budget_bytes=sizes[0] - 1, latency_ms=1e6)
+    with pytest.raises(InputError, match="give budget_bytes or latency_ms"):
+        runtime.fit()
     assert runtime.active == [(1, 2)]
     runtime.set(2, 3)
     runtime.set(1, 3)
