@@ -298,6 +298,7 @@ class TrainingRecord:
         epochs: of all stages; None in a file that does not say.
         restarts: after which numbers of epochs the run was trained on from its finished networks alone.
         capture_error: why its steps were not replayed as a CUDA graph, where they were to be.
+        commit: of the working directory, where that is a checkout of git.
     """
 
     recipe: Mapping[str, Any]
@@ -307,6 +308,7 @@ class TrainingRecord:
     epochs: Index | None = None
     restarts: tuple[Index, ...] = omitted(())
     capture_error: str | None = omitted(None)
+    commit: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import platform
+import subprocess
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -79,6 +80,7 @@ class Session:
             "versions": {name: version(name) for name in LIBRARIES} | {"python": platform.python_version()},
             "device": title(self.run.device),
             "threads": torch.get_num_threads(),
+            "commit": commit(),
         }
 
     @property
@@ -249,6 +251,19 @@ class Session:
         text = json.dumps(record, indent=1, allow_nan=False)
         with atomic(self.files.record) as file:
             file.write(text.encode() + b"\n")
+
+
+def commit() -> str | None:
+    """Returns the commit of the working directory, with `-dirty` where files were changed since; None without one.
+
+    Recipes are recorded whole; it tells of what is beside them, such as a backbone of one's own.
+    """
+    quiet = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false"]  # writes nothing, runs nothing of the checkout
+    words = [*quiet, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(words, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # there is no git, no checkout, or no commit in it
+        return None
 
 
 def enough_memory_for(recipe: Recipe, device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -5,6 +5,7 @@ import itertools
 import json
 import os
 import shutil
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from dvn_cli.store.file import read_header, write
 from dvn_cli.store.slicing import slice_file
 from dvn_cli.training import loop, recipes, state
 from dvn_cli.training.experiment import prepare
-from dvn_cli.training.session import Session, complete_run
+from dvn_cli.training.session import Session, commit, complete_run
 from dvn_cli.training.step import Step
 
 STATE = "dvn.state.safetensors"
@@ -55,6 +56,7 @@ def test_files(whole: tuple[Path, Session]) -> None:
     assert record["versions"]["torch"] == version("torch")
     assert record["device"] == title(small.CPU)
     assert record["threads"] == 1
+    assert record["commit"] == session.record["commit"] == session.run.network.training_record.commit
     assert [entry["epoch"] for entry in record["epochs"]] == [1, 2]
     for entry in record["epochs"]:
         assert [len(levels) for levels in entry["loss"]] == [2, 2]
@@ -67,6 +69,23 @@ def test_files(whole: tuple[Path, Session]) -> None:
     assert isinstance(loaded, DeepVirtualNetwork)
     own = session.run.network.file_tensors()
     assert all(torch.equal(tensor, own[name]) for name, tensor in loaded.file_tensors().items())
+
+
+def test_the_commit_that_it_was_trained_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the working directory; a run has none outside of a checkout, or without git."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit() is None
+    (tmp_path / "recipe.yaml").write_text("a")
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for words in (["init", "-q"], ["add", "."], [*who, "commit", "-qm", "a"]):
+        subprocess.run(["git", *words], check=True)
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    assert commit() == head
+    (tmp_path / "recipe.yaml").write_text("b")
+    assert commit() == f"{head}-dirty"
+    monkeypatch.setenv("PATH", "")
+    assert commit() is None
 
 
 def test_the_same_again(whole: tuple[Path, Session], tmp_path: Path) -> None:
