@@ -64,6 +64,13 @@ def eval_command(
     costs: Annotated[
         Path | None, typer.Option(help="With --report: what `dvn bench --json` printed, for accuracy over latency.")
     ] = None,
+    slices: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="With --report: a folder that `dvn slice --all` wrote, or its manifest.json, for what files weigh. "
+            "Can be given again, for another format."
+        ),
+    ] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Say the accuracy of each class too.")] = False,
     batch_size: Annotated[int, typer.Option(help="Images at a time; the result does not depend on it.")] = 256,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
@@ -88,8 +95,9 @@ def eval_command(
         raise InputError(f"--tolerance is in points of accuracy, 0 to 100, not {tolerance:g}")
     floors = [] if gates is None else read_floors(gates)
     floors += [parse_floor(text) for text in min_accuracy or []]
-    if costs is not None and report_file is None:
-        raise InputError("--costs is of a report: give --report too")
+    for option, given in (("--costs", costs), ("--slices", slices)):
+        if given and report_file is None:
+            raise InputError(f"{option} is of a report: give --report too")
     for path in (results_file, save_baseline, junit, summary, report_file):
         if path is not None:
             check_writable(path)
@@ -112,18 +120,18 @@ def eval_command(
         bar = progress.add_task("reading", total=None)
 
         from dvn_cli.evaluation import ci, page, rendering
-        from dvn_cli.evaluation.costs import read
+        from dvn_cli.evaluation.costs import read, read_manifest
         from dvn_cli.evaluation.judge import Judge
         from dvn_cli.evaluation.measure import evaluate
 
         counts_as: Verdict = "undecided" if undecided is None else "passed" if undecided == "pass" else "failed"
         judge = Judge(floors, baseline, tolerance, counts_as, save_baseline, task, level, note)
-        measured = None if costs is None else read(costs)
+        measured, manifests = None if costs is None else read(costs), list(map(read_manifest, slices or []))
 
         def opened(loaded: "Sequence[Loaded]") -> None:
             judge.opens(loaded)
             if report_file is not None:
-                page.check(loaded)
+                page.check(loaded, manifests)
 
         rows = evaluate(
             files or [Path("dvn.safetensors")],
@@ -144,7 +152,7 @@ def eval_command(
         if summary is not None:
             outputs.callback(ci.append, summary, ci.markdown(rows, gate))
         if report_file is not None:
-            outputs.callback(page.write, report_file, judge.loaded, rows, measured)
+            outputs.callback(page.write, report_file, judge.loaded, rows, measured, manifests)
         if junit is not None:
             outputs.callback(ci.write_junit, junit, rows, gate)
         if os.environ.get("GITHUB_ACTIONS") == "true":

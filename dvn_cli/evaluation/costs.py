@@ -3,12 +3,17 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from dvn_cli import report
 from dvn_cli.errors import DvnError, InputError
+from dvn_cli.export import MANIFEST
 from dvn_cli.files import LARGEST_RECORD, read_bytes
 from dvn_cli.store.schema import dumps, loads, parse
+
+SCHEMA_VERSION = 1
+"""Of the document of `dvn bench --json`, which `bench.schema.json` describes; it rises when a key goes or changes."""
 
 EXACT = ("params", "bytes", "macs")
 
@@ -42,6 +47,24 @@ class Costs:
     def machine(self) -> list[Any]:
         """What two documents have in common whose latencies can be compared."""
         return [getattr(self, each.name) for each in fields(self) if each.name != "results"]
+
+
+@dataclass(frozen=True)
+class SliceSize:
+    """What a file of one network weighs, as the manifest of `dvn slice --all` has it."""
+
+    name: str
+    level: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of `dvn slice --all`: the files of a checkpoint's networks in one format."""
+
+    format: str
+    slices: tuple[SliceSize, ...]
 
 
 @dataclass(frozen=True)
@@ -84,6 +107,20 @@ def read(path: str | os.PathLike[str]) -> Costs:
         return parse(Costs, loads(raw))
     except (InputError, ValueError) as error:
         raise InputError(f"'{path}' is no document of `dvn bench --json` of this version: {error}") from None
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Reads the manifest of `dvn slice --all`, given by its path or its folder's.
+
+    Raises:
+        InputError: it is missing, or no such document.
+    """
+    path = Path(path) / MANIFEST if os.path.isdir(path) else Path(path)
+    raw = read_bytes(path, LARGEST_RECORD)
+    try:
+        return parse(Manifest, loads(raw))
+    except (InputError, ValueError) as error:
+        raise InputError(f"'{path}' is no manifest of `dvn slice --all`: {error}") from None
 
 
 def compare(before: Costs, document: Mapping[str, Any]) -> list[Comparison]:

@@ -15,7 +15,7 @@ from dvn_cli import report
 from dvn_cli.data import Split
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation import charts
-from dvn_cli.evaluation.costs import Costs
+from dvn_cli.evaluation.costs import Costs, Manifest
 from dvn_cli.evaluation.measure import Evaluation, Loaded
 from dvn_cli.files import LARGEST_RECORD, atomic, read_bytes
 from dvn_cli.network import DeepVirtualNetwork
@@ -36,7 +36,7 @@ _STYLE = """
 :root { color-scheme: light dark; --line: #8886; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 0 auto; padding: 1rem; }
 h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; } .wide + .wide { margin-top: 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: GrayText; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -48,19 +48,41 @@ figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
 img { width: 64px; height: 64px; object-fit: contain; image-rendering: pixelated; border: 1px solid var(--line); }
 .wrong figure { display: inline-block; margin: .25rem; font-size: .8rem; width: 5.5rem; overflow-wrap: anywhere; }
 pre { overflow-x: auto; border: 1px solid var(--line); padding: .5rem; }
-@media print { body { max-width: none; font-size: 11px; } figure, tr { break-inside: avoid; } }
+@media print {
+  body { max-width: none; font-size: 11px; }
+  h2, h3, .wrong p { break-after: avoid; } figure, tr { break-inside: avoid; }
+  .wide { overflow: visible; } table { font-size: 9px; } th, td { padding: .1rem .3rem; }
+  .charts { grid-template-columns: 1fr 1fr; } td.unit { print-color-adjust: exact; }
+}
 """
 
 
-def check(loaded: Sequence[Loaded]) -> None:
-    """Raises InputError unless what was opened is one checkpoint, and matplotlib is there."""
+def check(loaded: Sequence[Loaded], manifests: Sequence[Manifest] = ()) -> None:
+    """Raises InputError unless what was opened is one checkpoint, which manifests are of, and matplotlib is there."""
     if len(loaded) != 1 or not isinstance(loaded[0].module, DeepVirtualNetwork) or loaded[0].file is None:
         raise InputError("--report is of one checkpoint: give one, and no slices")
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("--report needs matplotlib: pip install 'dvn[plot]'")
+    header = loaded[0].header
+    params = {
+        (task.name, level): count(header, number, level).params  # type: ignore[arg-type]
+        for number, task in header.metadata.numbered_tasks.items()
+        for level in range(1, len(task.levels) + 1)
+    }
+    for each in (each for manifest in manifests for each in manifest.slices):
+        if params.get((each.name, each.level)) != each.params:
+            raise InputError(
+                f"--slices is of another checkpoint: its task '{each.name}', level {each.level} is not here"
+            )
 
 
-def write(path: Path, loaded: Sequence[Loaded], rows: Sequence[Evaluation], costs: Costs | None) -> None:
+def write(
+    path: Path,
+    loaded: Sequence[Loaded],
+    rows: Sequence[Evaluation],
+    costs: Costs | None,
+    manifests: Sequence[Manifest] = (),
+) -> None:
     """Writes the page.
 
     Args:
@@ -68,6 +90,7 @@ def write(path: Path, loaded: Sequence[Loaded], rows: Sequence[Evaluation], cost
         loaded: the checkpoint, see `check`.
         rows: what came of its networks.
         costs: what they cost, where that was measured.
+        manifests: what their files weigh in some formats.
 
     Raises:
         InputError: matplotlib is missing, or as `atomic`.
@@ -79,7 +102,7 @@ def write(path: Path, loaded: Sequence[Loaded], rows: Sequence[Evaluation], cost
         part
         for part in (
             _orders(opened),
-            _networks(opened, rows),
+            _networks(opened, rows, manifests),
             _costs(rows, costs),
             _training(opened),
             _wrong(opened, rows),
@@ -130,9 +153,13 @@ def _orders(opened: Loaded) -> str:
     )
 
 
-def _networks(opened: Loaded, rows: Sequence[Evaluation]) -> str:
+def _networks(opened: Loaded, rows: Sequence[Evaluation], manifests: Sequence[Manifest]) -> str:
     module, header = opened.module, opened.header
     assert isinstance(module, DeepVirtualNetwork)
+    sizes = {"safetensors": {(row.name, row.level): count(header, row.task, row.level).bytes for row in rows}}  # type: ignore[arg-type]
+    sizes |= {
+        manifest.format: {(each.name, each.level): each.bytes for each in manifest.slices} for manifest in manifests
+    }
     cells = [
         (
             f"{row.task} {row.name}",
@@ -142,7 +169,7 @@ def _networks(opened: Loaded, rows: Sequence[Evaluation]) -> str:
             f"{row.params:,}",
             report.percent(row.density),
             report.short(module.macs(row.task, row.level)),
-            f"{count(header, row.task, row.level).bytes / 1e6:,.2f} MB",  # type: ignore[arg-type]
+            *(f"{of[row.name, row.level] / 1e6:,.2f}" if (row.name, row.level) in of else "-" for of in sizes.values()),
             " ".join(map(str, row.units)),
             "-" if row.top5 is None else f"{row.top5:.2f}",
             f"{row.loss:.3f}",
@@ -150,8 +177,8 @@ def _networks(opened: Loaded, rows: Sequence[Evaluation]) -> str:
         )
         for row in rows
     ]
-    names = ("task", "level", "top-1, %", "95 % CI", "parameters", "density", "MACs", "safetensors")
-    columns = (*names, "units", "top-5, %", "loss", "images")
+    names = ("task", "level", "top-1, %", "95 % CI", "parameters", "density", "MACs")
+    columns = (*names, *(f"{name}, MB" for name in sizes), "units", "top-5, %", "loss", "images")
     return "<h2>Networks</h2>" + _table("On test images; 95 % CI: Wilson's interval of top-1.", columns, cells)
 
 
@@ -187,6 +214,7 @@ def _training(opened: Loaded) -> str:
     except (InputError, LookupError, TypeError, ValueError):  # it is missing, or not of this run
         figures = ["<p>There is no record of the run beside the checkpoint.</p>"]
     facts = {"epochs": training.epochs, "seed": training.recipe.get("seed"), "device": training.device}
+    facts |= {"commit of the working directory": training.commit}
     facts |= {"threads": training.threads, **training.versions}
     told = [(key, str(value)) for key, value in facts.items() if value is not None]
     recipe = html.escape(yaml.safe_dump(dict(training.recipe), sort_keys=False, allow_unicode=True))

@@ -8,6 +8,7 @@ import pytest
 from pictures import COLOURS, results
 
 from dvn_cli.evaluation import charts
+from dvn_cli.export import slice_all
 
 
 class Page(HTMLParser):
@@ -46,7 +47,13 @@ def test_a_checkpoint_as_a_page(dvn, made):
     networks = [{"name": "digits", "level": level, "latency_ms": {"p50": level}, **row} for level in (1, 2)]
     machine = {"host": "", "device": "cpu", "device_name": "a <CPU>", "torch": "", "threads": 1, "batch_size": 1}
     (made / "costs.json").write_text(json.dumps({**machine, "channels_last": False, "results": networks}))
-    code, out, err = dvn("--report", "page.html", "--costs", "costs.json", "--json")
+    (slice_,) = list(slice_all(made / "dvn.safetensors", made / "slices"))[:1]
+    manifest = json.loads((made / "slices" / "manifest.json").read_text())
+    del manifest["slices"][-1]
+    manifest["format"] = "<onnx>"
+    (made / "manifest.json").write_text(json.dumps(manifest))
+    sizes = ("--slices", "slices", "--slices", "manifest.json")
+    code, out, err = dvn("--report", "page.html", "--costs", "costs.json", *sizes, "--json")
     assert (code, err) == (0, "")
     page = Page(made / "page.html")
     rows = json.loads(out)["results"]
@@ -57,7 +64,10 @@ def test_a_checkpoint_as_a_page(dvn, made):
         ["1 colours", "1.00", "-0.25"],
         ["2 digits", "-0.25", "1.00"],
     ]
-    shown = [row for row in page.rows if len(row) == 12][1:]
+    header, *shown = [row for row in page.rows if len(row) == 13]
+    assert header[7:9] == ["safetensors, MB", "<onnx>, MB"]
+    assert shown[0][7] == shown[0][8] == f"{slice_.bytes / 1e6:,.2f}"
+    assert shown[-1][8] == "-"
     assert [(row[1], row[4].replace(",", ""), row[2]) for row in shown] == [
         (str(row["level"]), str(row["params"]), f"{row['top1']:.2f}") for row in rows
     ]
@@ -73,7 +83,7 @@ def test_a_checkpoint_as_a_page(dvn, made):
     assert all(str(link).startswith(("data:", "#")) for link in links)  # nothing is loaded
 
     before = (made / "page.html").read_bytes()
-    assert dvn("--report", "page.html", "--costs", "costs.json")[0] == 0
+    assert dvn("--report", "page.html", "--costs", "costs.json", *sizes)[0] == 0
     assert (made / "page.html").read_bytes() == before
 
 
@@ -88,10 +98,17 @@ def test_the_weakest_classes_are_counted(dvn, made):
 @pytest.mark.parametrize(("arguments", "message"), [
     (["s11.safetensors", "--data", "recipes/pictures", "--report", "p.html"], "--report is of one checkpoint"),
     (["--costs", "costs.json"], "--costs is of a report: give --report too"),
+    (["--slices", "slices"], "--slices is of a report: give --report too"),
+    (["--slices", "gone", "--report", "p.html"], "there is no file 'gone'"),
+    (["--slices", "s11.safetensors", "--report", "p.html"], "'s11.safetensors' is no manifest of `dvn slice --all`"),
+    (["fresh.safetensors", "--data", "recipes/pictures", "--slices", "other.json", "--report", "p.html"],
+     "--slices is of another checkpoint: its task 'colours', level 1 is not here"),
     (["--report", "no/p.html"], "cannot write 'no/p.html': there is no folder '"),
 ])  # fmt: skip
 def test_what_is_no_report(dvn, made, monkeypatch, arguments, message):
     monkeypatch.setattr("dvn_cli.evaluation.measure.measure_together", lambda *_, **__: pytest.fail("computed"))
+    network = {"name": "colours", "level": 1, "params": 1, "bytes": 1}
+    (made / "other.json").write_text(json.dumps({"format": "onnx", "slices": [network]}))
     code, out, err = dvn(*arguments)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"dvn: {message}")
