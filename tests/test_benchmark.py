@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schema
 import torch
 
 from dvn_cli import benchmark
@@ -212,6 +213,10 @@ def test_against_a_baseline(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert typed("--results-file", "before.json")[0] == 0
     code, out, err = typed("--baseline", "before.json", "--json")
     assert (code, err) == (0, "")
+    validator = schema.validator("bench")
+    for document in (json.loads(out), json.loads((folder / "before.json").read_text())):
+        validator.validate(document)
+        assert not any(map(validator.is_valid, (document | {"results": []}, document | {"schema_version": 2})))
     same = {"differences": {}, "latency_ratio": 1.0}
     assert json.loads(out)["baseline"] == [{"name": "a", "level": level, **same} for level in (1, 2)]
 

@@ -119,6 +119,7 @@ def bench_command(
             document["baseline"] = [one.to_dict() for one in compared]
         names = [_name(result, len(given)) for result in results]
         show = functools.partial(_print, document, names, [costs.table(compared)] if compared else [])
+    document = {"schema_version": costs.SCHEMA_VERSION, **document}
     text = json.dumps(document, indent=2)
     try:
         if as_json:

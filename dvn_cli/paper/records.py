@@ -45,6 +45,7 @@ class Result(_Loose):
     params: Count
     density: float
     top1: float
+    images: Count | None = None
 
 
 class Epoch(_Loose):

@@ -116,8 +116,8 @@ def notes(table: Table) -> list[str]:
     }
     seeds = sorted({run.recipe.seed for run in runs})
     lines = [
-        "top-1 in %, mean±standard deviation over seeds; bold: the best of those with as many units; stored: "
-        "parameters of all networks of a method together, of its other rows too",
+        "top-1 in %, mean±standard deviation over seeds, of a single run with its 95 % CI (Wilson); bold: the best of "
+        "those with as many units; stored: parameters of all networks of a method together, of its other rows too",
         "parameters by units: " + ", ".join(f"{unit}: {report.short(size)}" for unit, size in sorted(sizes.items())),
         f"{len(runs)} run{'s' * (len(runs) > 1)}, seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}, on "
         + ", ".join(f"{device} ({devices.count(device)})" for device in dict.fromkeys(devices))

@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dvn_cli import report
 from dvn_cli.errors import InputError
+from dvn_cli.evaluation.intervals import wilson
 from dvn_cli.paper.figures import Figures, Network, Scenario
 from dvn_cli.paper.records import Result, Run, check_alike, differences
 
@@ -23,20 +25,27 @@ OURS = "dvn"
 
 @dataclass(frozen=True)
 class Cell:
-    """Top-1 accuracy in per cent: its mean, sample standard deviation (None of one run), and of how many runs."""
+    """Top-1 accuracy in per cent: its mean, sample standard deviation (None of one run), and of how many runs.
+
+    That of one run has its 95 % interval, where the number of images is known.
+    """
 
     mean: float
     std: float | None
     runs: int
+    interval: tuple[float, float] | None = None
 
     @classmethod
-    def of(cls, values: Sequence[float]) -> "Cell | None":
+    def of(cls, values: Sequence[float], images: int | None = None) -> "Cell | None":
         if not values:
             return None
-        return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+        mean, runs = statistics.mean(values), len(values)
+        interval = wilson(round(mean * images / 100), images) if runs == 1 and images else None
+        return cls(mean, statistics.stdev(values) if runs > 1 else None, runs, interval)
 
     def __str__(self) -> str:
-        return f"{self.mean:.1f}" if self.std is None else f"{self.mean:.1f}±{self.std:.1f}"
+        spread = "" if self.std is None else f"±{self.std:.1f}"
+        return f"{self.mean:.1f}{spread}" + ("" if self.interval is None else f"\n{report.limits(self.interval)}")
 
 
 @dataclass(frozen=True)
@@ -237,7 +246,10 @@ def _rows(scenario: Scenario, method: str, runs: Sequence[Run]) -> list[Row]:
                 units,
                 level,
                 tuple(runs),
-                tuple(Cell.of([result.top1 for result in of if result is not None]) for of in found),
+                tuple(
+                    Cell.of([result.top1 for result in of if result is not None], one and one.images)
+                    for of, one in zip(found, first, strict=True)
+                ),
                 Cell.of([statistics.mean(result.top1 for result in of if result is not None) for of in whole]),
                 tuple(None if result is None else result.params for result in first),
                 runs[0].record.stored,

@@ -5,12 +5,13 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.resources import files
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import schema
 import yaml
+from markdown_it import MarkdownIt
 
 from dvn_cli.evaluation import ci
 from dvn_cli.evaluation.gates import Check, Gate, Named
@@ -61,6 +62,16 @@ def test_the_summary_is_added_to_what_is_there(tmp_path):
     assert lines[7].startswith("| 1 a\\|b &lt;i&gt;\x1b\\[1m\\* | 4 |  |  |  |  | ❌ failed: ")
 
 
+def test_the_summary_as_it_is_rendered():
+    """By a parser of GitHub's kind of Markdown, which rich has: a table, in which names are as they are written."""
+    rendered = MarkdownIt("commonmark").enable("table").render(ci.markdown(ROWS, Gate(CHECKS)))
+    root = ElementTree.fromstring(f"<div>{rendered}</div>".replace("\x1b", "").replace("<br>", "<br/>"))
+    head, *body = ([cell.text for cell in row] for row in root.iter("tr"))
+    assert head == ["task", "level", "parameters", "top-1 in %", "95 % CI", "images", "checks"]
+    assert [row[:2] for row in body] == [[f"1 {NAME}".replace("\x1b", ""), level] for level in "1234"]
+    assert [len(row) for row in body] == [7] * 4
+
+
 def test_annotations():
     name = "task 'a|b <i>\x1b[1m*', level"
     assert ci.annotations(Gate(CHECKS)) == [
@@ -72,12 +83,9 @@ def test_annotations():
 
 
 def test_all_of_it_from_one_command(dvn, made, monkeypatch):
-    jsonschema = pytest.importorskip("jsonschema")
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     assert dvn("--save-baseline", "base.json")[2] == "base.json is written\n"
-    schema = json.loads((files("dvn_cli.evaluation") / "eval.schema.json").read_text())
-    validator = jsonschema.Draft202012Validator(schema)
-    validator.check_schema(schema)
+    validator = schema.validator("eval")
     outputs = ("--junit", "junit.xml", "--summary", "summary.md", "--results-file", "results.json")
     code, out, err = dvn("--json", "--baseline", "base.json", "--min-accuracy", "task=1,level=1:100", *outputs)
     assert code == 1

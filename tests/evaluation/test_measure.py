@@ -53,10 +53,13 @@ def test_slices_give_what_their_checkpoint_gives(dvn):
     assert [row["file"] for row in cut] == ["s11.safetensors", "s12.safetensors", "s21.safetensors", "s22.safetensors"]
 
 
-def test_batch_size_changes_nothing(dvn):
-    whole, *parts = (results(dvn("--json", "--batch-size", size)) for size in ("256", "1", "7"))
+def test_batch_size_and_number_of_workers_change_nothing(dvn):
+    streamed = ("--data", "recipes/pictures", "--data", "load=stream", "--task", "1", "--batch-size", "4", "--data")
+    ways = [("--batch-size", size) for size in ("256", "1", "7")]
+    ways += [(*streamed, f"workers={workers}") for workers in (0, 2)]
+    whole, *parts = (results(dvn("--json", *options)) for options in ways)
     for rows in parts:
-        for one, other in zip(whole, rows, strict=True):
+        for one, other in zip(whole[: len(rows)], rows, strict=True):
             assert (one["top1"], one["top5"], one["images"]) == (other["top1"], other["top5"], other["images"])
             assert one["loss"] == pytest.approx(other["loss"], abs=1e-6)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schema
 from runs import EVEN, change, record
 
 from dvn_cli import benchmark
@@ -26,7 +27,9 @@ def test_the_table_as_printed(tmp_path: Path, dvn: Callable[..., tuple[int, str,
     assert lines[1] == "method units tens hundreds stored runs"
     expected = [
         "baseline 1 90.5 69.0 7.5M 1",
+        "82.6-94.5 59.4-77.2",
         "baseline 2 91.0 72.0 7.5M 1",
+        "83.8-95.2 62.5-79.9",
         "Table 1 94.8 76.4 14.8M",
         "packnet 1, 2 - - - -",
         "Table 1 94.5 75.3 -",
@@ -37,7 +40,7 @@ def test_the_table_as_printed(tmp_path: Path, dvn: Callable[..., tuple[int, str,
         "dvn 2 92.5±0.7 73.0±0.0 7.5M 2",
         "Table 1 95.1 77.3 -",
     ]
-    assert lines[3:14] == expected
+    assert lines[3:16] == expected
     text = " ".join(lines)
     assert "3 runs, seeds 0 1, on cpu (3); dvn 0.1.0, torch 2.15.0" in text
     assert "parameters by units: 1: 1.9M, 2: 7.4M" in text
@@ -84,12 +87,15 @@ def test_json_is_one_document(tmp_path: Path, dvn: Callable[..., tuple[int, str,
     assert json.loads((tmp_path / "results.json").read_text()) == document
     (made,) = document["tables"]
     ours = next(r for r in made["rows"] if r["method"] == "dvn" and r["level"] == 1)
-    assert ours["top1"][0] == {"mean": 91.0, "std": pytest.approx(2**0.5), "runs": 2}
+    assert ours["top1"][0] == {"mean": 91.0, "std": pytest.approx(2**0.5), "runs": 2, "interval": None}
     assert (ours["units"], ours["seeds"], ours["paper"]["accuracy"]) == ([1, 1], [0, 1], [94.6, 75.0])
     assert [(a["column"], a["units"], a["method"]) for a in made["ahead"]] == [("tens", 1, "baseline")]
     assert made["missing"] == ["baseline, seed 1", "packnet, no run", "nestednet, no run"]
     assert [cost["paper"]["ms"] for cost in made["costs"]] == [0.11, 0.3]
     assert made["measured"] is None
+    validator = schema.validator("bench")
+    validator.validate(document)
+    assert not validator.is_valid(document | {"plots": None})
 
 
 def test_tables_come_without_torch(tmp_path: Path) -> None:

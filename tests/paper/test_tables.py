@@ -21,8 +21,9 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
     # of the means 82.5, 83, 83.5, not of the deviations
     assert second.average == Cell(83.0, 0.5, 3)
     alone = row(made, "baseline", (1, 1)).cells[0]
-    assert alone == Cell(90.0, None, 1)
-    assert str(alone) == "90.0"
+    assert alone == Cell(90.0, None, 1, pytest.approx((82.6, 94.5), abs=0.05))  # of 100 images
+    assert str(alone) == "90.0\n82.6-94.5"
+    assert Cell.of([90.0]) == Cell(90.0, None, 1)  # a record of before does not say of how many
     assert second.params == (PARAMS[2], PARAMS[2])
     assert second.stored == 7_500_000
 
