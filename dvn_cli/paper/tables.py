@@ -247,7 +247,7 @@ def _rows(scenario: Scenario, method: str, runs: Sequence[Run]) -> list[Row]:
                 level,
                 tuple(runs),
                 tuple(
-                    Cell.of([result.top1 for result in of if result is not None], one and one.images)
+                    Cell.of([result.top1 for result in of if result is not None], None if one is None else one.images)
                     for of, one in zip(found, first, strict=True)
                 ),
                 Cell.of([statistics.mean(result.top1 for result in of if result is not None) for of in whole]),

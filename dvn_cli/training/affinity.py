@@ -23,8 +23,10 @@ def affinity(run: Run) -> list[list[float]]:
         run: of one network a task; it is of no use afterwards.
 
     Raises:
+        InputError: as `Run.check_batches`.
         DvnError: a gradient is not a number.
     """
+    run.check_batches()
     tensors = run.network.file_tensors()
     shared = [tensor for name, tensor in tensors.items() if name.startswith("shared/") and tensor.requires_grad]
     wanted = torch.zeros(len(run.network.tasks), sum(tensor.numel() for tensor in shared), device=run.device)
@@ -39,6 +41,7 @@ def affinity(run: Run) -> list[list[float]]:
         processes.average([p.grad for p in run.step.parameters if p.grad is not None])
         for group in run.optimizer.param_groups:
             group["lr"] = run.recipe.optimizer.lr * group["lr_scale"] * step / STEPS
+        processes.average([tensor.grad for tensor in run.step.parameters if tensor.grad is not None])
         run.optimizer.step()
         run.step.clear()
     processes.average([wanted])

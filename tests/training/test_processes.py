@@ -46,6 +46,7 @@ def test_two_processes_that_were_stopped_equal_one(told: dict[str, list[Any]], t
                 [number for levels in theirs[key] for number in levels] if isinstance(value, list) else [theirs[key]]
             )
             assert flat == pytest.approx(other, rel=1e-4), key
+    assert first["affinity"][0] == pytest.approx(run.network.tasks[0].affinity, abs=1e-3)
     assert [images for images, _ in first["test"]] == [20, 20, 21, 21]
 
 

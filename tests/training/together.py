@@ -27,6 +27,7 @@ RECIPE: dict[str, Any] = {
     "optimizer": {"lr": 0.02, "clip_grad": 1.0},
     "batch_size": 4,
     "accumulate": 2,
+    "orders": "learned",
     "tasks": [
         {"name": "low", "data": small.data(classes="0-4", size=16, augment="crop", pad=1), "class_weights": "balanced"},
         {"name": "all", "data": small.data(size=16, test_images=21)},
@@ -50,6 +51,7 @@ def interrupted(folder: Path) -> Any:
     run = small.trained(folder, resume=True, **RECIPE).run
     results = evaluate_all(run.network, {number: data.test for number, data in run.data.items()}, shared=True)
     test = [[result.images, result.top1] for result in results]
+    told["affinity"] = [list(task.affinity) for task in session.run.network.tasks]
     return {**told, "history": small.history(run), "test": test}
 
 
