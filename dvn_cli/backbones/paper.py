@@ -75,7 +75,8 @@ class Shape(NamedTuple):
         """Returns the same with other numbers of channels; InputError where they are no whole numbers."""
         widths = [width * numerator for width in (self.stem, *self.widths)]
         if any(width % denominator for width in widths):
-            raise InputError(f"{numerator}/{denominator} of {self.stem} channels are no whole number")
+            share = f"{numerator}/{denominator} of {self.stem} channels"
+            raise InputError(f"{share} are no whole number: units are added where those there are equally wide")
         stem, *widths = (width // denominator for width in widths)
         return Shape(stem, tuple(widths), self.blocks)
 

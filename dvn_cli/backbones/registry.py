@@ -72,7 +72,8 @@ class BackboneSpec(Backbone):
         if not library.has(self.name):
             raise InputError(f"the installed {self.source} has no model '{self.name}'")
         if self.width != (1, 1) and (self.source != "timm" or paper.shape_of(self.name) is None):
-            raise InputError(f"{self.name} is built at one width alone: only wrn_N_S and resnet_N take more units")
+            wider = "wrn_N_S, resnet_N and cifar_resnet_N"
+            raise InputError(f"{self.name} is built at one width alone: only {wider} take more units")
         with torch.device(device) if device is not None else contextlib.nullcontext():
             try:
                 module = library.build(self)

@@ -217,7 +217,7 @@ def test_more_units(tmp_path: Path, assign: str, tasks: list[dict[str, Any]]) ->
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["units=3"], "4/3 of 16 channels are no whole number"),
+        (["units=3"], "4/3 of 16 channels are no whole number: units are added where those there are equal"),
         (["round_to=12"], "no units can be added to wrn_10_1 in 2 units: they are not equally wide, or do not divide"),
         (["divide=inner"], "no units can be added to wrn_10_1 in 2 units: they are not equally wide, or do not divide"),
         (["backbone={name: test_vit, in_chans: 1}", "tasks.0.data.size=32"], "test_vit is built at one width alone"),
