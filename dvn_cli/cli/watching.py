@@ -1,7 +1,7 @@
 """How `dvn train` shows a run that goes on: lines and a bar on stderr, the results on stdout."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dvn_cli import processes, report
 from dvn_cli.data.classes import few
+from dvn_cli.store.metadata import Task
 from dvn_cli.training import loop, state
 from dvn_cli.training.experiment import Observer, Trained
 from dvn_cli.training.loop import Run
@@ -71,7 +72,7 @@ class Terminal(Observer):
             f"{'1 network' if count == 1 else f'{count} networks'}, on {where}: "
             f"{run.total_epochs} epochs of {run.steps} steps"
         )
-        report.show(self.console, task_table(run), *affinity_tables(run))
+        report.show(self.console, task_table(run), *affinity_tables(run.network.tasks))
         for line in class_lines(run, self.console.width):
             self.note(line)
         with self.console.status("counting levels ..."):
@@ -145,13 +146,16 @@ def task_table(run: Run) -> report.FittedTable:
     return made
 
 
-def affinity_tables(run: Run) -> list[report.FittedTable]:
-    """How tasks agree, where their orders of units were learned from that."""
-    rows = [task for task in run.network.tasks if task.affinity]
-    made = report.table("agreement", *(f"task {number}" for number in range(1, len(rows) + 1)), text=1)
-    for number, task in enumerate(rows, 1):
-        made.add_row(f"{number} {task.name}", *(f"{cosine:.2f}" for cosine in task.affinity))
-    return [made] if rows else []
+def affinity_tables(tasks: Sequence[Task]) -> list[report.FittedTable]:
+    """Which tasks agree, and how well, where orders of units were learned from that; no table elsewhere."""
+    made = report.table("task", "gradients agree most with", "least with", text=3)
+    for number, task in enumerate(tasks, 1):
+        others = sorted((cosine, other) for other, cosine in enumerate(task.affinity, 1) if other != number)
+        if others:
+            pairs = (others[-1], others[0])
+            cells = (f"{other} {tasks[other - 1].name} ({cosine:.2f})" for cosine, other in pairs)
+            made.add_row(f"{number} {task.name}", *cells)
+    return [made] if made.rows else []
 
 
 def level_table(run: Run) -> report.FittedTable:

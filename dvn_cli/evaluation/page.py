@@ -65,9 +65,8 @@ def check(loaded: Sequence[Loaded], manifests: Sequence[Manifest] = ()) -> None:
         raise InputError("--report needs matplotlib: pip install 'dvn[plot]'")
     header = loaded[0].header
     params = {
-        (task.name, level): count(header, number, level).params  # type: ignore[arg-type]
-        for number, task in header.metadata.numbered_tasks.items()
-        for level in range(1, len(task.levels) + 1)
+        (header.metadata.numbered_tasks[task].name, level): count(header, task, level).params  # type: ignore[arg-type]
+        for task, level in header.metadata.networks
     }
     for each in (each for manifest in manifests for each in manifest.slices):
         if params.get((each.name, each.level)) != each.params:

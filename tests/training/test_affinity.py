@@ -1,12 +1,15 @@
 """Orders of units that are learned from how the gradients of tasks agree."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import small
 
+from dvn_cli import report
+from dvn_cli.cli.watching import affinity_tables
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.store.file import read_checkpoint
 from dvn_cli.store.slicing import slice_file
@@ -38,6 +41,16 @@ def test_tasks_that_agree(whole: Path) -> None:
     assert [(tuple(task["order"]), tuple(task["affinity"])) for task in record] == [
         (task.order, task.affinity) for task in tasks
     ]
+
+
+def test_what_is_said_of_it(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = read_checkpoint(whole / "dvn.safetensors").metadata.tasks
+    report.show(report.console(), *affinity_tables(tasks))
+    first, _, third = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[2:]]
+    assert first.startswith(f"1 some 3 some again ({tasks[0].affinity[2]:.2f})")
+    assert third.endswith(f"2 swapped ({min(tasks[2].affinity):.2f})")
+    alone = [replace(tasks[0], affinity=()), replace(tasks[0], affinity=(1.0,))]
+    assert [affinity_tables([task]) for task in alone] == [[], []]
 
 
 def test_resumed_with_the_orders_that_it_had(whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
