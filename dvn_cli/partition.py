@@ -210,7 +210,7 @@ class Partition:
         key = (tuple(sorted(units)), classes, input_size or self.spec.input_size, train)
         if key not in self._networks:
             with torch.inference_mode(False), torch.enable_grad():  # it may be evaluated first and trained later
-                self._networks[key] = self._narrowed(*key, self._stem.strides(key[2]))
+                self._networks[key] = self._narrowed(*key, self.stem.strides(key[2]))
         return self._networks[key]
 
     def _narrowed(
@@ -269,7 +269,7 @@ class Partition:
                 self._resized.clear()
                 self._resized[size] = self.rebuilt(replace(self.spec, input_size=size))
             here = self.network(origin.units, origin.classes, origin.input_size, train)
-            strides = self._stem.strides(origin.input_size)
+            strides = self.stem.strides(origin.input_size)
             there = self._resized[size]._narrowed(origin.units, origin.classes, size, train, strides)
         except InputError:  # the backbone takes no such images
             return False
@@ -277,10 +277,11 @@ class Partition:
 
     def check_images(self, input_size: tuple[int, int]) -> None:
         """Raises InputError where the stem cannot take images of a size, or would look at a part of them only."""
-        self._stem.check_images(input_size)
+        self.stem.check_images(input_size)
 
     @functools.cached_property
-    def _stem(self) -> Stem:
+    def stem(self) -> Stem:
+        """The input layers of the backbone."""
         return Stem.read(self.graph(train=False).traced, self.spec.name, self.spec.input_size)
 
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from dvn_cli.backbones import BackboneSpec
 from dvn_cli.backbones.registry import timm_cfg, timm_options
 from dvn_cli.formats import NotExpressible
+from dvn_cli.graph.stem import dims
 from dvn_cli.network import VirtualNetwork
+from dvn_cli.partition import Partition
 
 
 def write(network: VirtualNetwork, path: Path, fold_norms: bool) -> None:
@@ -33,6 +35,13 @@ def write(network: VirtualNetwork, path: Path, fold_norms: bool) -> None:
         if name not in whole or tensor.shape != whole[name].shape:
             there = f"it has {list(whole[name].shape)}" if name in whole else "it has no such tensor"
             raise NotExpressible(f"{refused}{name} is {list(tensor.shape)}, in its {spec.name} {there}")
+    if task.input_size != backbone.input_size:
+        stem = Partition.restore(network.metadata).stem
+        strides = stem.strides(task.input_size)
+        for layer in stem.layers:
+            if strides.get(layer.weight, layer.stride) != layer.stride:
+                has = f"a stride of {dims(strides[layer.weight])} for images of {dims(task.input_size)}"
+                raise NotExpressible(f"{refused}{layer.weight} has {has}, in its {spec.name} {dims(layer.stride)}")
     cfg = timm_cfg(spec.name)
     config = {
         "architecture": spec.name.partition(".")[0],

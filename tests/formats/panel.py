@@ -3,7 +3,8 @@
     python tests/formats/panel.py -o FILE.csv --python onnx=/path/to/python --formats pt2 onnx
 
 Without `--python` this one's interpreter runs the files, from which dvn, timm and torch are hidden where a runtime does
-not need them. Statistics of norms are those of random images, as after training; two tasks, of 5 and 9 classes.
+not need them. Norms are not trivial, their statistics those of random images; two tasks, of 9 classes and of 5, the
+second of which has images of half the pixels a side where the stem takes them.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 
 import dvn_cli
-from dvn_cli.errors import DvnError
+from dvn_cli.errors import DvnError, InputError
 from dvn_cli.export import Form
 from dvn_cli.formats import FORMATS, NotExpressible
 from dvn_cli.network import DeepVirtualNetwork
@@ -39,11 +40,19 @@ def checkpoint(name: str, path: Path) -> None:
     """Writes a partition whose norms have the statistics of random images."""
     torch.manual_seed(0)
     network = dvn_cli.divide(name, units=UNITS, num_classes=9, input_size=MODELS[name])
+    size = MODELS[name] // 2
+    try:
+        network.partition.check_images((size, size))
+    except InputError:  # its stem has no stride for these
+        size = MODELS[name]
     tasks = default_tasks(UNITS, 9, (MODELS[name],) * 2, (0.5,) * 3, (0.25,) * 3)[:1]
-    tasks.append(default_tasks(UNITS, 5, (MODELS[name],) * 2, (0.5,) * 3, (0.25,) * 3)[1])
+    tasks.append(default_tasks(UNITS, 5, (size, size), (0.5,) * 3, (0.25,) * 3)[1])
     network = DeepVirtualNetwork(network.partition, tasks, network.file_tensors())
     network.make_private()
     with torch.no_grad():
+        for tensor_name, parameter in network.named_parameters():
+            if parameter.ndim == 1:  # norms' weights of zero would hide what their branches do
+                parameter.uniform_(0.5, 1.5) if "weight" in tensor_name else parameter.normal_(0, 0.1)
         for task, level in network:
             network(torch.randn(8, 3, *tasks[task - 1].input_size), task, level, training=True)
     network.save(path)
@@ -53,15 +62,15 @@ def rows(name: str, formats: list[str], pythons: dict[str, str]) -> Iterator[dic
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         checkpoint(name, place / "dvn.safetensors")
-        images = np.random.default_rng(0).standard_normal((3, 3, MODELS[name], MODELS[name])).astype(np.float32)
-        np.save(place / "images.npy", images)
         for level in range(1, UNITS + 1):
             task = 1 + level % 2
             network = dvn_cli.load(dvn_cli.slice(place / "dvn.safetensors", task, level, place / "s.safetensors").file)
+            images = np.random.default_rng(0).standard_normal((3, 3, *network.task.input_size)).astype(np.float32)
+            np.save(place / "images.npy", images)
             with torch.no_grad():
                 expected = network(torch.from_numpy(images)).numpy()
             for each in formats:
-                row: dict[str, Any] = {"model": name, "task": task, "level": level, "format": each}
+                row: dict[str, Any] = {"model": name, "pixels": images.shape[-1], "level": level, "format": each}
                 file, logits = place / f"network{FORMATS[each].ending}", place / "logits.npy"
                 try:
                     cut = dvn_cli.slice(place / "dvn.safetensors", task, level, file, form=Form(each))
@@ -89,7 +98,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--python", action="append", default=[], metavar="FORMAT=INTERPRETER")
     given = parser.parse_args()
-    columns = ["model", "task", "level", "format", "result", "difference", "bytes", "note"]
+    columns = ["model", "pixels", "level", "format", "result", "difference", "bytes", "note"]
     with open(given.output, "w", newline="") as file:
         table = csv.DictWriter(file, columns)
         table.writeheader()

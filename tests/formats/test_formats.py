@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from dvn_cli.cli import app
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.export import Form, slice_all
 from dvn_cli.formats import FORMATS
-from dvn_cli.network import VirtualNetwork
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 
 SHAPE = (1, 8, 8)
 
@@ -118,6 +119,16 @@ def test_timm_loads_its_folder(of_timm: Path) -> None:
     with pytest.raises(InputError, match="timm cannot express level 1 of task 'task1': "):
         dvn_cli.slice(of_timm, 1, 1, form=Form("timm"))
     assert not Path("dvn-task1-level1-timm").exists()
+
+
+def test_timm_cannot_express_a_stem_of_another_stride(of_timm: Path) -> None:
+    network = dvn_cli.load(of_timm)
+    assert isinstance(network, DeepVirtualNetwork)
+    tasks = [replace(network.tasks[0], input_size=(16, 16)), network.tasks[1]]
+    DeepVirtualNetwork(network.partition, tasks, network.file_tensors()).save("sizes.safetensors")
+    assert [cut.task for cut in slice_all("sizes.safetensors", form=Form("timm"))] == [2]
+    with pytest.raises(InputError, match=r"conv1\.0\.weight has a stride of 1x1 for images of 16x16, in its .* 2x2"):
+        dvn_cli.slice("sizes.safetensors", 1, 2, form=Form("timm"))
 
 
 @pytest.mark.parametrize("name", ["onnx", "executorch", "openvino", "litert"])
