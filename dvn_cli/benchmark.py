@@ -11,6 +11,8 @@ Memory. Another process for each network, which times nothing. On CUDA it is the
 the most memory that was resident, less what was resident before the network was loaded (interpreter, libraries and a
 small warm-up of them not counted). Weights, the batch of images and activations are counted in both. None where the
 system does not tell.
+
+In the format of another runtime a network is written and compared first; its processes run the file on the CPU.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,8 +34,9 @@ from torch import Tensor, nn
 
 from dvn_cli.device import choose
 from dvn_cli.errors import DvnError, InputError, is_out_of_memory
+from dvn_cli.formats import NotExpressible, find_format, writing
 from dvn_cli.graph.narrow import Narrowed
-from dvn_cli.loading import read_tensors
+from dvn_cli.loading import from_file, read_tensors
 from dvn_cli.network import VirtualNetwork
 from dvn_cli.partition import Origin, Partition
 from dvn_cli.store.file import AnyHeader, read_header
@@ -69,11 +72,12 @@ class Settings:
 
 @dataclass(frozen=True)
 class Target:
-    """One network to measure: a slice, or a task and level, both from 1, of a checkpoint."""
+    """One network to measure: a slice, or a task and level, both from 1, of a checkpoint; in a format, if any."""
 
     header: AnyHeader
     task: int
     level: int
+    format: str | None = None
 
     @property
     def entry(self) -> Task:
@@ -81,10 +85,10 @@ class Target:
 
     @property
     def family(self) -> object:
-        """What the networks that it is compared with have in common: file and task, of slices backbone and task."""
+        """What those that it is compared with have in common: format, file and task, of slices backbone and task."""
         if isinstance(self.header.metadata, CheckpointMetadata):
-            return str(self.header.path), self.task
-        return self.header.metadata.backbone, self.entry.name
+            return self.format, str(self.header.path), self.task
+        return self.format, self.header.metadata.backbone, self.entry.name
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Measurement:
         level: from 1.
         units: that it is made of, by number from 1.
         params: elements of its parameters.
-        bytes: of its tensors in a file.
+        bytes: of its tensors in a file; where a format was asked for, of its file.
         density: the share of those of its task's top level.
         macs: multiply-accumulates of one image.
         latencies: seconds of each forward pass of a batch, in the order measured.
@@ -106,6 +110,8 @@ class Measurement:
         speedup: over the largest network measured of its task; None where it is the only one.
         kind: of the file, `checkpoint` or `slice`.
         batch_size: images in a forward pass.
+        format: of the file that was run, where one was asked for.
+        difference: of that file's logits from the network's, in parts of the largest; see `formats.writing.Check`.
     """
 
     file: str
@@ -122,6 +128,8 @@ class Measurement:
     speedup: float | None
     kind: str = "checkpoint"
     batch_size: int = 1
+    format: str | None = None
+    difference: float | None = None
 
     def percentile(self, percent: float) -> float:
         """Seconds that so many per cent of the forward passes took at most."""
@@ -134,8 +142,10 @@ class Measurement:
             "task": self.task,
             "name": self.name,
             "level": self.level,
+            "format": self.format,
             "params": self.params,
             "bytes": self.bytes,
+            "difference": self.difference,
             "density": self.density,
             "compression": 1 / self.density,
             "macs": self.macs,
@@ -158,7 +168,9 @@ def bench(
     num_bench_iter: int = 40,
     channels_last: bool = False,
     threads: int | None = None,
+    formats: Sequence[str] = (),
     progress: Callable[[str, float], None] = lambda what, done: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[Measurement]:
     """Measures parameters, multiply-accumulates, latency and peak memory of networks; the module says how.
 
@@ -172,11 +184,13 @@ def bench(
         num_warm_iter: forward passes before timing.
         num_bench_iter: forward passes that are timed.
         channels_last: whether images and convolutions' weights have their channels last in memory.
-        threads: of the CPU; torch's by default.
+        threads: of the CPU; torch's by default. ExecuTorch chooses its own.
+        formats: by their names in `formats.FORMATS`, each of which every network is written and run in, on the CPU.
         progress: is told what goes on, and which share of it is done.
+        note: is told in a line of a network that a format cannot express, which is left out.
 
     Raises:
-        InputError: a file is missing, broken or cannot be built here, or there is no such task or level.
+        InputError: a file is missing, broken or cannot be built here, or there is no such task, level or format here.
         DvnError: a network failed to run, as for want of memory.
 
     Example:
@@ -187,8 +201,16 @@ def bench(
     headers = [read_header(path) for path in paths]
     chosen = [target for header in headers for target in targets_of(header, task, level, every)]
     where = device if isinstance(device, torch.device) else choose(device)
+    if formats:
+        for name in formats:
+            find_format(name)
+        if where.type != "cpu" or channels_last:
+            raise InputError(
+                "formats are compared on the CPU, as their runtimes lay out memory: give --device cpu alone"
+            )
+        chosen = [replace(target, format=name) for target in chosen for name in formats]
     settings = Settings(where, batch_size, num_warm_iter, num_bench_iter, channels_last, threads)
-    return measure(chosen, settings, progress)
+    return measure(chosen, settings, progress, note)
 
 
 def targets_of(
@@ -209,24 +231,28 @@ def targets_of(
 
 
 def measure(
-    targets: Sequence[Target], settings: Settings, progress: Callable[[str, float], None] = lambda what, done: None
+    targets: Sequence[Target],
+    settings: Settings,
+    progress: Callable[[str, float], None] = lambda what, done: None,
+    note: Callable[[str], None] = lambda _: None,
 ) -> list[Measurement]:
-    """Measures networks; the module says how.
-
-    Args:
-        progress: is told what goes on, and which share of it is done.
+    """Measures networks; the module says how. Arguments as `bench`.
 
     Raises:
         InputError: a file's network cannot be built here.
         DvnError: a network failed to run, as for want of memory.
     """
     with TemporaryDirectory(prefix="dvn-bench-") as folder, contextlib.ExitStack() as stack:
-        jobs, costs = [], []
+        prepared = []
         for number, target in enumerate(targets):
-            progress("reading", number / len(targets))
-            job, cost = _prepare(target, Path(folder) / f"{number}.safetensors", settings)
-            jobs.append(job)
-            costs.append(cost)
+            progress("reading" if target.format is None else f"writing {target.format}", number / len(targets))
+            try:
+                prepared.append((target, *_prepare(target, Path(folder) / f"{number}.safetensors", settings)))
+            except NotExpressible as error:
+                note(str(error))
+        if not prepared:
+            raise DvnError("no network can be written in these formats")
+        targets, jobs, costs = zip(*prepared, strict=True)
 
         def memory(job: "Job") -> int | None:
             with _process(job, "memory") as worker:
@@ -267,6 +293,8 @@ def measure(
             speedup=_speedup(number, targets, costs, times),
             kind=target.header.metadata.kind,
             batch_size=settings.batch_size,
+            format=target.format,
+            difference=cost.difference,
         )
         for number, (target, cost) in enumerate(zip(targets, costs, strict=True))
     ]
@@ -274,11 +302,14 @@ def measure(
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to run a network: its graph, and where its tensors lie, not the backbone or its library."""
+    """What a process needs to run a network: its graph, and where its tensors lie, not the backbone or its library.
+
+    Of another runtime's file it is not the graph but the name of the format.
+    """
 
     title: str
     settings: Settings
-    narrowed: Narrowed
+    narrowed: Narrowed | str
     origin: Origin
     image: tuple[int, int, int]
     file: Path
@@ -292,6 +323,7 @@ class Cost:
     bytes: int
     density: float
     macs: int
+    difference: float | None = None
 
 
 def _prepare(target: Target, file: Path, settings: Settings) -> tuple[Job, Cost]:
@@ -310,7 +342,18 @@ def _prepare(target: Target, file: Path, settings: Settings) -> tuple[Job, Cost]
         params, count(header).bytes, density, macs(narrowed, partition.tensors(origin.units, origin.classes), image)
     )
     title = f"task {target.task}, level {target.level} of '{target.header.path}'"
-    return Job(title, settings, narrowed, origin, image, header.path), cost
+    if target.format is None:
+        return Job(title, settings, narrowed, origin, image, header.path), cost
+    if target.format == "safetensors":  # which dvn runs as ever
+        size = header.path.stat().st_size
+        return Job(title, settings, narrowed, origin, image, header.path), replace(cost, bytes=size, difference=0.0)
+    network, form = from_file(header), find_format(target.format)
+    assert isinstance(network, VirtualNetwork)
+    written = file.with_name(f"{file.stem}{form.ending}")
+    check = writing.write(network, form, written)
+    size = sum(path.stat().st_size for path in (written.iterdir() if form.is_folder else [written]))
+    job = Job(f"{title} as {form.name}", settings, form.name, origin, image, written)
+    return job, replace(cost, bytes=size, difference=check.difference)
 
 
 def _speedup(
@@ -383,7 +426,7 @@ def _work(parent: Connection, what: str) -> None:
         parent.send(remedy if is_out_of_memory(error) else next(iter(str(error).splitlines()), type(error).__name__))
 
 
-def seconds(network: nn.Module, images: Tensor, count: int) -> list[float]:
+def seconds(network: Callable[[Tensor], Tensor], images: Tensor, count: int) -> list[float]:
     """Seconds that each of `count` forward passes takes, one after the other."""
     times = []
     for _ in range(count):
@@ -403,14 +446,17 @@ def seconds(network: nn.Module, images: Tensor, count: int) -> list[float]:
     return times
 
 
-def _load(job: Job) -> tuple[nn.Module, Tensor]:
+def _load(job: Job) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     """The network and a batch of random images, on the device."""
     settings = job.settings
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(settings.batch_size, *job.image, generator=generator).to(settings.device)
+    if isinstance(job.narrowed, str):
+        with writing.quiet():
+            return find_format(job.narrowed).module.read(job.file, settings.threads), images
     header = read_header(job.file)
     assert isinstance(header.metadata, SliceMetadata)
     network: nn.Module = VirtualNetwork(header.metadata, read_tensors(header), job.narrowed, job.origin)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(settings.batch_size, *job.image, generator=generator).to(settings.device)
     network = network.to(settings.device)
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -427,6 +473,9 @@ def _peak_memory(job: Job) -> int | None:
     features = nn.functional.conv2d(torch.zeros(1, 16, 16, 16), torch.zeros(32, 16, 3, 3))
     features = nn.functional.batch_norm(features, zeros, zeros, zeros, zeros).relu_()
     nn.functional.linear(features.mean((2, 3)), torch.zeros(8, 32))
+    if isinstance(job.narrowed, str):
+        with writing.quiet():
+            _ = find_format(job.narrowed).module  # its libraries
     before = resident_peak(reset=True)
     seconds(*_load(job), 3)
     after = resident_peak()

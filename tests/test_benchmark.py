@@ -18,11 +18,11 @@ from dvn_cli.loading import read_tensors
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.file import read_checkpoint, read_header
 from dvn_cli.store.metadata import Task
-from dvn_cli.store.slicing import count, slice_file
+from dvn_cli.store.slicing import count, slice_file, slice_size
 from dvn_cli.tasks import default_tasks
 
 KEYS = {"file", "task", "name", "level", "params", "density", "compression", "macs", "latency_ms", "images_per_s"}
-KEYS |= {"bytes", "peak_memory_bytes", "speedup"}
+KEYS |= {"bytes", "peak_memory_bytes", "speedup", "format", "difference"}
 
 
 def dvn(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -91,6 +91,23 @@ def test_slices_in_a_table_of_80_columns(folder: Path, monkeypatch: pytest.Monke
         assert title in done.stdout
 
 
+def test_formats_in_one_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    options = ("--num-warm-iter", 0, "--num-bench-iter", 2, "--results-file", "formats.json")
+    done = dvn("bench", "--level", 1, "--formats", "safetensors,pt2,timm", *options, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == "timm cannot express level 1 of task 'task1': wrn_10_1 is not one of its models\n"
+    rows = [line.split()[:3] for line in done.stdout.splitlines() if line.startswith("task1")]
+    assert rows == [["task1", "1", "safetensors"], ["task1", "1", "pt2"]]
+    plain, pt2 = json.loads((folder / "formats.json").read_text())["results"]
+    assert plain["bytes"] == slice_size(read_checkpoint(folder / "dvn.safetensors"), 1, 1)
+    assert (plain["difference"], pt2["difference"], pt2["params"]) == (0, 0, plain["params"])
+    assert 4 * pt2["params"] < pt2["bytes"]
+    assert pt2["latency_ms"]["p50"] > 0
+    if sys.platform == "linux":
+        assert 4 * pt2["params"] < pt2["peak_memory_bytes"] < 1e9
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -101,6 +118,8 @@ def test_slices_in_a_table_of_80_columns(folder: Path, monkeypatch: pytest.Monke
         (["--task", "1", "--all"], "not both"),
         (["task2-level1.safetensors", "--task", "2"], "is a slice"),
         (["--batch-size", "0"], "batch-size"),
+        (["--formats", "pt"], "there is no format 'pt'; did you mean 'pt2'?"),
+        (["--formats", "pt2", "--channels-last"], "formats are compared on the CPU"),
         (["--results-file", "none/r.json"], "cannot write 'none/r.json': there is no folder"),
         (["--scenario", "j1", "--plots", "dvn.safetensors"], "cannot write to the folder 'dvn.safetensors': '"),
     ],
@@ -217,12 +236,12 @@ def test_against_a_baseline(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     for document in (json.loads(out), json.loads((folder / "before.json").read_text())):
         validator.validate(document)
         assert not any(map(validator.is_valid, (document | {"results": []}, document | {"schema_version": 2})))
-    same = {"differences": {}, "latency_ratio": 1.0}
-    assert json.loads(out)["baseline"] == [{"name": "a", "level": level, **same} for level in (1, 2)]
+    same = {"name": "a", "format": None, "differences": {}, "latency_ratio": 1.0}
+    assert json.loads(out)["baseline"] == [{"level": level, **same} for level in (1, 2)]
 
     before = json.loads((folder / "before.json").read_text())
     before["results"][0] |= {"params": 11, "macs": 6}
-    before["results"][1]["level"] = 3
+    before["results"][1]["format"] = "pt2"
     before["host"] = "another"
     (folder / "before.json").write_text(json.dumps(before))
     code, out, err = typed("--baseline", "before.json")
@@ -230,7 +249,7 @@ def test_against_a_baseline(folder: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert err == "dvn: task 'a', level 1: params 11 -> 10, macs 6 -> 7 (2 of 2 networks are not the baseline's)\n"
     assert [line.split() for line in out.splitlines()[-2:]] == [
         ["a", "1", "-1", "same", "+1", "-"],
-        ["a", "3", "gone", "gone", "gone", "-"],
+        ["a", "2", "pt2", "gone", "gone", "gone", "-"],
     ]
     del before["host"]
     (folder / "before.json").write_text(json.dumps(before))

@@ -11,6 +11,7 @@ import typer
 
 from dvn_cli.errors import InputError
 from dvn_cli.files import atomic, check_folder_writable, check_writable
+from dvn_cli.formats import FORMATS
 
 if TYPE_CHECKING:
     from dvn_cli.benchmark import Measurement
@@ -53,6 +54,13 @@ def bench_command(
     num_bench_iter: Annotated[int, typer.Option(min=1, help="Forward passes timed.")] = 40,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Channels last in memory.")] = False,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads. Default: torch's.")] = None,
+    formats: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME...",
+            help=f"Write every network in these formats and run it there, on the CPU: {', '.join(FORMATS)}.",
+        ),
+    ] = None,
     results_file: Annotated[Path | None, typer.Option(help="Write the JSON document there too.")] = None,
     baseline: Annotated[
         Path | None,
@@ -69,7 +77,7 @@ def bench_command(
     run's steps, against its networks apart and what the device can do.
     """
     if training is not None:
-        others = scenario, task, level, plots, baseline, threads
+        others = scenario, task, level, plots, baseline, threads, formats
         if any(value is not None for value in others) or every or channels_last or batch_size != 1:
             raise InputError("--training takes what it measures from the recipe: give its keys, such as batch_size=64")
         if results_file is not None:
@@ -87,6 +95,8 @@ def bench_command(
     if scenario is None and plots is not None:
         raise InputError("--plots is of runs: give --scenario too")
 
+    if scenario is not None and formats is not None:
+        raise InputError("--formats is of networks that are written now: leave out --scenario")
     if scenario is not None and baseline is not None:
         raise InputError("--baseline is of networks that are measured now: leave out --scenario")
 
@@ -113,12 +123,15 @@ def bench_command(
         document, show = _scenario(scenario.lower(), files or [Path()], plots, measure)
     else:
         given = files or [Path("dvn.safetensors")]
-        results, document = measure(given, task, level, every=every)
+        names = [] if formats is None else [name.strip() for name in formats.split(",")]
+        results, document = measure(given, task, level, every=every, formats=names)
         if before is not None:
             compared = costs.compare(before, document)
             document["baseline"] = [one.to_dict() for one in compared]
         names = [_name(result, len(given)) for result in results]
-        show = functools.partial(_print, document, names, [costs.table(compared)] if compared else [])
+        show = functools.partial(
+            _print if formats is None else _print_formats, document, names, [costs.table(compared)] if compared else []
+        )
     document = {"schema_version": costs.SCHEMA_VERSION, **document}
     text = json.dumps(document, indent=2)
     try:
@@ -223,7 +236,7 @@ def _measure(
         from dvn_cli import benchmark
         from dvn_cli import device as devices
 
-        chosen = devices.choose(device)
+        chosen = devices.choose("cpu" if device == "auto" and settings.get("formats") else device)
         results = benchmark.bench(
             files,
             task,
@@ -231,6 +244,7 @@ def _measure(
             device=chosen,
             threads=threads,
             progress=lambda what, done: bar.update(shown, description=what, completed=done, total=1.0),
+            note=lambda line: notes.print(line, soft_wrap=True),
             **settings,
         )
     return results, {
@@ -239,7 +253,7 @@ def _measure(
         "host": platform.node(),
         "torch": torch.__version__,
         "threads": threads or torch.get_num_threads(),
-        **{key: value for key, value in settings.items() if key != "every"},
+        **{key: value for key, value in settings.items() if key not in ("every", "formats")},
         "results": [result.to_dict() for result in results],
     }
 
@@ -288,14 +302,42 @@ def _name(result: "Measurement", files: int) -> str:
     return result.name if files == 1 else stem if result.kind == "slice" else f"{stem} {result.name}"
 
 
+def _print_formats(document: dict[str, Any], names: list[str], more: Sequence["FittedTable"]) -> None:
+    from dvn_cli.report import console as new_console
+    from dvn_cli.report import short, show, table
+
+    console = new_console()
+    console.print(_where(document))
+    columns = ("bytes", "difference", "p50 ms", "p90 ms", "p99 ms", "images/s", "peak memory")
+    made = table("task", "level", "format", *columns, text=3, optional=("p99 ms", "p90 ms", "images/s", "difference"))
+    for name, row in zip(names, document["results"], strict=True):
+        memory = row["peak_memory_bytes"]
+        made.add_row(
+            name,
+            str(row["level"]),
+            row["format"],
+            f"{short(row['bytes'])}B",
+            f"{row['difference']:.0e}",
+            *(f"{row['latency_ms'][key]:.2f}" for key in ("p50", "p90", "p99")),
+            f"{row['images_per_s']:,.0f}",
+            "-" if memory is None else f"{memory / 1e6:.1f} MB",
+        )
+    show(console, made, *more)
+
+
+def _where(document: dict[str, Any]) -> str:
+    """On what networks were measured."""
+    threads = f", threads: {document['threads']}" if document["device"] == "cpu" else ""
+    on = f"{document['device']}, {document['device_name']}"
+    return f"{on}{threads}, torch {document['torch']}, batch size {document['batch_size']}\n"
+
+
 def _print(document: dict[str, Any], names: list[str], more: Sequence["FittedTable"]) -> None:
     from dvn_cli.report import console as new_console
     from dvn_cli.report import percent, short, show, table
 
     console = new_console()
-    on = f"{document['device']}, {document['device_name']}"
-    threads = f", threads: {document['threads']}" if document["device"] == "cpu" else ""
-    console.print(f"{on}{threads}, torch {document['torch']}, batch size {document['batch_size']}\n")
+    console.print(_where(document))
     columns = ("params", "density", "compression", "MACs", "peak memory")
     costs = table("task", "level", *columns, text=1, optional=("compression", "density", "MACs"))
     columns = ("p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up")

@@ -28,6 +28,12 @@ class NetworkCost:
     bytes: int
     macs: int
     latency_ms: Mapping[str, float]
+    format: str | None = None
+
+    @property
+    def key(self) -> tuple[str, int, str | None]:
+        """What tells it from the others of its document."""
+        return self.name, self.level, self.format
 
 
 @dataclass(frozen=True)
@@ -88,12 +94,13 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As `dvn bench --json` shows it."""
         differences = {key: list(pair) for key, pair in self.differences.items()} if self.after else None
-        key = {"name": self.before.name, "level": self.before.level}
+        key = dict(zip(("name", "level", "format"), self.before.key, strict=True))
         return {**key, "differences": differences, "latency_ratio": self.latency_ratio}
 
     def __str__(self) -> str:
         told = ", ".join(f"{key} {then:,} -> {now:,}" for key, (then, now) in self.differences.items())
-        return f"task '{self.before.name}', level {self.before.level}: {told if self.after else 'it is gone'}"
+        form = f" as {self.before.format}" if self.before.format else ""
+        return f"task '{self.before.name}', level {self.before.level}{form}: {told if self.after else 'it is gone'}"
 
 
 def read(path: str | os.PathLike[str]) -> Costs:
@@ -124,12 +131,12 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
 
 
 def compare(before: Costs, document: Mapping[str, Any]) -> list[Comparison]:
-    """Compares the networks of a baseline with those of a document of now, by the names of their tasks and levels."""
+    """Compares the networks of a baseline with those of a document of now, by their tasks, levels and formats."""
     now = parse(Costs, loads(dumps(document)))
-    found = {(network.name, network.level): network for network in now.results}
+    found = {network.key: network for network in now.results}
     comparisons = []
     for network in before.results:
-        after = found.get((network.name, network.level))
+        after = found.get(network.key)
         same = after is not None and now.machine == before.machine
         ratio = after.latency_ms["p50"] / network.latency_ms["p50"] if same and after else None
         comparisons.append(Comparison(network, after, ratio))
@@ -146,7 +153,8 @@ def table(comparisons: Sequence[Comparison]) -> report.FittedTable:
             for key in EXACT
         ]  # fmt: skip
         ratio = "-" if one.latency_ratio is None else f"{one.latency_ratio:.2f}"
-        made.add_row(one.before.name, str(one.before.level), *cells, ratio)
+        level = f"{one.before.level} {one.before.format or ''}".strip()
+        made.add_row(one.before.name, level, *cells, ratio)
     return made
 
 

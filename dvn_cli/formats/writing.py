@@ -73,7 +73,7 @@ def write(
     network = network.eval()
     with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
         file = Path(folder) / f"network{form.ending}"
-        with _quiet(), _named(f"{title} cannot be written as {form.name} in {dtype}"):
+        with quiet(), _named(f"{title} cannot be written as {form.name} in {dtype}"):
             given = network if dtype == "fp32" else copy.deepcopy(network).to(_TORCH[dtype])
             form.module.write(given, file, fold_norms)
             run = form.module.read(file)
@@ -112,7 +112,7 @@ def _named(title: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Lets nothing onto the terminal of what converters print, also those in C++."""
     with warnings.catch_warnings(), open(os.devnull, "w") as nowhere, contextlib.ExitStack() as stack:
         warnings.simplefilter("ignore")
