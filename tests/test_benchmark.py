@@ -1,10 +1,11 @@
 """`dvn bench` as it is typed: what it reports, in JSON and in a table. No test asserts how fast a thing is."""
 
 import json
+import multiprocessing
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import schema
@@ -25,17 +26,6 @@ KEYS = {"file", "task", "name", "level", "params", "density", "compression", "ma
 KEYS |= {"bytes", "peak_memory_bytes", "speedup", "format", "difference"}
 
 
-def dvn(*args: object, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from dvn_cli.cli import main; main()", *map(str, args)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
-
-
-def bench(*args: object, cwd: Path) -> dict[str, Any]:
-    done = dvn("bench", *args, "--num-warm-iter", 1, "--num-bench-iter", 5, "--threads", 1, "--json", cwd=cwd)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `dvn.safetensors`, of two units, and three of its slices."""
@@ -53,7 +43,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_checkpoint_as_typed(folder: Path) -> None:
-    document = bench("--results-file", "results.json", "--batch-size", 3, cwd=folder)
+    command = [sys.executable, "-c", "from dvn_cli.cli import main; main()", "bench", "--results-file", "results.json"]
+    options = ["--batch-size", "3", "--num-warm-iter", "1", "--num-bench-iter", "5", "--threads", "1", "--json"]
+    done = subprocess.run([*command, *options], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
     assert json.loads((folder / "results.json").read_text()) == document
     assert document["torch"] == torch.__version__
     assert (document["batch_size"], document["threads"], document["num_bench_iter"]) == (3, 1, 5)
@@ -76,19 +70,39 @@ def test_a_checkpoint_as_typed(folder: Path) -> None:
     assert top["speedup"] == 1
 
 
-def test_slices_in_a_table_of_80_columns(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def typed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """Runs `dvn bench` in this process: its exit code and what it prints."""
+    fork = multiprocessing.get_context("fork")  # a new process imports torch, which takes seconds
+    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.chdir(folder)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dvn", "bench", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return int(stop.value.code or 0), *capsys.readouterr()
+
+    return run
+
+
+def test_slices_in_a_table_of_80_columns(
+    typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     options = ("--num-warm-iter", 0, "--num-bench-iter", 1, "--device", "cpu", "--channels-last")
-    done = dvn("bench", "task2-level1.safetensors", "task1-level2.safetensors", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    code, out, err = typed("task2-level1.safetensors", "task1-level2.safetensors", *options)
+    assert code == 0, err
+    lines = out.splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[0].startswith("cpu")
     rows = [line.split() for line in lines if line.startswith("task")]
     assert [row[:2] for row in rows] == [["task", "level"], ["task2-level1", "1"], ["task1-level2", "2"]] * 2
     assert [row[-1] for row in rows] == ["memory", "MB", "MB", "speed-up", "-", "-"]
     for title in ("params", "density", "compression", "MACs", "peak memory", "p50 ms", "p99 ms", "speed-up"):
-        assert title in done.stdout
+        assert title in out
 
 
 def test_formats_in_one_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,27 +139,19 @@ def test_formats_in_one_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ],
 )
 def test_what_cannot_be_measured_is_told_in_one_line(
-    folder: Path,
-    arguments: list[str],
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    typed: Callable[..., tuple[int, str, str]], arguments: list[str], message: str
 ) -> None:
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["dvn", "bench", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    out, err = capsys.readouterr()
-    assert (stop.value.code, out) == (2, "")
+    code, out, err = typed(*arguments)
+    assert (code, out) == (2, "")
     assert message in err
     assert err.count("\n") == 1
 
 
-def test_a_network_that_fails_to_run_is_told_in_one_line(folder: Path) -> None:
-    done = dvn("bench", "--batch-size", 10**12, "--device", "cpu", "--level", 1, cwd=folder)
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith("dvn: task 1, level 1 of 'dvn.safetensors' cannot run on cpu: too little memory: ")
-    assert done.stderr.count("\n") == 1
+def test_a_network_that_fails_to_run_is_told_in_one_line(typed: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = typed("--batch-size", 10**12, "--device", "cpu", "--level", 1)
+    assert (code, out) == (1, "")
+    assert err.startswith("dvn: task 1, level 1 of 'dvn.safetensors' cannot run on cpu: too little memory: ")
+    assert err.count("\n") == 1
 
 
 def test_speed_ups_are_ratios_within_a_round(folder: Path) -> None:
@@ -214,21 +220,15 @@ def test_a_task_of_its_own_size_is_measured_at_it(folder: Path, tmp_path: Path) 
     assert shapes == [((1, 3, 64, 64), (1, 3)), ((1, 3, 32, 32), (1, 2))]
 
 
-def test_against_a_baseline(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_against_a_baseline(
+    folder: Path, typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As it is typed, with measurements that are at hand."""
     rows = [
         benchmark.Measurement("dvn.safetensors", 1, "a", level, (1,), 10 * level, 40, 1.0, 7, (0.5,), None, None)
         for level in (1, 2)
     ]
-    monkeypatch.chdir(folder)
     monkeypatch.setattr(benchmark, "bench", lambda *_, **__: rows)
-
-    def typed(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dvn", "bench", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        return int(stop.value.code or 0), *capsys.readouterr()
-
     assert typed("--results-file", "before.json")[0] == 0
     code, out, err = typed("--baseline", "before.json", "--json")
     assert (code, err) == (0, "")
