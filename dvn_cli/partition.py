@@ -110,6 +110,7 @@ class Partition:
     groups: Sequence[CoupledGroup] = ()
     _graphs: dict[bool, Labelled] = field(default_factory=dict, repr=False)
     _networks: dict[Any, Narrowed] = field(default_factory=dict, repr=False)
+    _fitting: set[Any] = field(default_factory=set, repr=False)
     _resized: dict[tuple[int, int], "Partition"] = field(default_factory=dict, repr=False)
     _right: dict[Any, bool] = field(default_factory=dict, repr=False)
 
@@ -226,9 +227,15 @@ class Partition:
         narrowed = narrow(graph.traced, graph.labels, graph.labeller, mask, strides)
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
-        logits = shape_check(narrowed, self.tensors(units, classes), image)
+        tensors = self.tensors(units, classes)
+        constants = tuple(constant.shape for constant in narrowed.module.buffers())
+        shapes = (narrowed.module.code, constants, tuple(map(tensors.__getitem__, narrowed.names)), image.shape)
+        if shapes in self._fitting:  # such as of other units that are as large
+            return narrowed
+        logits = shape_check(narrowed, tensors, image)
         if logits.shape != (batch, classes):
             raise InputError(f"{self.spec.name} cannot be narrowed: it gives logits of shape {list(logits.shape)}")
+        self._fitting.add(shapes)
         return narrowed
 
     def tensors(self, units: Sequence[int], classes: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -7,16 +7,29 @@ import torch
 from torch import Tensor, fx
 
 from dvn_cli.errors import InputError
-from dvn_cli.graph.narrow import Narrowed, on_device
+from dvn_cli.graph.narrow import Narrowed
 from dvn_cli.graph.trace import located
 
+META = torch.device("meta")
 
-class _Interpreter(fx.Interpreter):
+
+class _OnMeta(fx.Interpreter):
+    """Runs a graph as it stands on the meta device, whatever device its constants are on."""
+
     at: fx.Node | None = None
 
     def run_node(self, n: fx.Node) -> Any:
         self.at = n
         return super().run_node(n)
+
+    def fetch_attr(self, target: str) -> Any:
+        return super().fetch_attr(target).to("meta")
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = fx.node.map_aggregate(
+            (args, kwargs), lambda value: META if isinstance(value, torch.device) else value
+        )
+        return super().call_function(target, args, kwargs)
 
 
 def shape_check(network: Narrowed, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], image: Tensor) -> Tensor:
@@ -32,7 +45,7 @@ def shape_check(network: Narrowed, tensors: Mapping[str, tuple[tuple[int, ...], 
     Raises:
         InputError: an operator does not take what it is given; the message names it.
     """
-    interpreter = _Interpreter(on_device(network.module, "meta"))
+    interpreter = _OnMeta(network.module)
     arguments = [
         torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in map(tensors.__getitem__, network.names)
     ]
