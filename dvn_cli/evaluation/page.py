@@ -40,7 +40,7 @@ h1, h2, h3 { line-height: 1.2; } h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: GrayText; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
+th:first-child { text-align: left; } tbody th { font-weight: inherit; }
 td.unit { color: #fff; text-align: center; min-width: 2rem; font-weight: bold; }
 td.level { border-right: 3px solid CanvasText; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
@@ -122,7 +122,8 @@ def write(
 
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)
-    body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
+    cells = (map(html.escape, row) for row in rows)
+    body = "".join(f'<tr><th scope="row">{name}</th><td>{"</td><td>".join(row)}</td></tr>' for name, *row in cells)
     return (
         f'<div class="wide" tabindex="0"><table><caption>{html.escape(caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{body}</tbody></table></div>"

@@ -74,6 +74,9 @@ def test_a_checkpoint_as_a_page(dvn, made):
     figures = [attributes for tag, attributes in page.attributes if tag == "figure" and "role" in attributes]
     assert ["parameters" in str(figure["aria-label"]) for figure in figures] == [True, False]
     assert "a <CPU>" in page.text
+    assert (
+        sum(attributes.get("scope") == "row" for _, attributes in page.attributes) == len(page.rows) - 2
+    )  # but for headers
     images = [attributes for tag, attributes in page.attributes if tag == "img"]
     assert images
     assert all(str(image["src"]).startswith("data:image/png;base64,") and image["alt"] for image in images)
