@@ -33,7 +33,7 @@ class KnownLevel:
     Attributes:
         level: from 1.
         params: elements of its parameters.
-        bytes: of its file, as safetensors; None where nobody asked.
+        bytes: of its file; None where nobody asked.
         macs: multiply-accumulates of one image; None where nobody asked.
         latency: the median of a forward pass, in ms; None where none is recorded.
         accuracy: top-1, per cent; None where none is recorded.
@@ -103,7 +103,7 @@ def known_levels(
         header: a checkpoint's. Accuracies are also taken from the record of its run beside it, NAME.run.json.
         task: from 1.
         results: files of what `dvn eval` and `dvn bench` found, as JSON; later ones count where several say it.
-        counted: which of `bytes` and `macs` to count; for the latter the backbone is built.
+        counted: which of `bytes` (as safetensors) and `macs` to count; for the latter the backbone is built.
 
     Raises:
         InputError: a file cannot be read, or is of other networks.

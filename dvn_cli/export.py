@@ -187,6 +187,14 @@ def slice_all(
         opened.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
 
 
+def without_manifests(files: Sequence[Path], note: Callable[[str], None]) -> list[Path]:
+    """Returns the files less the manifests among them, as FOLDER/* gives them; a line to `note` says so."""
+    for file in files:
+        if file.name == MANIFEST:
+            note(f"'{file}' lists networks and holds none: it is passed over")
+    return [file for file in files if file.name != MANIFEST] or list(files)
+
+
 def _entry(cut: SliceFile) -> dict[str, Any]:
     """What a manifest says of a network, with the checksum of each of its files."""
     known = {key: value for key, value in cut.to_dict().items() if key not in ("calibration", "check", "file")}

@@ -75,6 +75,16 @@ def test_the_largest_level_within_a_limit_is_cut() -> None:
     assert shown.startswith("level 1: the largest with at most ")
 
 
+def test_bytes_are_those_of_the_file_that_is_written() -> None:
+    levels = known_levels(read_checkpoint("dvn.safetensors"), 1, counted=["bytes"])
+    found = run("--max-bytes", str(levels[1].bytes - 1), "--dtype", "fp16")
+    assert [cut["level"] for cut in found["slices"]] == [2]
+    assert found["choice"]["levels"][1]["bytes"] == found["slices"][0]["bytes"] < levels[1].bytes
+    assert [
+        cut["level"] for cut in run("--max-bytes", str(found["slices"][0]["bytes"] - 1), "--dtype", "fp16")["slices"]
+    ] == [1]
+
+
 def test_macs_are_counted() -> None:
     levels = run("--max-macs", "1G")["choice"]["levels"]
     assert 0 < levels[0]["macs"] < levels[1]["macs"]
@@ -109,6 +119,17 @@ def test_the_manifest_has_recorded_accuracies() -> None:
     Path("dvn.run.json").write_text("{}")  # of a run that has not ended
     list(slice_all())
     assert json.loads(Path("dvn-slices/manifest.json").read_text())["slices"] == [cut | {"top1": None} for cut in found]
+
+
+def test_a_manifest_among_files_is_passed_over() -> None:
+    list(slice_all())
+    files = ["dvn-slices/manifest.json", "dvn-slices/dvn-task1-level1.safetensors"]
+    result = CliRunner().invoke(app, ["eval", *files, "--data", "source=digits", "--data", "classes=0-4", "--json"])
+    assert result.exception is None
+    assert [row["file"] for row in json.loads(result.stdout)["results"]] == files[1:]
+    assert result.stderr == "'dvn-slices/manifest.json' lists networks and holds none: it is passed over\n"
+    with pytest.raises(InputError, match=r"manifest\.json"):
+        CliRunner().invoke(app, ["bench", files[0]], catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

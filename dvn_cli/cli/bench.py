@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from dvn_cli.errors import InputError
+from dvn_cli.export import without_manifests
 from dvn_cli.files import atomic, check_folder_writable, check_writable
 from dvn_cli.formats import FORMATS
 
@@ -122,7 +123,7 @@ def bench_command(
     if scenario is not None:
         document, show = _scenario(scenario.lower(), files or [Path()], plots, measure)
     else:
-        given = files or [Path("dvn.safetensors")]
+        given = without_manifests(files or [Path("dvn.safetensors")], lambda line: typer.echo(line, err=True))
         names = [] if formats is None else [name.strip() for name in formats.split(",")]
         results, document = measure(given, task, level, every=every, formats=names)
         if before is not None:

@@ -123,6 +123,7 @@ def eval_command(
         from dvn_cli.evaluation.costs import read, read_manifest
         from dvn_cli.evaluation.judge import Judge
         from dvn_cli.evaluation.measure import evaluate
+        from dvn_cli.export import without_manifests
 
         counts_as: Verdict = "undecided" if undecided is None else "passed" if undecided == "pass" else "failed"
         judge = Judge(floors, baseline, tolerance, counts_as, save_baseline, task, level, note)
@@ -134,7 +135,7 @@ def eval_command(
                 page.check(loaded, manifests)
 
         rows = evaluate(
-            files or [Path("dvn.safetensors")],
+            without_manifests(files or [Path("dvn.safetensors")], note),
             task,
             level,
             data=data,

@@ -1,7 +1,9 @@
 """`dvn slice`: standalone files of single networks; safetensors as they are take no torch."""
 
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +11,7 @@ import typer
 
 from dvn_cli import budget, export, planning
 from dvn_cli.errors import InputError
-from dvn_cli.formats import FORMATS
+from dvn_cli.formats import FORMATS, NotExpressible
 from dvn_cli.store.file import read_checkpoint
 from dvn_cli.store.lookup import find_task
 
@@ -53,7 +55,7 @@ def slice_command(
         typer.Option(help="Compare on these images too; a folder, or as --data of `dvn eval`. Can be given again."),
     ] = None,
     max_bytes: Annotated[
-        str | None, typer.Option(help="Take the largest level whose safetensors file has at most so much, such as 2MB.")
+        str | None, typer.Option(help="Take the largest level whose file has at most so much, such as 2MB.")
     ] = None,
     max_params: Annotated[str | None, typer.Option(help="The same by parameters, such as 1.5M.")] = None,
     max_macs: Annotated[str | None, typer.Option(help="The same by multiply-accumulates, such as 300M.")] = None,
@@ -122,7 +124,7 @@ def slice_command(
     elif limits or min_accuracy is not None:
         if task is None or level is not None or every:
             raise InputError("a budget chooses the level of a task: give --task T, without --level and --all")
-        choice = _choose(checkpoint, task, limits, min_accuracy, results or [])
+        choice = _choose(checkpoint, task, limits, min_accuracy, results or [], form)
         level = choice.level.level
         if not as_json:
             _show_choice(choice)
@@ -200,12 +202,28 @@ def _check(check: dict[str, Any] | None) -> str:
 
 
 def _choose(
-    checkpoint: Path, task: str, limits: dict[str, float], least: float | None, results: Sequence[Path]
+    checkpoint: Path,
+    task: str,
+    limits: dict[str, float],
+    least: float | None,
+    results: Sequence[Path],
+    form: export.Form,
 ) -> budget.Choice:
     header = read_checkpoint(checkpoint)
     number = find_task(header.metadata.tasks, task)
     levels = budget.known_levels(header, number, results, {"bytes", *limits})
+    if "bytes" in limits and not form.is_cut:  # what files of other formats weigh is known once they are written
+        levels = [replace(each, bytes=_written(checkpoint, number, each.level, form)) for each in levels]
     return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name)
+
+
+def _written(checkpoint: Path, task: int, level: int, form: export.Form) -> int | None:
+    """The bytes of a network's file in a format; None where the format cannot express it."""
+    with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
+        try:
+            return export.slice(checkpoint, f"number:{task}", level, folder, form=replace(form, data=None)).bytes
+        except NotExpressible:
+            return None
 
 
 def _show_choice(choice: budget.Choice) -> None:
