@@ -8,6 +8,7 @@ import torch
 
 from dvn_cli import processes
 from dvn_cli.errors import InputError
+from dvn_cli.files import reason
 
 
 def choose(name: str) -> torch.device:
@@ -40,6 +41,14 @@ def memory_format(name: str, device: torch.device) -> torch.memory_format:
     if name == "auto":
         name = "contiguous" if device.type == "mps" else "channels_last"
     return torch.channels_last if name == "channels_last" else torch.contiguous_format
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises InputError unless torch.compile works for the device, for which it wants compilers of the machine's."""
+    try:
+        torch.compile(lambda values: 2 * values + 1)(torch.ones(3, device=device))
+    except Exception as error:  # whatever its parts raise
+        raise InputError(f"torch.compile does not work here, leave out compile: {reason(error)}") from error
 
 
 def title(device: torch.device) -> str:

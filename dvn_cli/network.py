@@ -1,7 +1,7 @@
 """All networks in one: the shared store, what is private to tasks and levels, and every network as a view of it."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,7 @@ class DeepVirtualNetwork(nn.Module):
         preprocessing: how images were prepared for the weights that it started from; None where those were random.
         earlier: the divisions that there were before units were added.
         random: names of the backbone's tensors that those weights lack, such as a classifier of other classes.
+        compiled: whether networks in train mode are compiled when they first run.
     """
 
     def __init__(
@@ -218,7 +219,8 @@ class DeepVirtualNetwork(nn.Module):
         self.preprocessing, self.earlier, self.random = preprocessing, earlier, list[str]()
         self.partition, self.tasks, self.training_record = partition, list(tasks), training_record
         self._places: dict[str, tuple[nn.Module, str]] = {}
-        self._plans: dict[tuple[int, int, bool], tuple[fx.GraphModule, list[tuple[nn.Module, str, Cut]]]] = {}
+        self._plans: dict[tuple[int, int, bool], tuple[Callable[..., Any], list[tuple[nn.Module, str, Cut]]]] = {}
+        self.compiled = False
         for name, tensor in tensors.items():
             self._register(name, tensor)
         checked(self.metadata())  # what no file can say is refused now, not when it has been trained
@@ -367,7 +369,9 @@ class DeepVirtualNetwork(nn.Module):
             narrowed = self.narrowed(*key)
             with torch.inference_mode(False):  # what is evaluated first may be trained later
                 module = on_device(narrowed.module, images.device)
-                self._plans[key] = (module, [self._place(name, task, level) for name in narrowed.names])
+                # Not `__call__`, whose code all modules share: of one code torch compiles eight forms at most.
+                graph = torch.compile(module.forward, dynamic=False) if self.compiled and key[2] else module
+                self._plans[key] = (graph, [self._place(name, task, level) for name in narrowed.names])
         graph, plan = self._plans[key]
         return graph(images, *[taken(getattr(module, name), cut) for module, name, cut in plan])
 

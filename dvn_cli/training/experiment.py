@@ -15,7 +15,7 @@ import torch
 from dvn_cli import processes
 from dvn_cli.data import DataSpec, Reader, TaskData
 from dvn_cli.data.spec import locate
-from dvn_cli.device import choose
+from dvn_cli.device import check_compiler, choose
 from dvn_cli.dividing import Note, silent
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation import measure
@@ -237,6 +237,8 @@ def prepare(
     start = recipe.partition or recipe.continues
     if start is not None and _same_file(locate(start, base), output):
         raise InputError(f"'{output}' is what the recipe starts from: give another output with -o")
+    if recipe.compile:
+        check_compiler(device)
     for file in vars(files).values():
         check_writable(file)  # now, not after the last epoch
     if not resume and not force:

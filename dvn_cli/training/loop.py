@@ -71,6 +71,7 @@ class Run:
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)  # of dropout and its like
         self.network.to(self.device)
+        self.network.compiled = self.recipe.compile
         processes.broadcast([t for t in self.network.file_tensors().values() if t.is_floating_point()])
         self.stop, self.waited = Stop(), 0.0
         self._finite_before = self._finite_tensors()

@@ -351,6 +351,11 @@ class Recipe(Keys):
         description="How images lie in memory, and with them all that convolutions make of them. auto: channels_last, "
         "the faster one on CPU and CUDA; contiguous on MPS. Images of one channel are both.",
     )
+    compile: bool = Field(
+        default=False,
+        description="Compile each network for training (torch.compile) when it first runs, which takes a minute or "
+        "more; results are the same within rounding. On a CPU a C++ compiler is needed.",
+    )
     save_every: Annotated[SaveKeys, MAY_DIFFER] = Field(
         default=SaveKeys(),
         description="When the state that a run is resumed from is written, besides after every epoch and when SIGINT "

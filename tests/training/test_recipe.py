@@ -462,6 +462,7 @@ CHANGES = {
     "save_every": "{steps: 1}",
     "save_every.steps": "1",
     "save_every.minutes": "0.000001",
+    "compile": "true",
     "threads": "2",
     "seed": "1",
 }
@@ -479,12 +480,14 @@ BASES["compensate"] = ("backbone.weights=w.pth",)
 def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
     """All that a recipe can have an effect on, and nothing that repeats its words; of an error, its message."""
     threads: list[int] = []
+    compiled: list[bool] = []
     states: list[Any] = []
     torch.manual_seed(5)
     torch.save(resolve("wrn_10_1", 10, 1).build().state_dict(), folder / "w.pth")
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "set_num_threads", threads.append)
+            patch.setattr(torch, "compile", lambda made, **_: (compiled.append(True), made)[1])
             patch.setattr("dvn_cli.training.session.write", lambda *given: (states.append(given), write(*given)))
             session = small.trained(folder, *overrides, scales={"tiny": {"epochs": 1}})
     except InputError as error:
@@ -496,6 +499,7 @@ def outcome(folder: Path, *overrides: str) -> dict[str, Any]:
         "history": small.history(session.run),
         "best": session.run.best,
         "threads": threads,
+        "compiled": len(compiled),
         "states written": len(states),
         "in a table": json.loads(session.files.record.read_text())["recipe"]["scenario"],
     }
