@@ -4,7 +4,7 @@ import functools
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,19 +117,22 @@ def _advice(root: Path, folders: Sequence[str], train_split: str | None) -> str:
 
 def _flat_folder(root: Path, part: Part) -> Listing:
     """A folder of classes without splits, and which of its images are to train and to test on."""
-    classes = _class_folders(root)
-    whole = _files_by_class(root, ".", classes, "train")
+    return a_fifth(_files_by_class(root, ".", _class_folders(root), "train"), part, key=(root, part))
+
+
+def a_fifth(whole: Listing, part: Part, key: Hashable) -> Listing:
+    """Returns a fifth of each class of images without splits, to test on, or the rest, to train on."""
     order = stratified_order(whole.labels.numpy(), seed=0)
     count = round(FLAT_TEST_SHARE * len(order))
     chosen = np.sort(order[:count] if part == "test" else order[count:])
     labels = whole.labels.numpy()[chosen]
-    few = set(range(len(classes))) - set(labels.tolist()) - set(whole.empty)
+    few = set(range(len(whole.class_names))) - set(labels.tolist()) - set(whole.empty)
     return replace(
         whole,
         split=f"{100 * (FLAT_TEST_SHARE if part == 'test' else 1 - FLAT_TEST_SHARE):g} % of its images",
         labels=torch.from_numpy(labels),
         strata=torch.from_numpy(labels),
-        key=(root, part),
+        key=key,
         items=lambda indices: whole.items(chosen[indices]),
         left_out=Counter() if part == "test" else whole.left_out,
         empty={} if part == "test" else {**whole.empty, **dict.fromkeys(few, "it has too few to test on some")},

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from dvn_cli import processes
+from dvn_cli.data import tars
 from dvn_cli.data.decode import Item
 from dvn_cli.data.folders import folder
 from dvn_cli.data.listing import Listing, Part, Request, in_words, labelled, stratified_order
@@ -183,4 +184,5 @@ SOURCES: dict[str, Callable[[Request, Part], Listing | None]] = {
     "torchvision": torchvision_data,
     "folder": folder,
     "hf": hugging_face,
+    "webdataset": tars.read,
 }

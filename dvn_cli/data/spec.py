@@ -22,7 +22,7 @@ from dvn_cli.store.metadata import CropMode, Interpolation
 MAY_DIFFER = "may differ when a run is resumed"
 """Marks a key that says where or how something is computed, not what: a run goes on with another value of it."""
 
-Kind = Literal["digits", "torchvision", "folder", "hf"]
+Kind = Literal["digits", "torchvision", "folder", "hf", "webdataset"]
 Augmentation = Literal["none", "crop", "crop-flip", "resized-crop"]
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -33,6 +33,7 @@ _TAKES: dict[str, set[str]] = {
     "torchvision": {"name", "path", "subset", "test_split"},
     "folder": {"path", "test_split"},
     "hf": {"name", "path", "image", "label", "subset", "test_split"},
+    "webdataset": {"path", "image", "label", "test_split"},
 }
 """Of the fields that say where images are, those that each kind of source takes."""
 
@@ -61,7 +62,9 @@ class DataSpec(BaseModel):
     source: Kind = Field(
         description="digits: the handwritten digits that come with dvn. torchvision: a data set of "
         "torchvision.datasets. folder: images in PATH/train/CLASS/* and PATH/test/CLASS/*, or in "
-        "PATH/CLASS/*, a fifth of which becomes the test images. hf: Hugging Face parquet files."
+        "PATH/CLASS/*, a fifth of which becomes the test images. hf: Hugging Face parquet files. webdataset: tar files "
+        "of images and labels, called train-0000.tar and test-0000.tar or their like; without such names, a fifth of "
+        "the images becomes the test images."
     )
     name: str | None = Field(
         default=None,
@@ -71,12 +74,18 @@ class DataSpec(BaseModel):
         default=None,
         description="Local folder, relative to the recipe's or to the working directory. folder: of the images. hf:"
         " of the parquet files (instead of `name`). torchvision: where the data set is or is downloaded"
-        " to.",
+        " to. webdataset: of the tar files, or one of them.",
     )
     image: str | None = Field(
-        default=None, description="hf: column of the images. By default the only column of images."
+        default=None,
+        description="hf: column of the images. By default the only column of images. webdataset: suffix of the "
+        "images, such as jpg or seg.png. By default any that is an image's.",
     )
-    label: str | None = Field(default=None, description="hf: column of the classes. By default the only such column.")
+    label: str | None = Field(
+        default=None,
+        description="hf: column of the classes. By default the only such column. webdataset: suffix of the files that "
+        "hold a class, as a number or a name. By default cls.",
+    )
     subset: str | None = Field(
         default=None,
         description="hf: configuration or sub-folder. torchvision: the split of EMNIST and data sets like it.",
@@ -225,7 +234,7 @@ class DataSpec(BaseModel):
             raise ValueError(f"source {self.source} takes no {sorted(given - takes)[0]} (it takes: {allowed})")
         if self.source == "hf" and (self.name is None) == (self.path is None):
             raise ValueError("source hf needs either name (on the hub) or path (a local folder)")
-        for source, needed in (("torchvision", "name"), ("folder", "path")):
+        for source, needed in (("torchvision", "name"), ("folder", "path"), ("webdataset", "path")):
             if self.source == source and getattr(self, needed) is None:
                 raise ValueError(f"source {source} needs {needed}")
         of_crop = [key for key in ("scale", "ratio", "hflip", "color_jitter", "aa") if getattr(self, key) is not None]

@@ -12,6 +12,7 @@ from dvn_cli.data.folders import subfolders
 from dvn_cli.data.listing import TEST_SPLITS
 from dvn_cli.data.parquet import parquet_files
 from dvn_cli.data.spec import DataSpec
+from dvn_cli.data.tars import tar_files
 from dvn_cli.errors import InputError
 from dvn_cli.files import read_bytes
 from dvn_cli.overrides import LARGEST, first_problem, override_key, parse_override, read_yaml
@@ -75,8 +76,8 @@ def parse_data(
         if os.path.isdir(path):  # which is false, unlike pathlib's, of what is too long for a path: long KEY=VALUE
             content |= _folder(path, flat)
             if note is not None:
-                what = "parquet files" if content["source"] == "hf" else "images by class"
-                note(f"images: the {what} in '{path}'")
+                what = {"hf": "parquet files", "webdataset": "tar files"}
+                note(f"images: the {what.get(content['source'], 'images by class')} in '{path}'")
         elif os.path.isfile(path) and path.suffix in (".yaml", ".yml"):
             base = path.parent
             content |= _yaml(path)
@@ -95,6 +96,8 @@ def parse_data(
 def _folder(path: Path, flat: bool) -> dict[str, Any]:
     if parquet_files(path):
         return {"source": "hf", "path": str(path)}
+    if tar_files(path):
+        return {"source": "webdataset", "path": str(path)}
     folders = set(subfolders(path))
     if not folders and not flat:
         raise InputError(f"--data {path}: there are neither parquet files in it nor folders of classes")

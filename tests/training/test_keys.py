@@ -30,7 +30,7 @@ def keys() -> dict[str, dict[str, Any]]:
         ("tasks.*.name", "str", True, None),
         ("tasks.*.order", "list of int > 0", False, None),
         ("tasks.*.data", "keys", True, None),
-        ("tasks.*.data.source", "digits | torchvision | folder | hf", True, None),
+        ("tasks.*.data.source", "digits | torchvision | folder | hf | webdataset", True, None),
         ("tasks.*.data.classes", "int or str or list of int or str", False, None),
         ("tasks.*.data.size", "int > 0 or [int > 0, int > 0]", False, None),
         ("tasks.*.data.validation", "float >= 0, < 1", False, None),
