@@ -202,6 +202,9 @@ def test_images_that_do_not_fit_are_streamed_or_refused_before_one_is_decoded(mo
     [task] = load(digits())
     assert not isinstance(task.train.pool, torch.Tensor)
     assert isinstance(task.test.pool, torch.Tensor)  # the smallest split first, in half of what is free
+    monkeypatch.setattr(memory, "available", lambda: 3 * needed)
+    _, task = load(kept, digits(size=9))
+    assert not isinstance(task.train.pool, torch.Tensor)  # for which there would be room, but for what is to be kept
     monkeypatch.setattr(memory, "available", lambda: 10**9)
     with pytest.raises(InputError, match=r"take .* GiB, and 0.9 GiB .*: set load to stream, a smaller size, fewer "):
         load(kept, digits(size=40000, load="memory"))

@@ -13,7 +13,7 @@ import dvn_cli
 from dvn_cli.errors import InputError
 from dvn_cli.store.metadata import TaskLevel
 from dvn_cli.training.levels import networks_of_step
-from dvn_cli.training.losses import distillation
+from dvn_cli.training.losses import as_seen_by, distillation
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,14 @@ def test_a_network_of_a_file_teaches(
     run.run(small.nothing, small.nothing)
     for name, tensor in both.file_tensors().items():
         assert torch.equal(tensor, dvn_cli.load(taught / "both.safetensors").file_tensors()[name])
+
+
+def test_classes_are_found_by_their_names(taught: Path) -> None:
+    run = small.session(taught, "teacher=all.safetensors", "tasks.0.data.classes=5-9", force=True).run
+    teacher, images = run.teachers[1], torch.rand(2, 1, 8, 8)
+    assert run.network.tasks[0].classes == teacher.network.task.classes[5:]
+    seen = as_seen_by(images, run.network.tasks[0], teacher.network.task)
+    assert torch.equal(teacher(images), teacher.network(seen)[:, 5:])
 
 
 def test_no_teacher(taught: Path) -> None:
