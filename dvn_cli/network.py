@@ -368,7 +368,8 @@ class DeepVirtualNetwork(nn.Module):
         if key not in self._plans:
             narrowed = self.narrowed(*key)
             with torch.inference_mode(False):  # what is evaluated first may be trained later
-                module = on_device(narrowed.module, images.device)
+                module = narrowed.module  # made on the CPU, and the same for all who use it
+                module = module if images.device.type == "cpu" else on_device(module, images.device)
                 # Not `__call__`, whose code all modules share: of one code torch compiles eight forms at most.
                 graph = torch.compile(module.forward, dynamic=False) if self.compiled and key[2] else module
                 self._plans[key] = (graph, [self._place(name, task, level) for name in narrowed.names])

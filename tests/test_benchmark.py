@@ -105,13 +105,15 @@ def test_slices_in_a_table_of_80_columns(
         assert title in out
 
 
-def test_formats_in_one_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formats_in_one_table(
+    folder: Path, typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     options = ("--num-warm-iter", 0, "--num-bench-iter", 2, "--results-file", "formats.json")
-    done = dvn("bench", "--level", 1, "--formats", "safetensors,pt2,timm", *options, cwd=folder)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == "timm cannot express level 1 of task 'task1': wrn_10_1 is not one of its models\n"
-    rows = [line.split()[:3] for line in done.stdout.splitlines() if line.startswith("task1")]
+    code, out, err = typed("--level", 1, "--formats", "safetensors,pt2,timm", *options)
+    assert code == 0, err
+    assert err == "timm cannot express level 1 of task 'task1': wrn_10_1 is not one of its models\n"
+    rows = [line.split()[:3] for line in out.splitlines() if line.startswith("task1")]
     assert rows == [["task1", "1", "safetensors"], ["task1", "1", "pt2"]]
     plain, pt2 = json.loads((folder / "formats.json").read_text())["results"]
     assert plain["bytes"] == slice_size(read_checkpoint(folder / "dvn.safetensors"), 1, 1)
