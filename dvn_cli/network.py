@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from dvn_cli.graph.dtype import recast
 from dvn_cli.graph.folding import before, fold
 from dvn_cli.graph.narrow import Narrowed, on_device
+from dvn_cli.graph.synchronised import synchronised
 from dvn_cli.partition import Origin, Partition, check_size
 from dvn_cli.store import shapes
 from dvn_cli.store.file import Header, StoredTensor, TensorData, write
@@ -203,6 +204,7 @@ class DeepVirtualNetwork(nn.Module):
         earlier: the divisions that there were before units were added.
         random: names of the backbone's tensors that those weights lack, such as a classifier of other classes.
         compiled: whether networks in train mode are compiled when they first run.
+        synchronised: whether their batch norms see the images of all processes.
     """
 
     def __init__(
@@ -220,7 +222,7 @@ class DeepVirtualNetwork(nn.Module):
         self.partition, self.tasks, self.training_record = partition, list(tasks), training_record
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._plans: dict[tuple[int, int, bool], tuple[Callable[..., Any], list[tuple[nn.Module, str, Cut]]]] = {}
-        self.compiled = False
+        self.compiled = self.synchronised = False
         for name, tensor in tensors.items():
             self._register(name, tensor)
         checked(self.metadata())  # what no file can say is refused now, not when it has been trained
@@ -370,6 +372,8 @@ class DeepVirtualNetwork(nn.Module):
             with torch.inference_mode(False):  # what is evaluated first may be trained later
                 module = narrowed.module  # made on the CPU, and the same for all who use it
                 module = module if images.device.type == "cpu" else on_device(module, images.device)
+                if self.synchronised and key[2]:
+                    module = synchronised(module)
                 # Not `__call__`, whose code all modules share: of one code torch compiles eight forms at most.
                 graph = torch.compile(module.forward, dynamic=False) if self.compiled and key[2] else module
                 self._plans[key] = (graph, [self._place(name, task, level) for name in narrowed.names])

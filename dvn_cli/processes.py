@@ -93,6 +93,15 @@ def average(tensors: Sequence[Tensor]) -> None:
         _at_once(tensors, lambda flat: (dist.all_reduce(flat), flat.div_(count())))
 
 
+def total(tensor: Tensor) -> Tensor:
+    """Returns the sum of what all processes have for a tensor."""
+    summed = tensor.clone(memory_format=torch.contiguous_format)
+    if count() > 1:
+        with _all_there():
+            dist.all_reduce(summed)
+    return summed
+
+
 def broadcast(tensors: Sequence[Tensor]) -> None:
     """Gives every process what process 0 has in some tensors."""
     if count() > 1:

@@ -71,7 +71,7 @@ class Run:
     def __post_init__(self) -> None:
         torch.manual_seed(self.recipe.seed)  # of dropout and its like
         self.network.to(self.device)
-        self.network.compiled = self.recipe.compile
+        self.network.compiled, self.network.synchronised = self.recipe.compile, self.recipe.sync_bn
         processes.broadcast([t for t in self.network.file_tensors().values() if t.is_floating_point()])
         self.stop, self.waited = Stop(), 0.0
         self._finite_before = self._finite_tensors()
@@ -131,7 +131,7 @@ class Run:
                     f"'{self.network.tasks[number - 1].name}' has in a batch: set its batch_size to a multiple of {of}"
                 )
             networks = [network for stage in self.stages for network in stage.learn if network.task == number]
-            if batch // of > 1 or not networks:
+            if (batch if self.recipe.sync_bn else batch // of) > 1 or not networks:
                 continue
             tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
             graph = self.network.narrowed(*networks[0], training=True)

@@ -351,6 +351,11 @@ class Recipe(Keys):
         description="How images lie in memory, and with them all that convolutions make of them. auto: channels_last, "
         "the faster one on CPU and CUDA; contiguous on MPS. Images of one channel are both.",
     )
+    sync_bn: bool = Field(
+        default=False,
+        description="Batch norms take mean and variance over the batch of all processes, as one process would, which "
+        "costs two messages a norm each way; not with compile. By default over each process's part of it.",
+    )
     compile: bool = Field(
         default=False,
         description="Compile each network for training (torch.compile) when it first runs, which takes a minute or "
@@ -407,6 +412,8 @@ class Recipe(Keys):
         if self.keeps_best and any(task.data.validation == 0 for task in self.tasks):
             key = "select best" if self.patience is None else "patience"
             raise ValueError(f"{key} needs validation images in every task: test images choose nothing")
+        if self.sync_bn and self.compile:
+            raise ValueError("sync_bn and compile do not go together: what processes tell each other is not compiled")
         if self.patience is not None and not is_joint:
             raise ValueError("patience is for tasks that are learnt together: the epochs of each stage are planned")
         return self

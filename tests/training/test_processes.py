@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import small
 import together
@@ -52,6 +53,19 @@ def test_two_processes_that_were_stopped_equal_one(told: dict[str, list[Any]], t
 
 def test_a_process_that_fails_ends_all(told: dict[str, list[Any]]) -> None:
     assert told["failed"] == [["SystemExit", "1"], ["InputError", "no such image"]]
+
+
+def test_batch_norms_of_all_processes_are_one(told: dict[str, list[Any]]) -> None:
+    assert np.array(told["norms"]).shape == (together.COUNT, 6)
+    assert np.max(told["norms"]) < 1e-5
+
+
+def test_a_run_with_synchronised_norms_is_another_way_to_the_same(tmp_path: Path) -> None:
+    runs = [small.trained(tmp_path, f"sync_bn={each}").run for each in ("true", "false")]
+    (ours, theirs) = (run.network.file_tensors() for run in runs)
+    assert any(not torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("mixing", [None, Mixing(0.5, 0, 0, 3)])

@@ -462,6 +462,7 @@ CHANGES = {
     "save_every": "{steps: 1}",
     "save_every.steps": "1",
     "save_every.minutes": "0.000001",
+    "sync_bn": "true",
     "compile": "true",
     "threads": "2",
     "seed": "1",

@@ -19,6 +19,7 @@ import torch.multiprocessing
 from dvn_cli import processes
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation.measure import evaluate_all
+from dvn_cli.graph.synchronised import batch_norm
 from dvn_cli.training.loop import Run
 
 COUNT = 2
@@ -55,6 +56,35 @@ def interrupted(folder: Path) -> Any:
     return {**told, "history": small.history(run), "test": test}
 
 
+def norms(_: Path) -> Any:
+    """How far a batch norm of both processes' parts is from one of the whole batch: outputs, gradients, statistics."""
+    torch.manual_seed(0)
+    whole, weight, bias = torch.randn(8, 3, 5, 5) * 2 + 1, torch.rand(3), torch.rand(3)
+    target = torch.randn(8, 3, 5, 5)
+    found = []
+    for images, wanted, norm in (
+        (whole, target, torch.nn.functional.batch_norm),
+        (processes.share(whole), processes.share(target), None),
+    ):
+        images, own = images.clone().requires_grad_(), [t.clone().requires_grad_() for t in (weight, bias)]
+        kept = [torch.zeros(3), torch.ones(3)]
+        if norm is None:
+            output = batch_norm(images, *own, *kept, True, 0.1, 1e-5)
+        else:
+            output = norm(images, *kept, *own, True, 0.1, 1e-5)
+        (output * wanted).square().mean().backward()
+        gradients = [tensor.grad for tensor in (images, *own) if tensor.grad is not None]
+        found.append([output.detach(), *gradients, *kept])
+    (outputs, of_whole, *rest), (output, of_part, *others) = found
+    processes.average(others[:2])
+    pairs = [
+        (processes.share(outputs), output),
+        (COUNT * processes.share(of_whole), of_part),
+        *zip(rest, others, strict=True),
+    ]
+    return [float((a - b).abs().max()) for a, b in pairs]
+
+
 def failed(_: Path) -> Any:
     """What the others of a process that ends are told."""
     if processes.rank() == 1:
@@ -74,7 +104,7 @@ def one_of_several(number: int, what: Callable[[Path], Any], folder: Path, port:
 
 
 def main() -> None:
-    for what in (interrupted, failed):
+    for what in (interrupted, norms, failed):
         folder = Path(sys.argv[1]) / what.__name__
         folder.mkdir()
         with socket.socket() as free:
