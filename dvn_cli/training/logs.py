@@ -2,9 +2,10 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,7 +21,7 @@ def log(path: Path, force: bool = False) -> Observer:
 
     Args:
         path: a file that ends with .csv or .jsonl, with a line an epoch; or a folder, for TensorBoard.
-        force: replace a file that is there. Without it, only a run that goes on replaces it, by all its epochs.
+        force: replace a file that is there. Without it, a run that goes on adds to its own.
 
     Raises:
         InputError: it is neither, cannot be written, or TensorBoard is not installed.
@@ -41,18 +42,20 @@ class FileLog(Observer):
 
     def begins(self, session: Session) -> None:
         run = session.run
-        if os.path.exists(self.path) and not (run.history or self.force):
-            raise InputError(f"'{self.path}' exists: give another --log, or --force to replace it")
         networks = [f"{run.network.tasks[task - 1].name}/{level}" for task, level in run.network]
         columns = [f"{what}/{network}" for what in ("loss", "validation") for network in networks]
+        self.columns = ["epoch", "stage", "lr", "seconds", *columns]
+        so_far = "".join(self._line(run.scalars(entry)) for entry in run.history)
+        if self.path.suffix == ".csv":
+            so_far = self._line(dict(zip(self.columns, self.columns, strict=True))) + so_far
+        if os.path.exists(self.path) and not self.force:
+            with open(self.path, encoding="utf-8", errors="replace", newline="") as there:
+                if not so_far.startswith(there.read(len(so_far) + 1)):
+                    raise InputError(f"'{self.path}' exists: give another --log, or --force to replace it")
         with self._writing():
             file: TextIO = open(self.path, "w", encoding="utf-8", newline="", buffering=1)  # noqa: SIM115
             self.file = file
-            self.csv = csv.DictWriter(file, ["epoch", "stage", "lr", "seconds", *columns])
-            if self.path.suffix == ".csv":
-                self.csv.writeheader()
-        for entry in run.history:
-            self._write(run.scalars(entry))
+            file.write(so_far)
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -62,15 +65,16 @@ class FileLog(Observer):
         except OSError as error:
             raise DvnError(f"cannot write '{self.path}': {reason(error)}") from error
 
-    def _write(self, scalars: dict[str, float]) -> None:
-        with self._writing():
-            if self.path.suffix == ".csv":
-                self.csv.writerow(scalars)
-            else:
-                self.file.write(json.dumps(scalars) + "\n")
+    def _line(self, scalars: Mapping[str, Any]) -> str:
+        if self.path.suffix != ".csv":
+            return json.dumps(scalars) + "\n"
+        line = io.StringIO()
+        csv.DictWriter(line, self.columns).writerow(scalars)
+        return line.getvalue()
 
     def epoch(self, run: Run) -> None:
-        self._write(run.scalars())
+        with self._writing():
+            self.file.write(self._line(run.scalars()))
 
     def ends(self, trained: Trained) -> None:
         self.file.close()

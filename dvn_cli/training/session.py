@@ -31,6 +31,9 @@ from dvn_cli.training import state
 from dvn_cli.training.loop import Run, json_number
 from dvn_cli.training.recipe import Keys, Recipe
 
+_MAY_GROW = {"epochs", "patience"}
+"""Keys of a recipe with other values of which a finished run is trained on."""
+
 LIBRARIES = ("dvn", "torch", "timm", "torchvision", "safetensors")
 
 
@@ -338,17 +341,18 @@ class Finished:
             return None
 
     def check(self, recipe: Recipe) -> None:
-        """Raises InputError unless it is of the recipe, but for fewer epochs."""
+        """Raises InputError unless it is of the recipe, but for fewer epochs and other patience."""
         path = self.header.path
         if self.training.epochs is None:
             raise InputError(f"'{path}' does not say how many epochs it was trained for: start again with --force")
-        before = _check_recipe(self.training.recipe, recipe, f"'{path}'", {"epochs"}).epochs
+        before = _check_recipe(self.training.recipe, recipe, f"'{path}'", _MAY_GROW).epochs
         if before > recipe.epochs:
             raise InputError(f"'{path}' has been trained for {before} epochs: with --resume give as many or more")
 
     def is_complete(self, recipe: Recipe) -> bool:
         """Whether nothing is left to do for a recipe, which it is of (see `check`)."""
-        return self.results is not None and self.training.recipe.get("epochs") == recipe.epochs
+        before = self.training.recipe
+        return self.results is not None and all(before.get(key) == getattr(recipe, key) for key in _MAY_GROW)
 
 
 def complete_run(recipe: Recipe, output: Path) -> Finished | None:

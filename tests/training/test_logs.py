@@ -48,6 +48,12 @@ def test_files(tmp_path: Path) -> None:
     assert [len(file.read_text().splitlines()) for file in files] == [3, 2], "written as the epochs end"
     with pytest.raises(InputError, match=r"'.*log.csv' exists: give another --log, or --force to replace it"):
         train(tmp_path, *map(log, files), force=True)
+    for file in files:
+        own = file.read_bytes()
+        file.write_bytes(own[:-9] + b"7" + own[-8:])  # another run's
+        with pytest.raises(InputError, match=r"exists: give another --log"):
+            train(tmp_path, log(file), resume=True)
+        file.write_bytes(own[:-9])  # cut off by a crash
     train(tmp_path, *map(log, files), resume=True)
     history = json.loads((tmp_path / "dvn.run.json").read_text())["epochs"]
     rows = [json.loads(line) for line in files[1].read_text().splitlines()]

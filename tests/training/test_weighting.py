@@ -71,3 +71,5 @@ def test_patience(tmp_path: Path) -> None:
     assert told[-1] == f"stopped after epoch {best + 3}: none of the last 2 was better"
     for name, tensor in run.network.file_tensors().items():
         assert torch.equal(tensor, kept[best][name]), name
+    more = small.trained(tmp_path, "patience=4", "epochs=30", "optimizer.lr=0.000001", resume=True).run
+    assert run.epochs_done < more.epochs_done <= 30, "more patience trains it on"
