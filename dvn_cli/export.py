@@ -36,19 +36,23 @@ class Form:
 
     Attributes:
         format: by its name in `formats.FORMATS`.
-        dtype: of the weights, `fp32`, `fp16` or `bf16`; of other types than float32 the network is another one.
+        dtype: of the weights, `fp32`, `fp16`, `bf16` or `int8`; of other types than float32 the network is another one.
         fold_norms: whether running statistics go into the layers before them.
         data: images, as of `evaluate`, on which a file is compared with the network, beside random ones.
+        ranges: images, likewise, that give the ranges of activations in `int8`; their labels are not read.
     """
 
     format: str = "safetensors"
     dtype: str = "fp32"
     fold_norms: bool = False
     data: "Data | Sequence[Data] | None" = None
+    ranges: "Data | Sequence[Data] | None" = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise InputError(f"weights are {', '.join(DTYPES)}, not '{self.dtype}'{did_you_mean(self.dtype, DTYPES)}")
+        if self.dtype == "int8" and not self.ranges:
+            raise InputError("int8 needs images for the ranges of activations: give --calibrate DATA")
 
     @property
     def is_cut(self) -> bool:
@@ -181,8 +185,14 @@ def slice_all(
                 folder.rmdir()
             raise
         yield files[-1]
-    manifest: dict[str, Any] = {"checkpoint": header.path.name, "format": form.format, "slices": []}
-    manifest["slices"] = [_entry(cut) | {"top1": known[cut.task, cut.level]} for cut in files]
+    manifest: dict[str, Any] = {
+        "checkpoint": header.path.name,
+        "format": form.format,
+        "dtype": form.dtype,
+        "slices": [],
+    }
+    top1 = {} if form.dtype == "int8" else known  # it is another network
+    manifest["slices"] = [_entry(cut) | {"top1": top1.get((cut.task, cut.level))} for cut in files]
     with atomic(folder / MANIFEST) as opened:
         opened.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
 
@@ -263,8 +273,10 @@ def _convert(cut: Path, file: Path, kind: Format, form: Form, note: Callable[[st
     network = load(cut)
     assert isinstance(network, VirtualNetwork)
     channels = network.metadata.backbone.in_chans
-    images = [] if form.data is None else unlabelled(form.data, network.task, channels, 0, note)
-    return write(network, kind, file, images, form.dtype, form.fold_norms), network.macs()
+    images, ranges = (
+        [] if data is None else unlabelled(data, network.task, channels, 0, note) for data in (form.data, form.ranges)
+    )
+    return write(network, kind, file, images, form.dtype, form.fold_norms, ranges), network.macs()
 
 
 def _name(header: Header[CheckpointMetadata], network: TaskLevel, kind: Format) -> str:

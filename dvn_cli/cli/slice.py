@@ -1,5 +1,6 @@
 """`dvn slice`: standalone files of single networks; safetensors as they are take no torch."""
 
+import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -46,7 +47,15 @@ def slice_command(
             help=f"Of the files: {', '.join(FORMATS)}. All but the first are run and compared before they are written.",
         ),
     ] = "safetensors",
-    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16.")] = "fp32",
+    dtype: Annotated[str, typer.Option(help="Of the weights: fp32, fp16 or bf16; or int8.")] = "fp32",
+    int8: Annotated[
+        bool,
+        typer.Option(
+            "--int8",
+            help="Compute in 8-bit integers (onnx, executorch), with ranges from the images of --calibrate, which then "
+            "fits no layers. The accuracy is shown; without labels, on how many images the class is the same.",
+        ),
+    ] = False,
     fold_norms: Annotated[
         bool, typer.Option("--fold-norms", help="Put running statistics into the weights of the layers before them.")
     ] = False,
@@ -105,7 +114,11 @@ def slice_command(
     if list_formats:
         _show_formats(as_json)
         return
-    form = export.Form(file_format, dtype, fold_norms, data or None)
+    if int8 and dtype not in ("fp32", "int8"):
+        raise InputError("--int8 or --dtype, not both")
+    int8 = int8 or dtype == "int8"
+    ranges, calibrate = (calibrate, None) if int8 else (None, calibrate)
+    form = export.Form(file_format, "int8" if int8 else dtype, fold_norms, data or None, ranges or None)
     given = {"bytes": max_bytes, "params": max_params, "macs": max_macs, "latency": max_latency}
     limits = {what: budget.amount(what, text, f"--max-{what}") for what, text in given.items() if text is not None}
     choice, planned, networks = None, None, None
@@ -141,19 +154,25 @@ def slice_command(
     if calibrate:  # images are read once for all networks of a task
         files = list(files)
         accuracies = _accuracies(checkpoint, [cut for cut in files if cut.calibration is not None], calibrate, note)
+    if ranges:
+        files = list(files)
+        accuracies = _accuracies_of_files(checkpoint, files, file_format, ranges, note)
     rows = []
     for cut in files:
         result = cut.to_dict()
         if cut.calibration is not None:
             before, after = accuracies.get((cut.task, cut.level), (None, None))
             result["calibration"] = {**result["calibration"], "top1_before": before, "top1_after": after}
+        if ranges:
+            before, after = accuracies.get((cut.task, cut.level), (None, None))
+            result["int8"] = {"top1_before": before, "top1_after": after}
         rows.append(result)
         if not as_json:
             units = ", ".join(map(str, cut.units))
             typer.echo(
                 f"{cut.file}  {cut.name}  level {cut.level} of {cut.levels}  units {units}  "
                 f"{cut.params:,} parameters  {cut.bytes / 1e6:,.2f} MB{_check(result['check'])}"
-                f"{_calibration(result['calibration'])}"
+                f"{_calibration(result['calibration'])}{_int8(result.get('int8'))}"
             )
     if as_json:
         chosen: dict[str, Any] = {}
@@ -184,6 +203,37 @@ def _accuracies(
         for cut in own:
             found[task, cut.level] = top1[str(checkpoint), cut.level], top1[str(cut.file), cut.level]
     return found
+
+
+def _accuracies_of_files(
+    checkpoint: Path, cuts: Sequence[export.SliceFile], file_format: str, data: list[str], note: Callable[[str], None]
+) -> dict[tuple[int, int], tuple[float, float]]:
+    """Top-1 in per cent on the test images, of networks and of their files, run; not of tasks of other classes."""
+    from dvn_cli.data.words import parse_data
+    from dvn_cli.evaluation.measure import measure_together, open_files
+    from dvn_cli.formats import find_format
+    from dvn_cli.network import DeepVirtualNetwork
+
+    found = {}
+    for task in dict.fromkeys(cut.task for cut in cuts):
+        try:
+            [loaded] = open_files([checkpoint], f"number:{task}", None, *parse_data(data, note), note)
+        except InputError as error:
+            note(f"accuracy is not measured: {error}")
+            continue
+        assert isinstance(loaded.module, DeepVirtualNetwork)
+        for cut in (cut for cut in cuts if cut.task == task):
+            network = functools.partial(loaded.module, task=task, level=cut.level)
+            networks = [network, find_format(file_format).module.read(cut.file)]
+            scores = measure_together(networks, loaded.splits[task], loaded.module.tasks[task - 1])
+            found[task, cut.level] = scores[0].top1, scores[1].top1
+    return found
+
+
+def _int8(int8: dict[str, float | None] | None) -> str:
+    if int8 is None or int8["top1_before"] is None:
+        return ""
+    return f"  in int8 {int8['top1_before']:.1f} -> {int8['top1_after']:.1f} %"
 
 
 def _calibration(calibration: dict[str, Any] | None) -> str:

@@ -2,7 +2,8 @@
 
 A module has two functions: `write(network, path, fold_norms)` makes the file or folder of a network, in the type of its
 weights, and `read(path, threads)` opens one with its runtime and returns a function from normalised images, float32
-(batch, channels, height, width), to logits (batch, classes).
+(batch, channels, height, width), to logits (batch, classes). Where a format has them, `write_int8(network, path,
+images)` makes one that computes in 8-bit integers, whose ranges are those that these batches of images give.
 """
 
 import importlib
@@ -27,6 +28,7 @@ class Format:
         runs_with: what a device needs to run it.
         needs: modules that write it and read it back, beyond those that dvn always has.
         has_weights: it holds weights alone, whose runtime has the norms, so they cannot be folded.
+        has_int8: its module has `write_int8`.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Format:
     runs_with: str
     needs: tuple[str, ...] = ()
     has_weights: bool = False
+    has_int8: bool = False
 
     @property
     def is_folder(self) -> bool:
@@ -57,16 +60,19 @@ FORMATS = {
         Format("safetensors", ".safetensors", "dvn", has_weights=True),
         Format("timm", "-timm", "timm alone", has_weights=True),
         Format("pt2", ".pt2", "torch alone"),
-        Format("onnx", ".onnx", "ONNX Runtime", ("onnx", "onnxscript", "onnxruntime")),
-        Format("executorch", ".pte", "ExecuTorch with XNNPACK", ("executorch",)),
+        Format("onnx", ".onnx", "ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), has_int8=True),
+        Format("executorch", ".pte", "ExecuTorch with XNNPACK", ("executorch",), has_int8=True),
         Format("openvino", "-openvino", "OpenVINO", ("openvino",)),
         Format("litert", ".tflite", "LiteRT", ("litert_torch", "ai_edge_litert")),
     )
 }
 
 
-DTYPES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""Types of weights, and how much logits may differ from those of the network as it is, in parts of the largest."""
+DTYPES = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1, "int8": 0.5}
+"""Types of weights, and how much logits may differ from those of the network as it is, in parts of the largest.
+
+In int8 activations are of that type too, and the images that are compared those that gave their ranges.
+"""
 
 
 def find_format(name: str) -> Format:

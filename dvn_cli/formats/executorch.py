@@ -1,12 +1,18 @@
 """ExecuTorch's program for XNNPACK, that is for ARM and x86 CPUs: `Module("x.pte").forward(image)` on a device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+    XNNPACKQuantizer,
+    get_symmetric_quantization_config,
+)
 from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from torch import Tensor
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dvn_cli.formats.program import description, one_by_one, program
 from dvn_cli.network import VirtualNetwork
@@ -14,7 +20,20 @@ from dvn_cli.network import VirtualNetwork
 
 def write(network: VirtualNetwork, path: Path, fold_norms: bool) -> None:
     """Writes a network for one image at a time; classes and preprocessing are methods that return text."""
-    exported = program(network, fold_norms, batch=1)
+    _write(network, program(network, fold_norms, batch=1), path)
+
+
+def write_int8(network: VirtualNetwork, path: Path, images: Sequence[Tensor]) -> None:
+    """Writes a network quantised by torchao's PT2E for XNNPACK, its weights by channel, activations by tensor."""
+    exported = program(network, fold_norms=True, batch=1)
+    quantizer = XNNPACKQuantizer().set_global(get_symmetric_quantization_config(is_per_channel=True))
+    observed = prepare_pt2e(exported.module(), quantizer)
+    for image in torch.cat(list(images)).split(1):
+        observed(image)
+    _write(network, torch.export.export(convert_pt2e(observed), exported.example_inputs[0], strict=False), path)
+
+
+def _write(network: VirtualNetwork, exported: torch.export.ExportedProgram, path: Path) -> None:
     texts = description(network)
     lowered = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()], constant_methods=texts)
     path.write_bytes(lowered.to_executorch().buffer)

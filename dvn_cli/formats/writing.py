@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dvn_cli.errors import DvnError, InputError, is_out_of_memory
 from dvn_cli.files import check_writable, put
-from dvn_cli.formats import DTYPES, Format
+from dvn_cli.formats import DTYPES, FORMATS, Format
 from dvn_cli.network import VirtualNetwork
 
 _TORCH = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -46,6 +46,7 @@ def write(
     images: Sequence[Tensor] = (),
     dtype: str = "fp32",
     fold_norms: bool = False,
+    ranges: Sequence[Tensor] = (),
 ) -> Check:
     """Writes a network's file or folder.
 
@@ -56,6 +57,7 @@ def write(
         images: normalised batches to compare on, beside random ones.
         dtype: of the weights, see `formats.DTYPES`.
         fold_norms: whether running statistics go into the layers before them.
+        ranges: in int8, normalised batches that give the ranges of activations; compared in place of random ones.
 
     Raises:
         InputError: the format has no such networks, or `output` cannot be written.
@@ -63,19 +65,25 @@ def write(
     """
     if fold_norms and form.has_weights:
         raise InputError(f"--fold-norms: {form.name} holds weights, whose network has the norms")
+    if dtype == "int8" and not form.has_int8:
+        able = " and ".join(each.name for each in FORMATS.values() if each.has_int8)
+        raise InputError(f"{form.name} is not written in int8: {able} are")
     if not form.is_folder:
         check_writable(output)
     limit = DTYPES[dtype]
     title = f"level {network.level} of task '{network.task.name}'"
     sample = torch.Generator().manual_seed(0)
     shape = (network.metadata.backbone.in_chans, *network.task.input_size)
-    batches = [torch.randn(size, *shape, generator=sample) for size in RANDOM_BATCHES]
+    batches = list(ranges) or [torch.randn(size, *shape, generator=sample) for size in RANDOM_BATCHES]
     network = network.eval()
     with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
         file = Path(folder) / f"network{form.ending}"
         with quiet(), _named(f"{title} cannot be written as {form.name} in {dtype}"):
-            given = network if dtype == "fp32" else copy.deepcopy(network).to(_TORCH[dtype])
-            form.module.write(given, file, fold_norms)
+            if dtype == "int8":
+                form.module.write_int8(network, file, ranges)
+            else:
+                given = network if dtype == "fp32" else copy.deepcopy(network).to(_TORCH[dtype])
+                form.module.write(given, file, fold_norms)
             run = form.module.read(file)
             pairs = [(network(batch), run(batch)) for batch in (*batches, *images)]
         expected, found = (torch.cat(part) for part in zip(*pairs, strict=True))

@@ -156,10 +156,43 @@ def test_folded_norms_and_types(checkpoint: Path) -> None:
     assert torch.export.load(half.file).module()(random_images(2)).dtype is torch.float32
     cut = dvn_cli.slice(checkpoint, 1, 1, form=Form(dtype="fp16"))
     assert {p.dtype for p in dvn_cli.load(cut.file).parameters()} == {torch.float16}
-    with pytest.raises(InputError, match="weights are fp32, fp16, bf16, not 'fp8'; did you mean"):
+    with pytest.raises(InputError, match="weights are fp32, fp16, bf16, int8, not 'fp8'; did you mean"):
         Form(dtype="fp8")
     with pytest.raises(InputError, match="--fold-norms: safetensors holds weights"):
         dvn_cli.slice(checkpoint, 1, 1, form=Form(fold_norms=True))
+
+
+@pytest.mark.parametrize("name", [each.name for each in FORMATS.values() if each.has_int8])
+def test_int8_says_what_it_costs(checkpoint: Path, name: str) -> None:
+    if FORMATS[name].missing:
+        pytest.skip(f"{FORMATS[name].missing} not installed")
+    whole = dvn_cli.slice(checkpoint, 1, 2, "whole", form=Form(name))
+    words = ["slice", str(checkpoint), "--task", "1", "--level", "2", "--format", name, "--int8", "--json"]
+    images = ["--calibrate", "source=digits", "--calibrate", "classes=0-4", "--calibrate", "test_images=50"]
+    [cut] = json.loads(CliRunner().invoke(app, [*words, *images]).stdout)["slices"]
+    assert cut["bytes"] < whole.bytes / 2
+    assert cut["calibration"] is None
+    assert 1e-4 < cut["check"]["difference"] < 0.5
+    assert cut["check"]["images"] == 128
+    assert all(0 <= share <= 100 for share in cut["int8"].values())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--format", "onnx", "--int8"], "int8 needs images for the ranges of activations: give --calibrate DATA"),
+        (
+            ["--format", "pt2", "--dtype", "int8", "--calibrate", "source=digits"],
+            "pt2 is not written in int8: onnx and",
+        ),
+        (["--int8", "--dtype", "fp16"], "--int8 or --dtype, not both"),
+    ],
+)
+def test_int8_is_refused_in_a_line(checkpoint: Path, words: list[str], message: str) -> None:
+    result = CliRunner().invoke(app, ["slice", str(checkpoint), "--task", "1", "--level", "1", *words])
+    assert isinstance(result.exception, InputError)
+    assert str(result.exception).startswith(message)
+    assert not list(Path().iterdir())
 
 
 def test_images_of_ones_own_are_compared_too(checkpoint: Path) -> None:
