@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,37 +26,37 @@ from dvn_cli.errors import InputError
 
 
 @pytest.fixture(scope="module")
-def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What the processes of `together.py` say, by what they did."""
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the processes of `together.py` say, by what they did, and the folder of their files."""
     folder = tmp_path_factory.mktemp("together")
     subprocess.run([sys.executable, together.__file__, str(folder)], check=True, timeout=500)
-    return {
+    said = {
         what.name: [json.loads((what / f"{number}.json").read_text()) for number in range(together.COUNT)]
         for what in folder.iterdir()
     }
+    return {**said, "folder": folder}
 
 
-def test_two_processes_that_were_stopped_equal_one(told: dict[str, list[Any]], tmp_path: Path) -> None:
+def test_one_process_goes_on_where_two_were_stopped(told: dict[str, Any], tmp_path: Path) -> None:
+    """With the losses of one that nothing stopped."""
     first, second = told["interrupted"]
     assert first == second
     assert [first[key] for key in ("code", "epochs", "steps")] == [128 + signal.SIGTERM, 1, 2]
-    run = small.trained(tmp_path, **together.RECIPE).run
-    for ours, theirs in zip(small.history(run), first["history"], strict=True):
-        for key, value in ours.items():
-            flat = [number for levels in value for number in levels] if isinstance(value, list) else [value]
-            other = (
-                [number for levels in theirs[key] for number in levels] if isinstance(value, list) else [theirs[key]]
-            )
-            assert flat == pytest.approx(other, rel=1e-4), key
-    assert first["affinity"][0] == pytest.approx(run.network.tasks[0].affinity, abs=1e-3)
     assert [images for images, _ in first["test"]] == [20, 20, 21, 21]
+    whole = small.trained(tmp_path, **together.RECIPE).run
+    shutil.copy(told["folder"] / "interrupted" / "dvn.state.safetensors", tmp_path)
+    resumed = small.trained(tmp_path, resume=True, **together.RECIPE).run
+    for ours, theirs in zip(small.history(whole), small.history(resumed), strict=True):
+        for key, value in ours.items():
+            torch.testing.assert_close(torch.tensor(theirs[key]), torch.tensor(value), rtol=1e-4, atol=0, msg=key)
+    assert first["history"] == small.history(resumed)[:1]
 
 
-def test_a_process_that_fails_ends_all(told: dict[str, list[Any]]) -> None:
+def test_a_process_that_fails_ends_all(told: dict[str, Any]) -> None:
     assert told["failed"] == [["SystemExit", "1"], ["InputError", "no such image"]]
 
 
-def test_batch_norms_of_all_processes_are_one(told: dict[str, list[Any]]) -> None:
+def test_batch_norms_of_all_processes_are_one(told: dict[str, Any]) -> None:
     assert np.array(told["norms"]).shape == (together.COUNT, 6)
     assert np.max(told["norms"]) < 1e-5
 

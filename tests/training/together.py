@@ -37,7 +37,7 @@ RECIPE: dict[str, Any] = {
 
 
 def interrupted(folder: Path) -> Any:
-    """A run that goes on after one of its processes was asked to stop, and what it makes of the test images."""
+    """A run of which one process was asked to stop, and what it makes of the test images."""
     session = small.session(folder, **RECIPE)
 
     def after_step(run: Run, step: int) -> None:
@@ -48,8 +48,7 @@ def interrupted(folder: Path) -> Any:
         session.train(small.nothing, after_step)
     except SystemExit as error:
         told = {"code": error.code, "epochs": session.run.epochs_done, "steps": session.run.steps_done}
-    processes.gathered(None)  # until the state is written, which a new start finds
-    run = small.trained(folder, resume=True, **RECIPE).run
+    run = session.run
     results = evaluate_all(run.network, {number: data.test for number, data in run.data.items()}, shared=True)
     test = [[result.images, result.top1] for result in results]
     told["affinity"] = [list(task.affinity) for task in session.run.network.tasks]
