@@ -173,13 +173,25 @@ class Run:
             tensors["totals"] = self.step.totals
         drawn = self._drawn if self.steps_done else self._states_of_generators()
         tensors |= {f"generator/{number}": state for number, state in drawn.items()}
+        tensors |= {f"taught_by/{number}": teacher.sums for number, teacher in self.teachers.items()}
         tensors["random"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random_cuda"] = torch.cuda.get_rng_state(self.device)
         return tensors
 
     def restore(self, tensors: Mapping[str, Tensor], metadata: StateMetadata) -> None:
-        """Goes back to a state: what `state` returned, and what else its file says."""
+        """Goes back to a state: what `state` returned, and what else its file says.
+
+        Raises:
+            InputError: a teacher's file is another one.
+        """
+        for number, teacher in self.teachers.items():
+            before = tensors.get(f"taught_by/{number}", teacher.sums)
+            if before.shape != teacher.sums.shape or not torch.allclose(before, teacher.sums, rtol=1e-9, atol=0):
+                raise InputError(
+                    f"'{self.recipe.taught_by}' is not the teacher that the run had so far: put that back, or start "
+                    "again with --force"
+                )
         self._put(self.network, tensors, "network/")
         self.epochs_done, self.history = metadata.epochs_done, [dict(entry) for entry in metadata.history]
         self.steps_done = metadata.steps_done

@@ -16,13 +16,18 @@ from dvn_cli.training.methods import Stage
 
 
 class FileTeacher(nn.Module):
-    """A frozen network of a file, which maps a task's images to logits of that task's classes."""
+    """A frozen network of a file, which maps a task's images to logits of that task's classes.
+
+    Attributes:
+        sums: of each of its tensors, float64 (tensors,), by which another file is told from it.
+    """
 
     columns: Tensor
 
     def __init__(self, network: VirtualNetwork, task: Task) -> None:
         super().__init__()
         self.network, self.task = network.eval().requires_grad_(False), task
+        self.sums = torch.stack([tensor.detach().cpu().double().sum() for tensor in network.state_dict().values()])
         self.register_buffer("columns", torch.tensor([network.task.classes.index(name) for name in task.classes]))
 
     def forward(self, images: Tensor) -> Tensor:

@@ -73,6 +73,23 @@ def test_no_teacher(taught: Path) -> None:
         small.session(taught, "teacher=topp", force=True)
 
 
+def test_another_teacher_is_told_from_the_one_before(taught: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher.safetensors"
+
+    def put(level: int) -> None:
+        teacher.unlink(missing_ok=True)
+        dvn_cli.slice(taught / "both.safetensors", task="all", level=level, output=teacher)
+
+    put(2)
+    with pytest.raises(small.Stopped):
+        small.session(tmp_path, f"teacher={teacher}").train(*small.stop_after(1))
+    put(1)
+    with pytest.raises(InputError, match=r"'.*teacher.safetensors' is not the teacher that the run had so far"):
+        small.session(tmp_path, f"teacher={teacher}", resume=True)
+    put(2)
+    assert small.session(tmp_path, f"teacher={teacher}", resume=True).run.epochs_done == 1
+
+
 def drawn(folder: Path, *words: str, units: int = 4, steps: int = 400) -> list[tuple[TaskLevel, ...]]:
     run = small.session(folder, *words, f"units={units}", "tasks.1.levels=[1, 2]", force=True).run
     return [networks_of_step(run.stage, run.recipe, step / steps, step) for step in range(steps)]
