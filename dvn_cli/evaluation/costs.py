@@ -71,6 +71,10 @@ class Manifest:
 
     format: str
     slices: tuple[SliceSize, ...]
+    dtype: str = "fp32"
+
+    def __str__(self) -> str:
+        return self.format if self.dtype == "fp32" else f"{self.format} {self.dtype}"
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ def _networks(opened: Loaded, rows: Sequence[Evaluation], manifests: Sequence[Ma
     assert isinstance(module, DeepVirtualNetwork)
     sizes = {"safetensors": {(row.name, row.level): count(header, row.task, row.level).bytes for row in rows}}  # type: ignore[arg-type]
     sizes |= {
-        manifest.format: {(each.name, each.level): each.bytes for each in manifest.slices} for manifest in manifests
+        str(manifest): {(each.name, each.level): each.bytes for each in manifest.slices} for manifest in manifests
     }
     cells = [
         (

@@ -50,7 +50,7 @@ def test_a_checkpoint_as_a_page(dvn, made):
     (slice_,) = list(slice_all(made / "dvn.safetensors", made / "slices"))[:1]
     manifest = json.loads((made / "slices" / "manifest.json").read_text())
     del manifest["slices"][-1]
-    manifest["format"] = "<onnx>"
+    manifest |= {"format": "<onnx>", "dtype": "fp16"}
     (made / "manifest.json").write_text(json.dumps(manifest))
     sizes = ("--slices", "slices", "--slices", "manifest.json")
     code, out, err = dvn("--report", "page.html", "--costs", "costs.json", *sizes, "--json")
@@ -65,7 +65,7 @@ def test_a_checkpoint_as_a_page(dvn, made):
         ["2 digits", "-0.25", "1.00"],
     ]
     header, *shown = [row for row in page.rows if len(row) == 13]
-    assert header[7:9] == ["safetensors, MB", "<onnx>, MB"]
+    assert header[7:9] == ["safetensors, MB", "<onnx> fp16, MB"]
     assert shown[0][7] == shown[0][8] == f"{slice_.bytes / 1e6:,.2f}"
     assert shown[-1][8] == "-"
     assert [(row[1], row[4].replace(",", ""), row[2]) for row in shown] == [
