@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -423,7 +424,7 @@ class DeepVirtualNetwork(nn.Module):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the checkpoint, atomically."""
-        write(path, to_data(self.file_tensors()), self.metadata())
+        write(path, to_data(self.file_tensors()), replace(self.metadata(), graph=self.partition.graph_text))
 
 
 def _stored(tensors: Mapping[str, Tensor]) -> dict[str, StoredTensor]:

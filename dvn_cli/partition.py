@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from dvn_cli.backbones import BackboneSpec, head
 from dvn_cli.errors import InputError
+from dvn_cli.graph import text
 from dvn_cli.graph.compare import same_graph
 from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.labels import Labeller
@@ -96,6 +97,7 @@ class Partition:
         dtypes: of the backbone's tensors.
         parameters: names of the tensors that are trained; the rest are buffers.
         aliases: other names in the backbone's `state_dict` of tensors that it holds under several, and the first.
+        kept: its graph in eval mode as its file has it; None where it was not read from one that does.
         groups: the coupled groups that were divided, or stayed shared; empty where it was read from a file.
     """
 
@@ -107,6 +109,7 @@ class Partition:
     dtypes: dict[str, torch.dtype]
     parameters: set[str]
     aliases: dict[str, str]
+    kept: str | None = None
     groups: Sequence[CoupledGroup] = ()
     _graphs: dict[bool, Labelled] = field(default_factory=dict, repr=False)
     _networks: dict[Any, Narrowed] = field(default_factory=dict, repr=False)
@@ -168,7 +171,21 @@ class Partition:
                 for name, axes in self.assignment.tensors.items()
             },
             aliases=self.aliases,
+            graph=self.kept,
         )
+
+    @functools.cached_property
+    def graph_text(self) -> str | None:
+        """What a file keeps of the backbone's graph in eval mode; None where that cannot be written, or read again."""
+        if self.kept is not None:
+            return self.kept
+        found = text.write(self.graph(False).traced, self.shapes, self.dtypes, self.assignment.classes)
+        if found is not None:
+            try:
+                _of_text(replace(self.metadata(), graph=found))
+            except InputError:
+                return None
+        return found
 
     @property
     def units(self) -> int:
@@ -225,6 +242,8 @@ class Partition:
         graph = self.graph(train)
         mask = label_mask(graph.labeller, graph.unit, units, classes)
         narrowed = narrow(graph.traced, graph.labels, graph.labeller, mask, strides)
+        if self.kept is not None and not train:  # it was looked at before its file was written
+            return narrowed
         batch = EXAMPLE_BATCH + 1  # another one than it was traced with
         image = torch.empty(batch, self.spec.in_chans, *input_size, device="meta")
         tensors = self.tensors(units, classes)
@@ -292,7 +311,7 @@ class Partition:
         return Stem.read(self.graph(train=False).traced, self.spec.name, self.spec.input_size)
 
 
-@torch.compiler.disable
+@torch._disable_dynamo  # which, unlike `torch.compiler.disable`, imports the compiler only when it is called
 def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition | None = None) -> None:
     """Raises InputError where a network is given images of a size that its graph is wrong for.
 
@@ -323,9 +342,41 @@ _ALIVE: weakref.WeakValueDictionary[str, Partition] = weakref.WeakValueDictionar
 @functools.lru_cache(maxsize=2)
 def _restored(description: str) -> Partition:
     metadata = parse(DividedBackbone, loads(description))
+    if (kept := _of_text(metadata)) is not None:
+        return kept
     spec, assignment = BackboneSpec(**vars(metadata.backbone)), metadata.assignment
     owners = {name: entry.owner for name, entry in metadata.tensors.items()}
     return Partition.of_module(empty_init(spec.build), spec, metadata.rule, assignment, owners)
+
+
+def _of_text(metadata: DividedBackbone) -> Partition | None:
+    """The partition of a file that keeps the backbone's graph; None where the graph cannot be used here.
+
+    Raises:
+        InputError: the graph is not one of this backbone.
+    """
+    spec = BackboneSpec(**vars(metadata.backbone))
+    if metadata.graph is None:
+        return None
+    names, image = sorted(metadata.tensors), (spec.in_chans, *spec.input_size)
+    found = text.read(metadata.graph, names, image, spec.num_classes)
+    if found is None:
+        return None
+    if set(found.shapes) != set(names) or any(len(found.shapes[n]) != len(metadata.tensors[n].axes) for n in names):
+        raise InputError("'graph' has other tensors than 'tensors'")
+    partition = Partition(
+        spec=spec,
+        rule=metadata.rule,
+        assignment=metadata.assignment,
+        owners={name: metadata.tensors[name].owner for name in found.shapes},
+        shapes=found.shapes,
+        dtypes=found.dtypes,
+        parameters={name for name, entry in metadata.tensors.items() if entry.trainable},
+        aliases=dict(metadata.aliases),
+        kept=metadata.graph,
+    )
+    partition._graphs[False] = Labelled.by_assignment(found.traced, partition.assignment)
+    return partition
 
 
 def _changed(spec: BackboneSpec) -> InputError:

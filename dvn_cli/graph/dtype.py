@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from dvn_cli.graph.trace import AUTOCAST_OFF
+from dvn_cli.graph.trace import AUTOCAST_OFF, Batched
 
 TRACED = torch.float32
 """The type that backbones are traced in, so that a cast to the weights' own type looks like one to float32."""
@@ -90,4 +90,4 @@ def _is_closed(cast: fx.Node, casts: set[fx.Node]) -> bool:
 
 def is_size(node: fx.Node) -> bool:
     """Whether a node is a number that follows the batch, and no tensor."""
-    return isinstance(node.meta.get("val"), int | torch.SymInt)
+    return isinstance(node.meta.get("val"), int | Batched)

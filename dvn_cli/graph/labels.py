@@ -22,7 +22,7 @@ from torch import Tensor, fx
 from dvn_cli.errors import InputError
 from dvn_cli.graph.coupling import CoupledGroups
 from dvn_cli.graph.registry import entry_of
-from dvn_cli.graph.trace import Traced, bind, hint, refusal, shape_of, writers
+from dvn_cli.graph.trace import Batched, Traced, bind, hint, refusal, shape_of, writers
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ class Labeller:
 
     def _call(self, node: fx.Node) -> Any:
         value = node.meta.get("val")
-        if isinstance(value, int | float | bool | torch.SymInt | torch.SymFloat | torch.SymBool):
-            return hint(value) if isinstance(value, int | torch.SymInt) else value
+        if isinstance(value, int | float | bool | Batched | torch.SymFloat | torch.SymBool):
+            return hint(value) if isinstance(value, int | Batched) else value
         entry, call = entry_of(node.target), Call(node, self)
         if entry is None:
             raise refusal(node)

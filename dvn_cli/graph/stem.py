@@ -4,11 +4,11 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx
+from torch import fx
 
 from dvn_cli.errors import InputError
 from dvn_cli.graph.registry import entry_of
-from dvn_cli.graph.trace import Traced, bind, shape_of
+from dvn_cli.graph.trace import Shaped, Traced, bind, shape_of
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def _nodes(traced: Traced) -> Iterator[fx.Node]:
         elif node.op == "call_function" and (entry := entry_of(node.target)) is not None and entry.reads is not None:
             if node.args[0] in raw:
                 yield node
-        elif any(n in raw for n in node.all_input_nodes) and isinstance(node.meta.get("val"), Tensor):
+        elif any(n in raw for n in node.all_input_nodes) and isinstance(node.meta.get("val"), Shaped):
             raw.add(node)
 
 
@@ -199,4 +199,4 @@ def _keeps_pixels(node: fx.Node) -> bool:
     if entry is not None and entry.adds_margin:
         return True
     after, before = (n.meta.get("val") for n in (node, node.all_input_nodes[0]))
-    return isinstance(after, Tensor) and isinstance(before, Tensor) and shape_of(after)[2:] == shape_of(before)[2:]
+    return isinstance(after, Shaped) and isinstance(before, Shaped) and shape_of(after)[2:] == shape_of(before)[2:]

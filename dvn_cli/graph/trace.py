@@ -20,13 +20,38 @@ device whose autocast that is, or None for that of the device that it runs on.""
 
 
 @dataclass(frozen=True)
+class Batched:
+    """A size, or another integer, that follows the batch; `hint` is what it is at `EXAMPLE_BATCH`."""
+
+    hint: int
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """What is known of a tensor of a graph."""
+
+    shape: tuple[int | Batched, ...]
+
+
+def described(value: Any) -> Any:
+    """Returns what a node's `meta["val"]` says, without torch's own symbols: `Shaped`, a list, or a number."""
+    if isinstance(value, Tensor):
+        return Shaped(tuple(described(size) for size in value.shape))
+    if isinstance(value, tuple | list):
+        return [described(each) for each in value]
+    if isinstance(value, torch.SymInt):
+        return Batched(int(value.node.hint))  # type: ignore[arg-type]
+    return value
+
+
+@dataclass(frozen=True)
 class Traced:
     """An aten graph in which everything that it reads is a placeholder.
 
     `sources` maps a placeholder's name to the tensor behind it: parameters, buffers and constants; `names` maps it to
     the tensor's name in the module (the first of several), for those that are in the module's `state_dict`. The rest
     are constants. The graph has one further placeholder, `input`, of shape (batch, channels, height, width), and
-    returns one tensor.
+    returns one tensor. The `meta["val"]` of each node is as `described` returns it.
     """
 
     graph: fx.Graph
@@ -47,12 +72,12 @@ class Traced:
         return replace(self, sources=sources)
 
 
-def hint(value: object) -> int:
-    """The concrete number behind an int or a symbolic one (the batch is `EXAMPLE_BATCH`)."""
-    return int(value.node.hint) if isinstance(value, torch.SymInt) else int(value)  # type: ignore
+def hint(value: int | Batched) -> int:
+    """The concrete number behind an integer that may follow the batch."""
+    return value.hint if isinstance(value, Batched) else int(value)
 
 
-def shape_of(value: Tensor) -> tuple[int, ...]:
+def shape_of(value: Shaped | Tensor) -> tuple[int, ...]:
     return tuple(hint(size) for size in value.shape)
 
 
@@ -136,6 +161,9 @@ def _normalise(program: torch.export.ExportedProgram, module: nn.Module) -> Trac
             sources[key] = program.constants[signature.inputs_to_lifted_tensor_constants[key]]
         else:
             input_name = key
+    for node in graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = described(node.meta["val"])
     return Traced(graph, input_name, sources, names)
 
 

@@ -231,6 +231,7 @@ class DividedBackbone:
         tensors: by their names in the backbone.
         rule: how channels were assigned.
         aliases: other names in the backbone's `state_dict` of tensors that it holds under several, and the first.
+        graph: the backbone's graph in eval mode, see `graph.text`; None where a file does not say.
     """
 
     backbone: Backbone
@@ -240,6 +241,7 @@ class DividedBackbone:
     class_axis: tuple[tuple[str, Index], ...] = ()
     rule: Rule = Rule()
     aliases: Mapping[str, str] = field(default_factory=dict)
+    graph: str | None = omitted(None)
 
     def __post_init__(self) -> None:
         for number, axis in enumerate(self.axes):
