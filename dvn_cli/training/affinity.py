@@ -38,7 +38,6 @@ def affinity(run: Run) -> list[list[float]]:
             gradient = torch.cat([tensor.grad.flatten() for tensor in shared if tensor.grad is not None])
             wanted[network.task - 1] += gradient - before
             before = gradient
-        processes.average([p.grad for p in run.step.parameters if p.grad is not None])
         for group in run.optimizer.param_groups:
             group["lr"] = run.recipe.optimizer.lr * group["lr_scale"] * step / STEPS
         processes.average([tensor.grad for tensor in run.step.parameters if tensor.grad is not None])
