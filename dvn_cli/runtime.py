@@ -6,6 +6,8 @@ to be active, new pieces are filled from those that are there, and from the file
 never changes once a network has it, so what computes goes on with what it started with.
 """
 
+import contextlib
+import ctypes
 import os
 import statistics
 import threading
@@ -98,12 +100,14 @@ class Runtime:
             after |= {key: before.get(key) or self._network(key) for key in wanted}
             try:
                 self._hold(after.values(), [network for key, network in before.items() if key not in after])
-                self._active = after  # until now those that leave could be called
-                self._hold(after.values())
             except BaseException:
-                self._active = before
                 self._hold(before.values())
                 raise
+            self._active = after  # until now those that leave could be called
+            del before  # and what they alone have
+            self._hold(after.values())
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # glibc keeps what is freed until it is told
+            ctypes.CDLL(None).malloc_trim(0)
 
     def __call__(self, images: Tensor, task: int | str | None = None, level: int | None = None) -> Tensor:
         """Returns the logits, float (batch, classes), of an active network.
