@@ -4,6 +4,7 @@
 and memory, every tenth with the whole command, and says what came of them.
 """
 
+import base64
 import contextlib
 import copy
 import functools
@@ -20,8 +21,10 @@ import tempfile
 import time
 import traceback
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +37,7 @@ from PIL import Image
 
 from dvn_cli import cli
 from dvn_cli.errors import DvnError
+from dvn_cli.store.file import TensorData, read_header, write
 
 PINNED = Path(__file__).parent / "pins" / "files" / "0.1.0"
 SECONDS, BYTES = 60, 2 << 30
@@ -121,6 +125,23 @@ def of_header(content: bytes, rng: random.Random) -> bytes:
         header = of_value(header, rng)
     text = as_json(header).encode()
     return len(text).to_bytes(8, "little") + text + content[length:]
+
+
+def of_graph(content: bytes, rng: random.Random) -> bytes:
+    """Damages the graph that a file keeps, with checksums of what has become of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "damaged.safetensors"
+        path.write_bytes(content)
+        header = read_header(path)
+        tensors = {
+            name: TensorData(stored.dtype, stored.shape, bytes(header.read(name, 0, stored.nbytes)))
+            for name, stored in header.tensors.items()
+        }
+        unpacked = zlib.decompress(base64.b64decode(header.metadata.graph))
+        said, _, constants = unpacked.partition(b"\0")
+        packed = of_json(said, rng) + b"\0" + constants if rng.random() < 0.9 else of_bytes(unpacked, rng)
+        write(path, tensors, replace(header.metadata, graph=base64.b64encode(zlib.compress(packed)).decode()))
+        return path.read_bytes()
 
 
 def of_yaml(content: bytes, rng: random.Random) -> bytes:
@@ -295,6 +316,13 @@ def _weights(folder: Path) -> None:
     torch.save(state, folder / "weights.pth")
 
 
+def _graph(folder: Path) -> None:
+    import dvn_cli
+
+    network = dvn_cli.divide("wrn_8_1", units=2, num_classes=4, in_chans=1, input_size=8)
+    network.save(folder / "graph.safetensors")
+
+
 def _safe_weights(folder: Path) -> None:
     from safetensors.torch import save_file
 
@@ -382,10 +410,10 @@ def _command(words: list[Any]) -> None:
     cli.app(list(map(str, words)), standalone_mode=False)
 
 
-def _load(path: Path) -> None:
+def _load(path: Path) -> Any:
     import dvn_cli
 
-    dvn_cli.load(path)
+    return dvn_cli.load(path)
 
 
 def _read_recipe(folder: Path) -> None:
@@ -419,6 +447,13 @@ KINDS = {
         (of_header, of_header),
         lambda folder: _load(folder / "slice.safetensors"),
         lambda folder: ["eval", folder / "slice.safetensors", "--data", "source=digits", "--json"],
+    ),
+    "graph": Kind(
+        _graph,
+        "graph.safetensors",
+        (of_graph,) * 5,
+        lambda folder: _load(folder / "graph.safetensors").check(),
+        lambda folder: ["slice", folder / "graph.safetensors", "--all", "-o", folder / "slices", "--json"],
     ),
     "state": Kind(
         _state,

@@ -233,6 +233,8 @@ def _read(path: Path, file: BinaryIO, kinds: Collection[str]) -> Header[Metadata
     if envelope.kind not in kinds:
         raise InputError(f"'{path}' has kind {envelope.kind!r:.40}, not {' or '.join(kinds)}")
     with _named(path):
+        if envelope.checksums is None:
+            content.pop("graph", None)  # which nothing but its checksum tells from another one
         checksums = {} if envelope.checksums is None else _by_tensor(envelope.checksums, content, tensors)
         metadata = parse(KINDS[envelope.kind], content)
         if not isinstance(metadata, StateMetadata):

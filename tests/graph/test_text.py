@@ -174,3 +174,23 @@ def test_a_slice_has_what_its_checkpoint_has(tmp_path: Path) -> None:
     kept = read_header(dvn_cli.slice(path, 2, 1, tmp_path).file).metadata
     assert kept.graph == read_header(path).metadata.graph is not None
     assert torch.is_tensor(dvn_cli.load(path)(torch.zeros(1, 3, 32, 32), 1, 1))
+
+
+def test_a_text_without_its_checksum_is_not_believed(tmp_path: Path) -> None:
+    """The backbone is built again, as for a file that keeps no graph."""
+    dvn_cli.divide("wrn_10_1", units=2, num_classes=4, in_chans=1, input_size=8).save(tmp_path / "dvn.safetensors")
+    cut = dvn_cli.slice(tmp_path / "dvn.safetensors", 1, 1, tmp_path / "cut.safetensors").file
+    images = torch.randn(2, 1, 8, 8)
+    expected = dvn_cli.load(cut)(images)
+    content = cut.read_bytes()
+    length = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:length])
+    metadata = json.loads(header["__metadata__"]["dvn"])
+    del metadata["checksums"]
+    said, constants = unpacked(metadata["graph"])
+    said["nodes"] = [[*node[:1], node[1][:1] * 2, *node[2:]] if len(node) > 2 else node for node in said["nodes"]]
+    metadata["graph"] = packed(said, constants)
+    header["__metadata__"]["dvn"] = json.dumps(metadata)
+    lead = json.dumps(header).encode()
+    cut.write_bytes(len(lead).to_bytes(8, "little") + lead + content[length:])
+    assert torch.equal(dvn_cli.load(cut)(images), expected)
