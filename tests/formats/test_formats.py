@@ -32,6 +32,8 @@ def divided(path: Path, name: str, **options: int) -> Path:
     for buffer, tensor in network.named_buffers():
         if tensor.is_floating_point():
             tensor.uniform_(0.5, 1.5) if buffer.endswith("var") else tensor.normal_()
+        if buffer.endswith("var"):
+            tensor[::4] = 0.01  # of which epsilon is a part that shows
     network.save(path / "dvn.safetensors")
     return path / "dvn.safetensors"
 
