@@ -35,7 +35,7 @@ from dvn_cli.store.schema import dumps, loads
 MOST_BYTES = 64 << 20
 """Of a text that is opened, decompressed."""
 
-MOST_ELEMENTS = 1 << 31
+MOST_ELEMENTS = 1 << 26
 """Of a tensor in a graph that is opened, at a batch of `EXAMPLE_BATCH`."""
 
 SMALL = 64 << 10
@@ -206,6 +206,7 @@ class _Reader:
         dtypes = {name: dtype for name, (dtype, _) in tensors.items()}
         sources: dict[str, Tensor] = {}
         names: dict[str, str] = {}
+        images: str | None = None
         for entry in content["nodes"]:
             if len(entry) > 2:
                 self.nodes.append(self._call(*entry))
@@ -219,9 +220,13 @@ class _Reader:
                 sources[key] = self._stored(*entry[1])
             if key in sources:
                 node.meta["val"] = described(sources[key])
-            else:
+            elif images is None:
                 images, node.meta["val"] = key, Shaped((Batched(EXAMPLE_BATCH), *self.image))
+            else:
+                raise ValueError("it takes images twice")
             self.nodes.append(node)
+        if images is None:
+            raise ValueError("it takes no images")
         self.graph.output(self.nodes[content["output"]])
         return Kept(Traced(self.graph, images, sources, names), shapes, dtypes)
 
@@ -329,6 +334,6 @@ def _operator(name: str) -> Any:
 
 
 def _size(value: object) -> int:
-    if type(value) is not int or value < 0:
-        raise ValueError("a size is no number")
+    if type(value) is not int or not 0 <= value <= MOST_ELEMENTS:
+        raise ValueError("a size is none, or too large")
     return value
