@@ -60,10 +60,10 @@ class ResizedCrop(NamedTuple):
         Raises:
             InputError: There is no size, or `aa` is nothing that timm knows.
         """
-        from timm.data import IMAGENET_DEFAULT_MEAN
-
         if spec.augment != "resized-crop":
             return None
+        from timm.data import IMAGENET_DEFAULT_MEAN
+
         if spec.height_width is None:
             raise InputError("augment resized-crop brings images to a size: set size")
         mean = tuple(spec.mean) if spec.mean is not None and len(spec.mean) == 3 else IMAGENET_DEFAULT_MEAN

@@ -69,3 +69,17 @@ def test_what_a_tasks_data_says() -> None:
 def test_what_says_nothing_is_refused(keys: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DataSpec(source="digits", **keys)
+
+
+@pytest.mark.parametrize("interpolation", get_args(Interpolation))
+@pytest.mark.parametrize("crop_mode", get_args(CropMode))
+@pytest.mark.parametrize("crop_pct", [None, 1.0])
+def test_an_image_of_its_size_is_left_as_timm_leaves_it(
+    interpolation: str, crop_mode: str, crop_pct: float | None
+) -> None:
+    image = photo(20, 30)
+    timms = create_transform(
+        (20, 30), interpolation=interpolation, crop_pct=1.0, crop_mode=crop_mode, use_prefetcher=True
+    )
+    ours = Resize(interpolation, crop_pct, crop_mode)(image, (20, 30))
+    assert np.array_equal(np.asarray(ours).transpose(2, 0, 1), timms(image))

@@ -98,19 +98,21 @@ def test_the_number_of_classes_is_not_in_it() -> None:
 def test_files_open_without_the_backbone(tmp_path: Path) -> None:
     """Neither its library nor torch's exporter and compiler are imported, and a file is written again as it was."""
     path = tmp_path / "dvn.safetensors"
-    dvn_cli.divide("test_resnet", 2, num_classes=5, input_size=32).save(path)
+    dvn_cli.divide("wrn_10_1", 2, num_classes=5, in_chans=1, input_size=8).save(path)
     cut = dvn_cli.slice(path, 1, 1, tmp_path)
     dvn_cli.load(path).save(tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == path.read_bytes()
     code = """
 import sys, torch, dvn_cli
 network = dvn_cli.load(sys.argv[1])
-print(network(torch.zeros(1, 3, 32, 32)).shape, dvn_cli.load(sys.argv[2]).virtual_network(1, 2).level)
+print(network(torch.zeros(1, 1, 8, 8)).shape, dvn_cli.load(sys.argv[2]).virtual_network(1, 2).level)
+[result] = dvn_cli.evaluate(sys.argv[1], data={"source": "digits", "classes": "0-4", "test_images": 9})
+print(result.images)
 print([name for name in ("timm", "torchvision", "torch._dynamo", "sympy") if name in sys.modules])
 print(network.train().training, "timm" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code, cut.file, path], capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["torch.Size([1, 5]) 2", "[]", "True True"]
+    assert done.stdout.splitlines() == ["torch.Size([1, 5]) 2", "9", "[]", "True True"]
 
 
 def test_operators_that_are_not_known_are_no_reason_to_refuse_a_file() -> None:
