@@ -105,7 +105,8 @@ def test_timm_loads_its_folder(of_timm: Path) -> None:
     assert list(network.pretrained_cfg["mean"]) == [0.5, 0.5, 0.5]
     torch.save(network(images).detach(), "logits.pt")
     """
-    torch.testing.assert_close(without("dvn_cli", source, (3, 32, 32)), expected(of_timm, 2, (3, 32, 32)))
+    logits = expected(of_timm, 2, (3, 32, 32))  # of hundreds, by the small variances
+    torch.testing.assert_close(without("dvn_cli", source, (3, 32, 32)), logits, rtol=1e-5, atol=1e-5)
 
     said = json.loads(Path("dvn-slices/manifest.json").read_text())
     assert said["format"] == "timm"
