@@ -81,14 +81,6 @@ def bench_command(
         others = scenario, task, level, plots, baseline, threads, formats
         if any(value is not None for value in others) or every or channels_last or batch_size != 1:
             raise InputError("--training takes what it measures from the recipe: give its keys, such as batch_size=64")
-        if results_file is not None:
-            check_writable(results_file)
-        document = _training(training, list(map(str, files or [])), device, num_warm_iter, num_bench_iter)
-        text = json.dumps(document, indent=2)
-        if results_file is not None:
-            with atomic(results_file) as opened:
-                opened.write(text.encode() + b"\n")
-        return typer.echo(text) if as_json else _print_training(document)
     if every and task is not None:
         raise InputError("--task or --all, not both")
     if scenario is not None and (every or task is not None or level is not None):
@@ -120,7 +112,10 @@ def bench_command(
     before = None if baseline is None else costs.read(baseline)
     compared: list[costs.Comparison] = []
     show: Callable[[], None]
-    if scenario is not None:
+    if training is not None:
+        document = _training(training, list(map(str, files or [])), device, num_warm_iter, num_bench_iter)
+        show = functools.partial(_print_training, document)
+    elif scenario is not None:
         document, show = _scenario(scenario.lower(), files or [Path()], plots, measure)
     else:
         given = without_manifests(files or [Path("dvn.safetensors")], lambda line: typer.echo(line, err=True))
@@ -193,8 +188,7 @@ def _print_training(document: dict[str, Any]) -> None:
     from dvn_cli.report import console, percent, show, table
 
     out, step = console(), document["step_ms"]
-    threads = f", threads: {document['threads']}" if document["device"] == "cpu" else ""
-    out.print(f"{document['device']}, {document['device_name']}{threads}, torch {document['torch']}", soft_wrap=True)
+    out.print(_where(document), soft_wrap=True)
     memory, apart = document["peak_memory_bytes"], document["apart_ms"]
     made = table(document["backbone"], f"{document['networks']} networks, {document['precision']}", text=2)
     for name, value in (
@@ -308,7 +302,7 @@ def _print_formats(document: dict[str, Any], names: list[str], more: Sequence["F
     from dvn_cli.report import short, show, table
 
     console = new_console()
-    console.print(_where(document))
+    console.print(f"{_where(document)}, batch size {document['batch_size']}\n")
     columns = ("bytes", "difference", "p50 ms", "p90 ms", "p99 ms", "images/s", "peak memory")
     made = table("task", "level", "format", *columns, text=3, optional=("p99 ms", "p90 ms", "images/s", "difference"))
     for name, row in zip(names, document["results"], strict=True):
@@ -327,10 +321,9 @@ def _print_formats(document: dict[str, Any], names: list[str], more: Sequence["F
 
 
 def _where(document: dict[str, Any]) -> str:
-    """On what networks were measured."""
+    """On what something was measured."""
     threads = f", threads: {document['threads']}" if document["device"] == "cpu" else ""
-    on = f"{document['device']}, {document['device_name']}"
-    return f"{on}{threads}, torch {document['torch']}, batch size {document['batch_size']}\n"
+    return f"{document['device']}, {document['device_name']}{threads}, torch {document['torch']}"
 
 
 def _print(document: dict[str, Any], names: list[str], more: Sequence["FittedTable"]) -> None:
@@ -338,7 +331,7 @@ def _print(document: dict[str, Any], names: list[str], more: Sequence["FittedTab
     from dvn_cli.report import percent, short, show, table
 
     console = new_console()
-    console.print(_where(document))
+    console.print(f"{_where(document)}, batch size {document['batch_size']}\n")
     columns = ("params", "density", "compression", "MACs", "peak memory")
     costs = table("task", "level", *columns, text=1, optional=("compression", "density", "MACs"))
     columns = ("p50 ms", "p90 ms", "p99 ms", "images/s", "speed-up")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import schema
 import small
 import yaml
 from typer.testing import CliRunner
@@ -49,4 +50,6 @@ def test_command(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     assert "2 networks, fp32" in shown.stdout
     assert "networks apart" in shown.stdout
-    assert json.loads((tmp_path / "speed.json").read_text())["steps"] == 1
+    document = json.loads((tmp_path / "speed.json").read_text())
+    assert document["steps"] == 1
+    schema.validator("bench").validate(document)
