@@ -342,12 +342,13 @@ def _prepare(target: Target, file: Path, settings: Settings) -> tuple[Job, Cost]
         params, count(header).bytes, density, macs(narrowed, partition.tensors(origin.units, origin.classes), image)
     )
     title = f"task {target.task}, level {target.level} of '{target.header.path}'"
+    own = Job(title, settings, narrowed, origin, image, header.path)
     if target.format is None:
-        return Job(title, settings, narrowed, origin, image, header.path), cost
-    if target.format == "safetensors":  # which dvn runs as ever
-        size = header.path.stat().st_size
-        return Job(title, settings, narrowed, origin, image, header.path), replace(cost, bytes=size, difference=0.0)
-    network, form = from_file(header), find_format(target.format)
+        return own, cost
+    form = find_format(target.format)
+    if header.path.suffix == form.ending:  # it is a file of this format, which dvn runs as ever
+        return own, replace(cost, bytes=header.path.stat().st_size, difference=0.0)
+    network = from_file(header)
     assert isinstance(network, VirtualNetwork)
     written = file.with_name(f"{file.stem}{form.ending}")
     check = writing.write(network, form, written)
