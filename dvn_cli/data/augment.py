@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -128,8 +128,23 @@ class Mixing(NamedTuple):
         mixing = cls(spec.reprob, spec.mixup, spec.cutmix, classes)
         return mixing if any(mixing[:3]) else None
 
-    def __call__(self, images: Tensor, labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
-        """Returns the images with parts erased, and mixed with others of the batch; then labels are (B, classes)."""
+    @property
+    def mixes(self) -> bool:
+        """Whether an image is mixed with the one before it in the batch, and the first one with the last."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, seed: int, places: Sequence[int], count: int
+    ) -> tuple[Tensor, Tensor]:
+        """Returns the images with parts erased, and mixed with others of the batch; then labels are (B, classes).
+
+        Args:
+            images: (B, C, H, W), a batch or some of it.
+            labels: (B,).
+            seed: Of the batch.
+            places: Of each image in the batch.
+            count: How many images the batch has: what is done to one does not depend on which others are given.
+        """
         from timm.data.random_erasing import RandomErasing
         from torchvision.transforms import v2
 
@@ -138,5 +153,8 @@ class Mixing(NamedTuple):
         with seeded(seed):
             if self.reprob:
                 # The noise is drawn on the CPU, so that every device has the same.
-                images = RandomErasing(self.reprob, mode="pixel", device="cpu")(images)
+                erase = RandomErasing(self.reprob, mode="pixel", device="cpu")
+                given, absent = dict(zip(places, images, strict=True)), torch.empty_like(images[0])
+                for place in range(count):
+                    erase(given.get(place, absent))
             return v2.RandomChoice(mixes)(images, labels) if mixes else (images, labels)

@@ -128,8 +128,8 @@ def batches(
         pad: As in `DataSpec`.
         mixing: What is done to whole batches; only with a generator.
         skip: How many batches to leave out at the beginning: what they draw is drawn, but their images are not read.
-        part: Which one, from 0, of how many equal parts of every batch to yield, each drawn as in the whole one; images
-            are mixed with others of the part. Only with a generator.
+        part: Which one, from 0, of how many equal parts of every batch to yield, each what it is in the whole one. Only
+            with a generator.
     """
     scale = (
         torch.tensor(mean, device=device).view(1, -1, 1, 1) * 255,
@@ -142,27 +142,31 @@ def batches(
         order = order[: len(split) - len(split) % batch_size] if len(split) >= batch_size else order
     seed = int(torch.randint(2**62, (), generator=generator)) if generator is not None and split.transform else 0
     chosen, (place, parts) = order.split(batch_size), part
+    count = len(chosen[0])  # in training of every batch
+    # The first image of a part is mixed with the last one of the part before, which is read for that alone.
+    beside = int(parts > 1 and mixing is not None and mixing.mixes)
+    places = torch.arange(count).chunk(parts)[place]
+    places = torch.cat([places[:beside] - 1, places]) % count
 
-    def drawn(count: int) -> tuple[Draws | None, int]:
+    def drawn() -> tuple[Draws | None, int]:
         """What a batch draws at random, whether its images are read or skipped."""
         if generator is None:
             return None, 0
         shifts = _draws(count, pad, augment == "crop-flip", generator) if augment in ("crop", "crop-flip") else None
         return shifts, int(torch.randint(2**62, (), generator=generator)) if mixing is not None else 0
 
-    for positions in chosen[:skip]:
-        drawn(len(positions))
-    own = [positions.chunk(parts)[place] for positions in chosen[skip:]]
+    for _ in chosen[:skip]:
+        drawn()
+    own = chosen if generator is None else [positions[places] for positions in chosen[skip:]]
     for pixels, positions in split.read(own, device, None if generator is None else seed):
-        shifts, seed_of_batch = drawn(parts * len(positions))
+        shifts, seed_of_batch = drawn()
         if shifts is not None:
             down_right, flips = shifts
-            shifts = down_right.chunk(parts, 1)[place], None if flips is None else flips.chunk(parts)[place]
-            pixels = _augmented(pixels, pad, shifts)
+            pixels = _augmented(pixels, pad, (down_right[:, places], None if flips is None else flips[places]))
         images, labels = pixels.float().sub_(scale[0]).div_(scale[1]), split.labels[positions].to(device)
         if generator is not None and mixing is not None:
-            images, labels = mixing(images, labels, seed_of_batch + place)
-        yield images, labels
+            images, labels = mixing(images, labels, seed_of_batch, places.tolist(), count)
+        yield images[beside:], labels[beside:]
 
 
 def batch_count(split: Split, batch_size: int, training: bool) -> int:

@@ -87,13 +87,13 @@ def test_labels_are_mixed_as_images_are():
         mixing = Mixing(reprob=0.0, classes=8, **alphas)
         shares = []
         for seed in range(4):
-            mixed, soft = mixing(images, labels, seed)
+            mixed, soft = mixing(images, labels, seed, range(8), 8)
             torch.testing.assert_close(soft.sum(1), torch.ones(8))
             torch.testing.assert_close(mixed.mean((1, 2, 3)), soft @ torch.arange(8.0), atol=1e-4, rtol=1e-4)
             shares.append(float(soft.max()))
         assert len(set(shares)) > 1
     both = Mixing(reprob=0.0, mixup=1.0, cutmix=1.0, classes=8)
-    flat = [len(both(images, labels, seed)[0][0].unique()) == 1 for seed in range(12)]
+    flat = [len(both(images, labels, seed, range(8), 8)[0][0].unique()) == 1 for seed in range(12)]
     assert 0 < sum(flat) < 12  # by mixup, of which nothing but one value comes
     assert Mixing.of(spec(), 8) is None
 

@@ -69,7 +69,7 @@ def test_a_run_with_synchronised_norms_is_another_way_to_the_same(tmp_path: Path
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("mixing", [None, Mixing(0.5, 0, 0, 3)])
+@pytest.mark.parametrize("mixing", [None, Mixing(0.5, 0, 0, 50), Mixing(0.5, 1.0, 1.0, 50)])
 def test_parts_of_batches_are_those_of_the_whole(mixing: Mixing | None) -> None:
     draw = torch.Generator().manual_seed(0)
     images = torch.randint(256, (50, 3, 6, 6), generator=draw, dtype=torch.uint8)
@@ -89,8 +89,7 @@ def test_parts_of_batches_are_those_of_the_whole(mixing: Mixing | None) -> None:
     parts = [passed((place, 4)) for place in range(4)]
     for number, (whole, labels) in enumerate(passed()):
         assert torch.equal(labels, torch.cat([part[number][1] for part in parts]))
-        if mixing is None:
-            assert torch.equal(whole, torch.cat([part[number][0] for part in parts]))
+        assert torch.equal(whole, torch.cat([part[number][0] for part in parts]))
 
 
 def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ RECIPE: dict[str, Any] = {
     "orders": "learned",
     "tasks": [
         {"name": "low", "data": small.data(classes="0-4", size=16, augment="crop", pad=1), "class_weights": "balanced"},
-        {"name": "all", "data": small.data(size=16, test_images=21)},
+        {"name": "all", "data": small.data(size=16, test_images=21, mixup=0.4, reprob=0.3)},
     ],
 }
 
