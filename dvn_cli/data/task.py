@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import math
 from collections import Counter
 from collections.abc import Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from dvn_cli.data.augment import Mixing, ResizedCrop
 from dvn_cli.data.batches import Split, batches
 from dvn_cli.data.classes import Selection, corresponding, few, resolved, select
 from dvn_cli.data.listing import VALIDATION_SPLITS, Listing, Part, Request, in_words, stratified_order
-from dvn_cli.data.pool import Pool, left_out, settle
+from dvn_cli.data.pool import RESIDENT, Pool, left_out, settle
 from dvn_cli.data.spec import DataSpec
 from dvn_cli.errors import InputError
 
@@ -24,7 +25,7 @@ VALIDATION_SHARE = 0.1
 """Of train, held out where a data set has no validation split of its own beside test."""
 
 ESTIMATED_ON = 2048
-"""Of images that are streamed, how many the mean and standard deviation of the channels are estimated on."""
+"""Images on which the mean and standard deviation of the channels are estimated where there are too many to keep."""
 
 HEADERS = 64
 """Of images, how many are looked at to see whether all have one size."""
@@ -358,10 +359,12 @@ class TaskPlan:
         mean, std = (_per_channel(key, getattr(self.spec, key), self.channels) for key in ("mean", "std"))
         if mean is None or std is None:
             some = train
-            if isinstance(train.pool, Pool) and len(train) > ESTIMATED_ON:
+            # By what the recipe says alone, not by the memory that is free now: a resumed run has the same.
+            too_many = train.transform is not None or len(train) * math.prod(train.shape) > RESIDENT
+            if too_many and len(train) > ESTIMATED_ON:
                 order = torch.randperm(len(train), generator=torch.Generator().manual_seed(self.spec.seed))
                 some = train.subset(order[:ESTIMATED_ON].sort().values)
-                self.reader.note(f"{train.pool.request}: mean and std are estimated on {ESTIMATED_ON:,} images")
+                self.reader.note(f"{self.train.pool.request}: mean and std are estimated on {ESTIMATED_ON:,} images")
             counted = _mean_std(some)
             mean, std = mean or counted[0], std or counted[1]
         self.reader.note_reading(*(chosen.pool for chosen in (self.train, self.validation, self.test) if chosen))

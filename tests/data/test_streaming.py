@@ -194,18 +194,24 @@ def test_small_sets_are_kept_and_larger_ones_streamed(photographs, monkeypatch):
         load_task(spec(photographs, load="memory"))
 
 
-def test_mean_and_std_are_estimated_on_a_sample(photographs, monkeypatch):
+@pytest.mark.parametrize(("limit", "keys"), [(17 * 3 * 16 * 16, {}), (2**30, {"augment": "resized-crop"})])
+def test_mean_and_std_are_estimated_where_there_are_too_many_images(photographs, monkeypatch, limit, keys):
     from dvn_cli.data import task
 
     whole = load_task(spec(photographs))
     monkeypatch.setattr(task, "ESTIMATED_ON", 9)
+    exact = [load_task(spec(photographs, load=load, workers=0)) for load in ("memory", "stream")]
+    assert [(data.mean, data.std) for data in exact] == [(whole.mean, whole.std)] * 2
+    monkeypatch.setattr(task, "RESIDENT", limit)
     reader = Reader()
-    some = reader.task(spec(photographs, load="stream", workers=0)).load()
+    some = reader.task(spec(photographs, load="stream", workers=0, **keys)).load()
     assert any("mean and std are estimated on 9 images" in note for note in reader.notes)
     assert some.mean != whole.mean
     assert np.allclose(some.mean, whole.mean, atol=0.02)
+    if not keys:
+        assert load_task(spec(photographs, load="memory")).mean == some.mean
     given = Reader()
-    given.task(spec(photographs, load="stream", mean=[0.1] * 3, std=[0.2] * 3)).load()
+    given.task(spec(photographs, load="stream", mean=[0.1] * 3, std=[0.2] * 3, **keys)).load()
     assert not any("estimated" in note for note in given.notes)
 
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import small
 import torch
 from PIL import Image
 
-from dvn_cli.data import Pool, Split
+from dvn_cli.data import Pool, Split, memory, pool, task
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation.measure import evaluate
 
@@ -29,6 +30,18 @@ def test_a_streamed_run_has_the_losses_of_one_in_memory(tmp_path: Path) -> None:
     streamed = small.trained(tmp_path, "inplace_distillation=true", *STREAMED).run
     assert all(isinstance(data.test.pool, Pool) for data in streamed.data.values())
     assert small.history(streamed) == small.history(kept)
+
+
+def test_a_run_goes_on_where_less_memory_is_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its images, kept in memory so far, are streamed, and nothing that is computed is another for it."""
+    whole = small.trained(tmp_path).run
+    with pytest.raises(small.Stopped):
+        small.session(tmp_path, force=True).train(*small.stop_after(1, 1))
+    monkeypatch.setattr(task, "ESTIMATED_ON", 9)
+    monkeypatch.setattr(pool, "memory", SimpleNamespace(available=lambda: 6000, in_words=memory.in_words))
+    resumed = small.trained(tmp_path, "tasks.*.data.workers=0", resume=True).run
+    assert all(isinstance(data.train.pool, Pool) for data in resumed.data.values())
+    assert small.history(resumed) == small.history(whole)
 
 
 @pytest.mark.parametrize("step", [0, 2])
