@@ -33,11 +33,20 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def dvn(
+    context: typer.Context,
     show_version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Several vision tasks and several memory budgets in one set of weights: Deep Virtual Networks (CVPR 2019)."""
+    if context.invoked_subcommand in ("partition", "slice") and _are_several():
+        raise InputError(f"dvn {context.invoked_subcommand} runs in one process: leave out torchrun")
+
+
+def _are_several() -> bool:
+    """Whether torchrun, or whoever sets its variables, has started this process as one of several."""
+    started = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return started and os.environ["WORLD_SIZE"] != "1"
 
 
 class _Stdout(io.FileIO):
@@ -75,8 +84,8 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _one_of_several() -> Iterator[None]:
-    """Joins the other processes where torchrun has started this one; the first alone says how it goes."""
-    if not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+    """Joins the other processes where there are any; the first alone says how it goes."""
+    if not _are_several():
         yield
         return
     from dvn_cli import processes

@@ -119,6 +119,7 @@ def eval_command(
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         bar = progress.add_task("reading", total=None)
 
+        from dvn_cli import processes
         from dvn_cli.evaluation import ci, page, rendering
         from dvn_cli.evaluation.costs import read, read_manifest
         from dvn_cli.evaluation.judge import Judge
@@ -145,6 +146,8 @@ def eval_command(
             progress=lambda done, total: progress.update(bar, description="images", completed=done, total=total),
             opened=opened,
         )
+    if processes.rank():  # of several, the first has all results, judges and writes
+        return
     gate = judge.judge(rows)
     results = rendering.as_document(rows, gate, per_class)
     with contextlib.ExitStack() as outputs:  # whichever of them fails, the others have the results

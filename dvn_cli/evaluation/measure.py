@@ -137,9 +137,13 @@ def measure(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    shared: bool = False,
 ) -> Scores:
     """Runs a network over every image of a split once; see `measure_together`."""
-    return measure_together([network], split, task, batch_size=batch_size, device=device, progress=progress)[0]
+    [scores] = measure_together(
+        [network], split, task, batch_size=batch_size, device=device, progress=progress, shared=shared
+    )
+    return scores
 
 
 def measure_together(
@@ -164,7 +168,7 @@ def measure_together(
         batch_size: images at a time.
         device: to compute on.
         progress: see `Progress`; told of every network's batches.
-        shared: whether the processes that train together, which all call this, each run their part of the images.
+        shared: whether the processes that run together, which all call this, each run their part of the images.
 
     Raises:
         ValueError: a network is in train mode, where it would use the batch's own statistics.
@@ -316,9 +320,9 @@ def evaluate(
 
     def advance(count: int) -> None:
         nonlocal done
-        done += count
+        done += count * processes.count()
         if progress is not None:
-            progress(done, total)
+            progress(min(done, total), total)
 
     for each in loaded:
         results += each.evaluate(batch_size, chosen, advance)
@@ -371,11 +375,14 @@ class Loaded:
                     device=device,
                     progress=progress,
                     file=self.file,
+                    shared=True,
                 )
             (number, level), task = self.networks[0], module.task
             split, training = self.splits[number].to(device), module.training
             try:
-                scores = measure(module.eval(), split, task, batch_size=batch_size, device=device, progress=progress)
+                scores = measure(
+                    module.eval(), split, task, batch_size=batch_size, device=device, progress=progress, shared=True
+                )
             finally:
                 module.train(training)
         params, density = params_and_density(self.header)

@@ -1,5 +1,6 @@
 """Several processes that train together: the run of one, whoever is stopped or fails."""
 
+import csv
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from dvn_cli import processes
 from dvn_cli.data import Split, batches
 from dvn_cli.data.augment import Mixing
 from dvn_cli.errors import InputError
+from dvn_cli.evaluation.measure import evaluate
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +44,6 @@ def test_one_process_goes_on_where_two_were_stopped(told: dict[str, Any], tmp_pa
     first, second = told["interrupted"]
     assert first == second
     assert [first[key] for key in ("code", "epochs", "steps")] == [128 + signal.SIGTERM, 1, 2]
-    assert [images for images, _ in first["test"]] == [20, 20, 21, 21]
     whole = small.trained(tmp_path, **together.RECIPE).run
     shutil.copy(told["folder"] / "interrupted" / "dvn.state.safetensors", tmp_path)
     resumed = small.trained(tmp_path, resume=True, **together.RECIPE).run
@@ -50,6 +51,17 @@ def test_one_process_goes_on_where_two_were_stopped(told: dict[str, Any], tmp_pa
         for key, value in ours.items():
             torch.testing.assert_close(torch.tensor(theirs[key]), torch.tensor(value), rtol=1e-4, atol=0, msg=key)
     assert first["history"] == small.history(resumed)[:1]
+
+
+def test_an_evaluation_is_shared_out(told: dict[str, Any]) -> None:
+    """Each image is counted once, and the first process alone writes: what one process makes of all images."""
+    folder = told["folder"] / "interrupted"
+    rows = list(csv.DictReader((folder / "0.csv").open()))
+    assert [int(row["images"]) for row in rows] == [20, 20, 21, 21]
+    for row, result in zip(rows, evaluate(folder / "0.safetensors"), strict=True):
+        assert float(row["top1"]) == result.top1
+        assert float(row["loss"]) == pytest.approx(result.loss, rel=1e-5)
+    assert not (folder / "1.csv").exists()
 
 
 def test_a_process_that_fails_ends_all(told: dict[str, Any]) -> None:

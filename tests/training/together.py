@@ -16,9 +16,8 @@ import small
 import torch
 import torch.multiprocessing
 
-from dvn_cli import processes
+from dvn_cli import cli, processes
 from dvn_cli.errors import InputError
-from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.graph.synchronised import batch_norm
 from dvn_cli.training.loop import Run
 
@@ -37,7 +36,7 @@ RECIPE: dict[str, Any] = {
 
 
 def interrupted(folder: Path) -> Any:
-    """A run of which one process was asked to stop, and what it makes of the test images."""
+    """A run of which one process was asked to stop, and what `dvn eval` makes of its networks."""
     session = small.session(folder, **RECIPE)
 
     def after_step(run: Run, step: int) -> None:
@@ -48,11 +47,11 @@ def interrupted(folder: Path) -> Any:
         session.train(small.nothing, after_step)
     except SystemExit as error:
         told = {"code": error.code, "epochs": session.run.epochs_done, "steps": session.run.steps_done}
-    run = session.run
-    results = evaluate_all(run.network, {number: data.test for number, data in run.data.items()}, shared=True)
-    test = [[result.images, result.top1] for result in results]
+    file, results = (folder / f"{processes.rank()}.{kind}" for kind in ("safetensors", "csv"))
+    session.run.network.save(file)
+    cli.app(["eval", str(file), "--results-file", str(results)], standalone_mode=False)
     told["affinity"] = [list(task.affinity) for task in session.run.network.tasks]
-    return {**told, "history": small.history(run), "test": test}
+    return {**told, "history": small.history(session.run)}
 
 
 def norms(_: Path) -> Any:
