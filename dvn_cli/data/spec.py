@@ -1,6 +1,9 @@
 """The data of one task, as a recipe's YAML and a checkpoint's metadata describe it."""
 
 import os
+import re
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -74,7 +77,7 @@ class DataSpec(BaseModel):
         default=None,
         description="Local folder, relative to the recipe's or to the working directory. folder: of the images. hf:"
         " of the parquet files (instead of `name`). torchvision: where the data set is or is downloaded"
-        " to. webdataset: of the tar files, or one of them.",
+        " to. webdataset: of the tar files, or one of them, or several such as data-{000..123}.tar.",
     )
     image: str | None = Field(
         default=None,
@@ -272,5 +275,19 @@ def locate(path: str, base: Path | None) -> Path:
     """
     if "\0" in path:
         raise InputError(f"there is a NUL in the path {path!r}")
-    expanded = Path(os.path.expanduser(path))
-    return base / expanded if base is not None and os.path.exists(base / expanded) else expanded
+    expanded = os.path.expanduser(path)
+    candidates = expanded, *islice(braces(expanded), 1)
+    is_there = base is not None and any(os.path.exists(base / one) for one in candidates)
+    return base / expanded if base is not None and is_there else Path(expanded)
+
+
+def braces(pattern: str) -> Iterator[str]:
+    """Yields the paths of a pattern as shells and WebDataset have them: `{000..123}` and `{a,b}`."""
+    found = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    first, last, words = found.groups()
+    numbers = () if words else (f"{number:0{len(first)}}" for number in range(int(first), int(last) + 1))
+    for part in words.split(",") if words else numbers:
+        yield from braces(pattern[: found.start()] + part + pattern[found.end() :])

@@ -6,6 +6,7 @@ A sample is what one tar has under one name up to the first dot of its last part
 
 import functools
 import io
+import os
 import re
 import tarfile
 from collections import Counter
@@ -19,6 +20,7 @@ from dvn_cli.data import decode
 from dvn_cli.data.decode import Item
 from dvn_cli.data.folders import a_fifth, files_below
 from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present, labelled
+from dvn_cli.data.spec import braces
 from dvn_cli.errors import InputError, shortened
 
 if TYPE_CHECKING:
@@ -43,7 +45,7 @@ class Member(NamedTuple):
 
 
 def read(request: Request, part: Part) -> Listing | None:
-    """Lists one split of a folder of tars, or of one.
+    """Lists one split of a folder of tars, of some, or of one.
 
     A tar's split is the first word of its path below the folder that names one (`imagenet-train-0001.tar`,
     `train/0001.tar`); without such words, a fifth of each class is to test on.
@@ -58,8 +60,9 @@ def read(request: Request, part: Part) -> Listing | None:
         raise InputError(f"{root} is no folder of tar files, and no tar file")
     known = {*TRAIN_SPLITS, *TEST_SPLITS, *request.splits("test")}
     by_split: dict[str, list[Path]] = {}
+    folder = root if root.is_dir() else os.path.dirname(str(root).partition("{")[0])
     for path in found:
-        words = re.split(r"\W|_", str(path.relative_to(root if path != root else root.parent)))
+        words = re.split(r"\W|_", str(path.relative_to(folder)))
         by_split.setdefault(next((word for word in words if word in known), ""), []).append(path)
     if part == "validation" and not set(request.splits(part)) & set(by_split):
         return None
@@ -73,10 +76,21 @@ def read(request: Request, part: Part) -> Listing | None:
 
 
 def tar_files(root: Path) -> list[Path]:
-    """Lists the tar files below a folder, in order, or the one that a path leads to."""
-    if root.is_file() and root.suffix == ".tar":
-        return [root]
-    return sorted(map(Path, files_below(root, lambda name: name.endswith(".tar"), Counter()))) if root.is_dir() else []
+    """Lists the tar files below a folder, in order, or those of a pattern (`spec.braces`), as of the path of one.
+
+    Raises:
+        InputError: One of a pattern is not there.
+    """
+    if root.is_dir():
+        return sorted(map(Path, files_below(root, lambda name: name.endswith(".tar"), Counter())))
+    found = dict[Path, None]()
+    for path in map(Path, braces(str(root))):
+        if path.suffix != ".tar" or not path.is_file():
+            if path == root:
+                return []
+            raise InputError(f"there is no tar file {path}, of {root.name}")
+        found[path] = None
+    return list(found)
 
 
 def _listing(request: Request, split: str, tars: list[Path], train: list[Path], part: Part) -> Listing:

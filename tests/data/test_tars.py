@@ -96,6 +96,17 @@ def test_tars_without_splits_are_split(tmp_path: Path) -> None:
         assert sorted(numbers.tolist()) == list(range(20))
 
 
+def test_a_pattern_names_some_tars(shards: Path) -> None:
+    """From the recipe's folder; the parts of a pattern that names its split are one."""
+    spec = DataSpec(source="webdataset", path="shards/x-{train-{000..001},val-0}.tar", validation=0)
+    assert load_task(spec, base=shards.parent).counts == {"train": 24, "validation": 0, "test": 6}
+    some = spec.model_copy(update={"path": "shards/{x-train-001,x-val-0}.tar"})
+    assert load_task(some, base=shards.parent).counts == {"train": 12, "validation": 0, "test": 6}
+    missing = spec.model_copy(update={"path": "shards/x-train-{000..999999999}.tar"})
+    with pytest.raises(InputError, match=r"^there is no tar file .*/x-train-002.tar, of x-train-\{0"):
+        load_task(missing, base=shards.parent)
+
+
 def test_a_folder_of_tars_is_evaluated_on(shards: Path) -> None:
     spec, _ = parse_data(str(shards))
     split, classes = load_test(spec)
