@@ -157,7 +157,8 @@ def batches(
 
     for _ in chosen[:skip]:
         drawn()
-    own = chosen if generator is None else [positions[places] for positions in chosen[skip:]]
+    of_part = places.to(order.device)
+    own = chosen if generator is None else [positions[of_part] for positions in chosen[skip:]]
     for pixels, positions in split.read(own, device, None if generator is None else seed):
         shifts, seed_of_batch = drawn()
         if shifts is not None:
@@ -183,11 +184,11 @@ def _draws(count: int, pad: int, flip: bool, generator: torch.Generator) -> Draw
 def _augmented(images: Tensor, pad: int, draws: Draws) -> Tensor:
     """Each image with `pad` black pixels around, cut out again at a random place, and mirrored or not."""
     channels, height, width = images.shape[1:]
-    down, right = draws[0].to(images.device)
+    down, right = draws[0].to(images.device, non_blocking=True)  # without waiting for the steps before
     rows = down + torch.arange(height, device=images.device)
     columns = right + torch.arange(width, device=images.device)
     if draws[1] is not None:
-        columns = torch.where(draws[1].to(images.device), columns.flip(1), columns)
+        columns = torch.where(draws[1].to(images.device, non_blocking=True), columns.flip(1), columns)
     pixels = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).flatten(1)  # (N, H * W), of the padded image
     padded = F.pad(images, (pad, pad, pad, pad)).flatten(2)
     return padded.gather(2, pixels[:, None].expand(-1, channels, -1)).view(images.shape)

@@ -276,9 +276,9 @@ def locate(path: str, base: Path | None) -> Path:
     if "\0" in path:
         raise InputError(f"there is a NUL in the path {path!r}")
     expanded = os.path.expanduser(path)
-    candidates = expanded, *islice(braces(expanded), 1)
-    is_there = base is not None and any(os.path.exists(base / one) for one in candidates)
-    return base / expanded if base is not None and is_there else Path(expanded)
+    if base is not None and any(os.path.exists(base / one) for one in (expanded, *islice(braces(expanded), 1))):
+        return base / expanded
+    return Path(expanded)
 
 
 def braces(pattern: str) -> Iterator[str]:

@@ -96,7 +96,7 @@ def stream(
             images, positions, problems = result
             pool.leave_out(problems)
             if len(images):
-                yield images.to(device, non_blocking=True), positions.to(indices.device)
+                yield images.to(device, non_blocking=True), positions.to(indices.device, non_blocking=True)
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
