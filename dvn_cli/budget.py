@@ -10,7 +10,7 @@ from typing import Any
 
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import LARGEST_RECORD, read_bytes
-from dvn_cli.report import short
+from dvn_cli.report import limits, short
 from dvn_cli.store.file import Header
 from dvn_cli.store.metadata import CheckpointMetadata
 from dvn_cli.store.slicing import count, slice_size
@@ -37,6 +37,7 @@ class KnownLevel:
         macs: multiply-accumulates of one image; None where nobody asked.
         latency: the median of a forward pass, in ms; None where none is recorded.
         accuracy: top-1, per cent; None where none is recorded.
+        accuracy_interval: its 95 % interval.
     """
 
     level: int
@@ -45,10 +46,12 @@ class KnownLevel:
     macs: int | None = None
     latency: float | None = None
     accuracy: float | None = None
+    accuracy_interval: tuple[float, float] | None = None
 
     def describe(self, what: str) -> str:
-        """Says one of the figures in words, `1.9 MB` for one."""
-        return in_words(what, getattr(self, what))
+        """Says one of the figures in words, `1.9 MB` for one, and an accuracy with its interval."""
+        words = in_words(what, getattr(self, what))
+        return f"{words} ({limits(self.accuracy_interval)})" if what == "accuracy" and self.accuracy_interval else words
 
 
 @dataclass(frozen=True)
@@ -116,7 +119,7 @@ def known_levels(
         rows += _rows(path)
     rows = [row for row in rows if (row["task"], row["name"]) == (task, entry.name)]
     for level in range(1, len(entry.levels) + 1):
-        params, latency, accuracy = count(header, task, level).params, None, None
+        params, latency, accuracy, interval = count(header, task, level).params, None, None, None
         for row in (row for row in rows if row["level"] == level):
             if row["params"] != params and row["of"] == str(record):
                 continue
@@ -126,10 +129,11 @@ def known_levels(
                     f"parameters there, {params:,} in '{header.path}'"
                 )
             latency = row.get("latency_ms", {}).get("p50", latency)
-            accuracy = row.get("top1", accuracy)
+            if "top1" in row:
+                accuracy, interval = row["top1"], row.get("top1_interval")
         size = slice_size(header, task, level) if "bytes" in counted else None
         macs = _macs(header, task, level) if "macs" in counted else None
-        found.append(KnownLevel(level, params, size, macs, latency, accuracy))
+        found.append(KnownLevel(level, params, size, macs, latency, accuracy, interval))
     return found
 
 

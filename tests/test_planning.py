@@ -43,6 +43,7 @@ def recorded(accuracies: list[list[float]]) -> None:
     header = read_checkpoint("dvn.safetensors")
     rows = [
         {"task": task, "name": header.metadata.tasks[task - 1].name, "level": level, "top1": accuracy}
+        | {"top1_interval": [accuracy - 1, accuracy + 1]}
         | {"params": planning.known_levels(header, task)[level - 1].params}
         for task, own in enumerate(accuracies, 1)
         for level, accuracy in enumerate(own, 1)
@@ -184,6 +185,7 @@ def test_the_plan_is_printed_and_with_an_output_written() -> None:
     shown = CliRunner().invoke(app, ["slice", "--plan", "--budget", "1MB", "--results", "eval.json"]).stdout
     assert "nothing is written" in shown
     assert "85.0 %" in shown
+    assert "90.0 % (89.0-91.0)" in shown
 
 
 def test_what_no_plan_meets_is_said() -> None:

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from dvn_cli import processes, report
 from dvn_cli.data.classes import few
+from dvn_cli.evaluation.intervals import top1_interval
 from dvn_cli.store.metadata import Task
 from dvn_cli.training import loop, state
 from dvn_cli.training.experiment import Observer, Trained
@@ -119,16 +120,20 @@ class Terminal(Observer):
 
 
 def epoch_table(run: Run) -> report.FittedTable:
-    """What the last epoch gave: the loss of each network and, in per cent, its accuracy on the validation images."""
+    """What the last epoch gave: the loss of each network and, in per cent, its accuracy on the validation images.
+
+    Below an accuracy stands its 95 % interval.
+    """
     last, most = run.history[-1], max(len(task.levels) for task in run.network.tasks)
     made = report.table(f"after epoch {last['epoch']}", *(f"level {level}" for level in range(1, most + 1)), text=1)
     blank = [[None] * len(task.levels) for task in run.network.tasks]
     for number, losses in enumerate(last["loss"], 1):
         accuracies = (last["validation"] or blank)[number - 1]
-        cells = [
-            "-" if loss is None else f"{loss:.3f}" if accuracy is None else f"{loss:.3f}  {accuracy:.1f} %"
-            for loss, accuracy in zip(losses, accuracies, strict=True)
-        ]
+        cells = ["-" if loss is None else f"{loss:.3f}" for loss in losses]
+        for place, top1 in enumerate(accuracies):
+            if top1 is not None:
+                interval = top1_interval(top1, len(run.validation[number]))
+                cells[place] += f"  {top1:.1f} %\n{report.limits(interval)}"
         made.add_row(f"{number} {run.network.tasks[number - 1].name}", *cells)
     return made
 

@@ -21,6 +21,11 @@ def wilson(right: int, images: int) -> tuple[float, float]:
     return 100 * max(low, 0.0), 100 * min(high, 1.0)
 
 
+def top1_interval(top1: float, images: int) -> tuple[float, float]:
+    """Returns Wilson's interval of an accuracy in per cent, as it was found on so many images."""
+    return wilson(round(top1 * images / 100), images)
+
+
 def change_interval(gained: int, lost: int, images: int) -> tuple[float, float]:
     """Returns the exact interval of the change in accuracy, in points, between two networks on the same images.
 

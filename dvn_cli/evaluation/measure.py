@@ -21,7 +21,7 @@ from dvn_cli.data.words import Data, parse_data, prepared
 from dvn_cli.device import choose
 from dvn_cli.errors import InputError, enough_memory
 from dvn_cli.evaluation.images import choose_images, named
-from dvn_cli.evaluation.intervals import wilson
+from dvn_cli.evaluation.intervals import top1_interval
 from dvn_cli.loading import from_file
 from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
 from dvn_cli.store.file import AnyHeader, read_header
@@ -103,7 +103,7 @@ class Evaluation:
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval of `top1`, in per cent: what as many other images of this kind may give."""
-        return wilson(round(self.top1 * self.images / 100), self.images)
+        return top1_interval(self.top1, self.images)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it, without predictions, labels and classes: null for a loss that is not finite."""

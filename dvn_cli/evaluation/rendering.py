@@ -9,6 +9,7 @@ from typing import Any
 
 from dvn_cli import report
 from dvn_cli.evaluation.gates import Gate
+from dvn_cli.evaluation.intervals import top1_interval
 from dvn_cli.evaluation.measure import Evaluation
 from dvn_cli.files import atomic
 
@@ -63,15 +64,18 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def class_tables(rows: Sequence[Evaluation]) -> list[report.FittedTable]:
-    """Top-1 in per cent of each class: a table for each task of each file, with a column for each level."""
+    """Top-1 in per cent of each class above its 95 % interval: a table for each task, with a column for each level."""
     made = []
     for file, number in dict.fromkeys((row.file, row.task) for row in rows):
         own = [row for row in rows if (row.file, row.task) == (file, number)]
         columns = (f"level {row.level}" for row in own)
-        made.append(report.table(f"top-1 in %: {number} {own[0].name}", *columns, "images", title=file, text=1))
+        name = f"top-1 in %, 95 % CI: {number} {own[0].name}"
+        made.append(report.table(name, *columns, "images", title=file, text=1))
         for each in zip(*(row.by_class() for row in own), strict=True):
-            cells = ("-" if top1 is None else f"{top1:.1f}" for _, top1, _ in each)
-            made[-1].add_row(each[0][0], *cells, str(each[0][2]))
+            name, _, images = each[0]
+            found = (top1 for _, top1, _ in each)
+            cells = ("-" if t is None else f"{t:.1f}\n{report.limits(top1_interval(t, images))}" for t in found)
+            made[-1].add_row(name, *cells, str(images))
     return made
 
 
@@ -105,7 +109,7 @@ def _result_table(rows: Sequence[Evaluation], title: str | None) -> report.Fitte
 
 def check_tables(gate: Gate) -> list[report.FittedTable]:
     """A row for each check of a gate, or no table where nothing was asked."""
-    made = report.table("network", "asked", "verdict", "found", title=f"\ngate: {gate.verdict}", text=4)
+    made = report.table("network", "asked", "verdict", "found", title=f"\ngate: {gate.in_words}", text=4)
     for check in gate.checks:
         network = f"{check.network.task} {check.network.name}, level {check.network.level}"
         made.add_row(network, check.asked, check.verdict, check.found)

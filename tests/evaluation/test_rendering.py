@@ -9,7 +9,9 @@ import shutil
 import pytest
 from pictures import DIGITS, KEYS, results
 
+from dvn_cli import report
 from dvn_cli.errors import DvnError
+from dvn_cli.evaluation.intervals import top1_interval
 
 
 def test_the_table_fits_80_columns(dvn):
@@ -47,10 +49,12 @@ def test_accuracy_of_each_class(dvn, made):
     assert [each["class"] for each in found[2]["per_class"]] == ["0", "1", "2"]
     _, out, _ = dvn("--per-class", "--task", "2", "--results-file", "classes.csv")
     lines = [line.split() for line in out.splitlines() if line.strip()]
-    place = lines.index(["top-1", "in", "%:", "2", "digits", "level", "1", "level", "2", "images"])
-    for number, line in enumerate(lines[place + 2 : place + 5]):
+    place = lines.index(["top-1", "in", "%,", "95", "%", "CI:", "2", "digits", "level", "1", "level", "2", "images"])
+    pairs = zip(lines[place + 2 : place + 8 : 2], lines[place + 3 : place + 8 : 2], strict=True)
+    for number, (line, limits) in enumerate(pairs):
         levels = [row["per_class"][number] for row in found[2:]]
         assert line == [str(number), *(f"{each['top1']:.1f}" for each in levels), str(levels[0]["images"])]
+        assert limits == [report.limits(top1_interval(each["top1"], each["images"])) for each in levels]
     assert "per_class" not in (made / "classes.csv").read_text()
     assert "per_class" not in dvn("--json")[1]
 

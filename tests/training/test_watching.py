@@ -8,7 +8,9 @@ import small
 from rich.console import Console
 
 import dvn_cli
+from dvn_cli import report
 from dvn_cli.cli.watching import Terminal
+from dvn_cli.evaluation.intervals import top1_interval
 
 
 @pytest.mark.parametrize("is_terminal", [True, False])
@@ -24,7 +26,8 @@ def test_progress(tmp_path: Path, is_terminal: bool) -> None:
     lines = [line.split() for line in text.getvalue().replace("\r", "\n").splitlines()]
     pairs = zip(last["loss"][0], last["validation"][0], strict=True)
     of_low = [word for loss, accuracy in pairs for word in (f"{loss:.3f}", f"{accuracy:.1f}", "%")]
-    shown = [["1", "low", *of_low], ["2", "all", *(f"{loss:.3f}" for loss in last["loss"][1])]]
+    limits = [report.limits(top1_interval(accuracy, 8)) for accuracy in last["validation"][0]]
+    shown = [["1", "low", *of_low], limits, ["2", "all", *(f"{loss:.3f}" for loss in last["loss"][1])]]
     if is_terminal:
         assert all(line in lines for line in shown)
         assert "after epoch 2" in text.getvalue()
