@@ -159,9 +159,8 @@ def eval_command(
             outputs.callback(page.write, report_file, judge.loaded, rows, measured, manifests)
         if junit is not None:
             outputs.callback(ci.write_junit, junit, rows, gate)
-        if os.environ.get("GITHUB_ACTIONS") == "true":
-            for line in ci.annotations(gate):
-                outputs.callback(typer.echo, line, err=True)
+        if os.environ.get("GITHUB_ACTIONS") == "true" and (annotations := ci.annotations(gate)):
+            outputs.callback(typer.echo, "\n".join(annotations), err=True)
         if as_json:
             typer.echo(json.dumps(results, indent=2))
         else:

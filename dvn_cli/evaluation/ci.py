@@ -69,7 +69,7 @@ def markdown(rows: Sequence[Evaluation], gate: Gate) -> str:
     """Returns a summary in Markdown: a row for each network."""
     measured = {(Named(row.task, row.name, row.level), row.file): row for row in rows}
     lines = [
-        f"### dvn eval: {gate.verdict}",
+        f"### dvn eval: {gate.in_words}",
         "",
         "| task | level | parameters | top-1 in % | 95 % CI | images | checks |",
         "|---|--:|--:|--:|--:|--:|---|",

@@ -209,6 +209,12 @@ class Gate:
         verdicts = {self.counts_as(check) for check in self.checks}
         return "failed" if "failed" in verdicts else "undecided" if "undecided" in verdicts else "passed"
 
+    @property
+    def in_words(self) -> str:
+        """The verdict, and that undecided checks are part of it, where these count as something else."""
+        lenient = any(check.verdict == "undecided" for check in self.checks) and self.undecided != "undecided"
+        return f"{self.verdict}, undecided counted as {self.undecided}" if lenient else self.verdict
+
     def raise_for_verdict(self) -> None:
         """Raises what the command ends with: nothing where all passed.
 

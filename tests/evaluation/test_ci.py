@@ -28,6 +28,38 @@ CHECKS = [
     Check("baseline", Named(1, NAME, 4), None, "change >= -1", "it is gone", "failed"),
 ]
 
+# What readers of JUnit XML (Jenkins, GitLab, GitHub's reporters) agree on, of what dvn writes.
+JUNIT = """<xs:schema xmlns:xs="http://www.w3.org/2001/XMLSchema">
+  <xs:complexType name="told" mixed="true">
+    <xs:attribute name="type" type="xs:string" use="required"/>
+    <xs:attribute name="message" type="xs:string" use="required"/>
+  </xs:complexType>
+  <xs:complexType name="case">
+    <xs:sequence>
+      <xs:choice minOccurs="0">
+        <xs:element name="failure" type="told"/>
+        <xs:element name="error" type="told"/>
+      </xs:choice>
+      <xs:element name="system-out" type="xs:string" minOccurs="0"/>
+    </xs:sequence>
+    <xs:attribute name="classname" type="xs:string" use="required"/>
+    <xs:attribute name="name" type="xs:string" use="required"/>
+    <xs:attribute name="time" type="xs:decimal" use="required"/>
+  </xs:complexType>
+  <xs:complexType name="suite">
+    <xs:sequence><xs:element name="testcase" type="case" minOccurs="0" maxOccurs="unbounded"/></xs:sequence>
+    <xs:attribute name="name" type="xs:string" use="required"/>
+    <xs:attribute name="tests" type="xs:nonNegativeInteger" use="required"/>
+    <xs:attribute name="failures" type="xs:nonNegativeInteger" use="required"/>
+    <xs:attribute name="errors" type="xs:nonNegativeInteger" use="required"/>
+    <xs:attribute name="skipped" type="xs:nonNegativeInteger" use="required"/>
+    <xs:attribute name="time" type="xs:decimal" use="required"/>
+  </xs:complexType>
+  <xs:element name="testsuites"><xs:complexType><xs:sequence>
+    <xs:element name="testsuite" type="suite" maxOccurs="unbounded"/>
+  </xs:sequence></xs:complexType></xs:element>
+</xs:schema>"""
+
 
 @pytest.mark.parametrize(("undecided", "totals", "tags"), [
     ("undecided", (4, 2, 1), ["failure system-out", "error", "", "failure"]),
@@ -47,6 +79,17 @@ def test_junit(tmp_path, undecided, totals, tags):
     failure = suite[0][0]
     assert failure.attrib == {"type": "baseline", "message": "100 %: 1\n2"}
     assert failure.text == "change >= -1: 100 %: 1\n2"
+
+
+@pytest.mark.parametrize("undecided", ["undecided", "failed", "passed"])
+def test_junit_has_its_schema(tmp_path, undecided):
+    xmlschema = pytest.importorskip("xmlschema")
+    file = tmp_path / "junit.xml"
+    ci.write_junit(file, ROWS, Gate(CHECKS, undecided))
+    validator, text = xmlschema.XMLSchema(JUNIT), file.read_text()
+    validator.validate(text)
+    wrong = ((' tests="4"', ""), (' failures="', ' failures="many'), ("failure", "fault"), (' type="baseline"', ""))
+    assert all(not validator.is_valid(text.replace(*each)) for each in wrong)
 
 
 def test_the_summary_is_added_to_what_is_there(tmp_path):
@@ -80,6 +123,13 @@ def test_annotations():
         f"::error title=dvn eval::{name} 4: it is gone",
     ]
     assert ci.annotations(Gate(CHECKS, "passed"))[1].startswith("::notice ")
+
+
+def test_undecided_checks_that_count_as_passed_are_told():
+    assert ci.markdown(ROWS, Gate(CHECKS[2:3])).startswith("### dvn eval: undecided\n")
+    lenient = Gate(CHECKS[2:3], "passed")
+    assert ci.markdown(ROWS, lenient).startswith("### dvn eval: passed, undecided counted as passed\n")
+    assert ci.markdown(ROWS, Gate(CHECKS[:1], "passed")).startswith("### dvn eval: passed\n")
 
 
 def test_all_of_it_from_one_command(dvn, made, monkeypatch):
