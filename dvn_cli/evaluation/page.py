@@ -41,6 +41,7 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 caption { text-align: left; color: GrayText; }
 th, td { padding: .25rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child { text-align: left; } tbody th { font-weight: inherit; }
+td:only-of-type { white-space: normal; overflow-wrap: anywhere; }
 td.unit { color: #fff; text-align: center; min-width: 2rem; font-weight: bold; }
 td.level { border-right: 3px solid CanvasText; }
 figure { margin: 1rem 0; } figure svg { max-width: 100%; height: auto; }
@@ -214,12 +215,12 @@ def _training(opened: Loaded) -> str:
     except (InputError, LookupError, TypeError, ValueError):  # it is missing, or not of this run
         figures = ["<p>There is no record of the run beside the checkpoint.</p>"]
     facts = {"epochs": training.epochs, "seed": training.recipe.get("seed"), "device": training.device}
-    facts |= {"commit of the working directory": training.commit}
-    facts |= {"threads": training.threads, **training.versions}
+    facts |= {"commit": training.commit, "threads": training.threads, **training.versions}
+    caption = "How it was trained" + ("; the commit is the working directory's." if training.commit else ".")
     told = [(key, str(value)) for key, value in facts.items() if value is not None]
     recipe = html.escape(yaml.safe_dump(dict(training.recipe), sort_keys=False, allow_unicode=True))
     return (
-        f'<h2>Training</h2><div class="charts">{"".join(figures)}</div>{_table("How it was trained.", ("", ""), told)}'
+        f'<h2>Training</h2><div class="charts">{"".join(figures)}</div>{_table(caption, ("", ""), told)}'
         f"<details><summary>The whole recipe</summary><pre>{recipe}</pre></details>"
     )
 
