@@ -1,12 +1,12 @@
-"""What a joint step costs: all networks as slices of one store, against the same networks each on its own.
+"""What keys of a recipe make of a training step: steps of several runs, in turns.
 
-    python tests/benchmarks/joint_step.py [BACKBONE] [--units K] [--batch-size B] [--input-size S] [--rounds R]
+    python tests/benchmarks/joint_step.py RECIPE [KEY=VALUE ...] [--with KEY=VALUE ...] [--with ...] [--rounds R]
 
-Forward and backward of every task and level, without the optimizer, on one CPU thread, by the time of the processor;
-they take turns, and a figure is the median of the ratios of each round. 1.0 is the limit: slicing is free. Then the
-same joint step with images channels last in memory, in bfloat16 (torch.autocast), and both. Last the memory that
-torch's allocator gives out at the peak of a joint step and of a step of the top network alone: weights, gradients
-(which are there from the step before) and all else.
+Forward and backward of all networks, without the optimizer, on one CPU thread, by the time of the processor: of the
+recipe as it is, and with the keys of each `--with`. A figure is the median of the ratios of each round. (What a step
+takes against the same networks on their own says `dvn bench --training`.) Last the memory that torch's allocator gives
+out at the peak of the recipe's step, and of one of its first task's top network alone: weights, gradients (which are
+there from the step before) and all else.
 """
 
 import argparse
@@ -14,78 +14,64 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from dvn_cli.backbones import resolve
-from dvn_cli.dividing import partition_backbone
-from dvn_cli.network import DeepVirtualNetwork
-from dvn_cli.store.metadata import TaskLevel
-from dvn_cli.tasks import default_tasks
+from dvn_cli.device import memory_format
+from dvn_cli.training import recipes
+from dvn_cli.training.experiment import prepare
+from dvn_cli.training.loop import Run
+from dvn_cli.training.step import Batches
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("backbone", nargs="?", default="wrn_16_2")
-    parser.add_argument("--units", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--input-size", type=int, help="height and width; by default the backbone's own")
+    parser.add_argument("recipe")
+    parser.add_argument("keys", nargs="*", metavar="KEY=VALUE")
+    parser.add_argument("--with", nargs="+", action="append", default=[], metavar="KEY=VALUE", dest="others")
     parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    size = None if options.input_size is None else (options.input_size, options.input_size)
-    spec = resolve(options.backbone, input_size=size)
-    module = spec.build()
-    channels = spec.in_chans
-    tasks = default_tasks(options.units, spec.num_classes, spec.input_size, (0.5,) * channels, (0.25,) * channels)[:2]
-    dvn = DeepVirtualNetwork.from_backbone(partition_backbone(spec, options.units, module=module), module, tasks)
-    dvn.make_private()
-    dvn.train()
-    alone = {network: dvn.virtual_network(*network) for network in dvn}
-    contiguous = torch.randn(options.batch_size, channels, *spec.input_size)
-    labels = torch.randint(0, spec.num_classes, (options.batch_size,))
-
-    def jointly(images: Tensor = contiguous, bf16: bool = False) -> None:
-        for task, level in dvn:
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16, cache_enabled=False):
-                logits = dvn(images, task, level).float()
-            F.cross_entropy(logits, labels).backward()
-        dvn.zero_grad(set_to_none=True)
-
-    def apart() -> None:
-        for network in alone.values():
-            F.cross_entropy(network(contiguous), labels).backward()
-        for network in alone.values():
-            network.zero_grad(set_to_none=True)
-
-    last = contiguous.contiguous(memory_format=torch.channels_last)
-    steps: dict[str, Callable[[], None]] = {
-        "jointly": jointly,
-        "apart": apart,
-        "channels last": lambda: jointly(last),
-        "bf16": lambda: jointly(bf16=True),
-        "both": lambda: jointly(last, bf16=True),
+    options = parser.parse_intermixed_args()
+    runs = {
+        " ".join(more) or "the recipe": begun(options.recipe, [*options.keys, "threads=1", *more])
+        for more in ([], *options.others)
     }
-    for step in steps.values():
-        seconds(step)
-    rounds = [{name: seconds(step) for name, step in steps.items()} for _ in range(options.rounds)]
-    print(f"{spec.name}, {len(alone)} networks, batch {options.batch_size}, torch {torch.__version__}:")
-    for name in steps:
-        taken, ratio = (statistics.median(r[name] / r[of] if of else r[name] for r in rounds) for of in ("", "jointly"))
-        print(f"{name:14}{taken:7.3f} s {ratio:6.3f}")
+    for run, batches in runs.values():
+        seconds(run, batches)
+    rounds = [{name: seconds(*run) for name, run in runs.items()} for _ in range(options.rounds)]
+    run, batches = runs["the recipe"]
+    print(f"{run.network.partition.spec.name}, {len(run.stage.trained)} networks, torch {torch.__version__}:")
+    for name in runs:
+        taken, ratio = (statistics.median(r[name] / r.get(of, 1) for r in rounds) for of in ("", "the recipe"))
+        print(f"{name:50}{taken:7.3f} s {ratio:6.3f}")
 
-    def top() -> None:
-        F.cross_entropy(alone[TaskLevel(1, options.units)](contiguous), labels).backward()
+    (task, (images, labels)) = next(iter(batches.items()))
+    top = max(network for network in run.stage.trained if network.task == task)
+    alone = run.network.virtual_network(*top).train()
+    images = images.contiguous(memory_format=memory_format(run.recipe.memory_format, run.device))
+    held = [
+        peak_memory(lambda: run.step(batches), run.network),
+        peak_memory(lambda: F.cross_entropy(alone(images), labels).backward(), alone),
+    ]
+    print(f"peak memory {held[0] / 1e6:.0f} MB, {held[0] / held[1]:.3f} of what the top network takes alone")
 
-    def all_levels() -> None:
-        for task, level in dvn:
-            F.cross_entropy(dvn(contiguous, task, level), labels).backward()
 
-    held = [peak_memory(all_levels, dvn), peak_memory(top, alone[TaskLevel(1, options.units)])]
-    print(f"peak memory    jointly {held[0] / 1e6:.0f} MB, {held[0] / held[1]:.3f} of what the top network takes alone")
+def begun(recipe: str, overrides: list[str]) -> tuple[Run, Batches]:
+    """Returns a run before its first step, and the batches of that."""
+    file = recipes.find(recipe)
+    session = prepare(recipes.read(file, overrides), recipes.folder(file), Path("none"), torch.device("cpu"))
+    session.run.network.train()
+    return session.run, {task: next(session.run.endless(task, session.run.train[task])) for task in session.run.data}
+
+
+def seconds(run: Run, batches: Batches) -> float:
+    start = time.process_time()
+    run.step(batches)
+    run.step.clear()
+    return time.process_time() - start
 
 
 def peak_memory(step: Callable[[], None], module: nn.Module) -> int:
@@ -98,12 +84,6 @@ def peak_memory(step: Callable[[], None], module: nn.Module) -> int:
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
     return max(itertools.accumulate(changes, initial=now))
-
-
-def seconds(step: Callable[[], None]) -> float:
-    start = time.process_time()
-    step()
-    return time.process_time() - start
 
 
 if __name__ == "__main__":
