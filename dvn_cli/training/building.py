@@ -54,7 +54,7 @@ def build(
     """Partitions the recipe's backbone, or opens its partition or checkpoint, and gives everyone what is their own.
 
     Args:
-        device: to compute on where orders are learned.
+        device: to compute on where orders are learned and classifiers fitted.
         earlier: what the run that goes on has left, where one does; the networks are then not made ready to start.
 
     Returns:
@@ -82,8 +82,11 @@ def build(
         made.make_private(owners(method, partition))
         made.check()
         if has_weights and division is None:
-            classifiers.start(made, tensors, load, is_loaded, note)
+            classifiers.start(made, tensors, load, is_loaded, functools.partial(fitted, made), note)
         return made
+
+    def fitted(made: DeepVirtualNetwork, number: int) -> Mapping[str, Tensor]:
+        return classifiers.fit(made, number, data[number - 1], recipe.seed, device) if recipe.fit_classifiers else {}
 
     if recipe.orders == "learned" and earlier is None:
         note("comparing tasks by their gradients, in a few steps of networks of all units")

@@ -271,6 +271,11 @@ class Recipe(Keys):
         "statistics of every level below the top on training images of its task, and add the mean of what is lacking "
         "to biases where no such norm follows, which are then private to each level.",
     )
+    fit_classifiers: bool = Field(
+        default=True,
+        description="Before training from weights, fit the classifier of a task whose classes are not those of the "
+        "weights to the features that they give of its training images, of at most 2,048. false: it starts at zero.",
+    )
     round_to: Count = Field(
         default=1, description="Make the width of each unit a multiple of this many channels, where there are enough."
     )

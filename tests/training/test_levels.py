@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 
 from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
+from dvn_cli.data import batches
 from dvn_cli.dividing import divide
 from dvn_cli.evaluation.measure import evaluate_all
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training import building
+from dvn_cli.training.classifiers import PENALTY
 from dvn_cli.training.outlook import outlook
 
 KEYS: dict[str, Any] = {"divide": "inner", "assign": "sorted", "orders": "shared"}
@@ -59,8 +61,9 @@ def classifier(network: DeepVirtualNetwork, task: int, level: int) -> tuple[torc
 
 
 def test_a_classifier_of_other_classes_starts_at_zero(weights: Path, tmp_path: Path) -> None:
+    """Where it is not to be fitted."""
     notes: list[str] = []
-    keys = {"backbone": backbone(weights), "compensate": False}
+    keys = {"backbone": backbone(weights), "compensate": False, "fit_classifiers": False}
     network = small.session(tmp_path, note=notes.append, **keys).run.network
     published = load_file(weights)
     for level in (1, 2):
@@ -71,6 +74,33 @@ def test_a_classifier_of_other_classes_starts_at_zero(weights: Path, tmp_path: P
     assert [note for note in notes if "classifier" in note] == ["task 'low': its classifier starts at zero"]
     random = small.session(tmp_path).run.network
     assert all(classifier(random, task, 1)[0].any() for task in (1, 2))
+
+
+def test_a_classifier_of_other_classes_is_fitted(weights: Path, tmp_path: Path) -> None:
+    """To the top level's features of training images, which it tells then; a lower level has as much of it."""
+    notes: list[str] = []
+    session = small.session(tmp_path, note=notes.append, backbone=backbone(weights), compensate=False)
+    network, data = session.run.network, session.run.data[1]
+    assert "task 'low': its classifier starts fitted to features of its training images" in notes
+    top = network.virtual_network(1, 2).eval()
+    with torch.no_grad():
+        [(images, labels)] = batches(data.train, len(data.train), mean=data.mean, std=data.std)
+        features, given = top.features(images), top(images)
+    assert (given.argmax(1) == labels).float().mean() > 0.9
+    loss = torch.nn.functional.cross_entropy
+    (weight, bias), (narrow, same) = classifier(network, 1, 2), classifier(network, 1, 1)
+    columns = small.indices(network, "fc.weight", 1, 1)[1]
+    assert torch.equal(narrow, weight[:, columns])
+    assert torch.equal(bias, same)
+
+    def objective(weight: torch.Tensor) -> torch.Tensor:
+        penalty = (weight * features.std(0, correction=0)).square().sum()
+        return loss(features @ weight.T + bias, labels) + PENALTY * penalty
+
+    worse = (objective(weight * factor) for factor in (0.98, 1.02))
+    assert all(objective(weight) < value for value in worse)
+    again = small.session(tmp_path, backbone=backbone(weights), compensate=False).run.network
+    assert all(map(torch.equal, classifier(again, 1, 2), (weight, bias)))
 
 
 def test_a_classifier_starts_from_the_weights_of_its_classes(tmp_path: Path) -> None:
@@ -91,10 +121,10 @@ def test_a_classifier_starts_from_the_weights_of_its_classes(tmp_path: Path) -> 
         wanted = published["head.weight"][[217, 0]][:, columns]
         assert torch.equal(own[f"task/1/level/{level}/head.weight"], wanted)
         assert torch.equal(own[f"task/1/level/{level}/head.bias"], published["head.bias"][[217, 0]])
-        assert not own[f"task/2/level/{level}/head.weight"].any()
+        assert own[f"task/2/level/{level}/head.weight"].any()
     assert [note for note in notes if "classifier" in note] == [
         "task 'known': its classifier starts from the weights of its classes",
-        "task 'others': its classifier starts at zero",
+        "task 'others': its classifier starts fitted to features of its training images",
     ]
 
 

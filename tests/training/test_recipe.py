@@ -418,6 +418,7 @@ CHANGES = {
     "assign": "importance",
     "orders": "shared",
     "compensate": "false",
+    "fit_classifiers": "false",
     "round_to": "5",
     "tasks": str([small.content()["tasks"][0]]),
     "tasks.0.name": "other",
@@ -474,7 +475,7 @@ BASES["memory_format"] = ("backbone.in_chans=3",)
 BASES["levels_per_step"] = ("units=4",)
 BASES["schedule.power"] = BASES["schedule.min_factor"] = ("schedule.name=poly",)
 BASES["patience"] = ("epochs=4",)
-BASES["compensate"] = ("backbone.weights=w.pth",)
+BASES["compensate"] = BASES["fit_classifiers"] = ("backbone.weights=w.pth",)
 """With which overrides a key is tried where it means nothing without them."""
 
 
