@@ -11,7 +11,7 @@ from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
 )
 from executorch.exir import to_edge_transform_and_lower
 from executorch.runtime import Runtime
-from torch import Tensor
+from torch import Tensor, fx
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from dvn_cli.formats.program import description, one_by_one, program
@@ -30,7 +30,9 @@ def write_int8(network: VirtualNetwork, path: Path, images: Sequence[Tensor]) ->
     observed = prepare_pt2e(exported.module(), quantizer)
     for image in torch.cat(list(images)).split(1):
         observed(image)
-    _write(network, torch.export.export(convert_pt2e(observed), exported.example_inputs[0], strict=False), path)
+    converted = convert_pt2e(observed)
+    used = fx.GraphModule(converted, converted.graph)  # without the weights in float32, which it keeps
+    _write(network, torch.export.export(used, exported.example_inputs[0], strict=False), path)
 
 
 def _write(network: VirtualNetwork, exported: torch.export.ExportedProgram, path: Path) -> None:

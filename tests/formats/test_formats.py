@@ -180,6 +180,19 @@ def test_int8_says_what_it_costs(checkpoint: Path, name: str) -> None:
     assert all(0 <= share <= 100 for share in cut["int8"].values())
 
 
+def test_int8_leaves_no_weights_in_float32(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ExecuTorch's conversion keeps those of layers that have a bias, unless it is told otherwise."""
+    if FORMATS["executorch"].missing:
+        pytest.skip("executorch not installed")
+    module, written = FORMATS["executorch"].module, []
+    monkeypatch.setattr(module, "_write", lambda network, exported, path: written.append(exported))
+    network = dvn_cli.load(dvn_cli.slice(checkpoint, 1, 2).file)
+    with torch.no_grad():
+        module.write_int8(network, Path("network.pte"), [random_images(2)])
+    weights = {name: tensor.dtype for name, tensor in written[0].state_dict.items() if tensor.ndim > 1}
+    assert set(weights.values()) == {torch.int8}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
