@@ -261,7 +261,7 @@ class Runtime:
                 pieces += [piece for piece in held if not any(piece <= other for other in pieces)]
             filled = {piece: held[piece] if piece in held else self._filled(name, piece, held) for piece in pieces}
             for user in users:
-                if name in user.regions:
+                if name in user.regions and (name not in user.tensors or filled.keys() != held.keys()):
                     user.take(name, filled)
             self._held[name] = filled
         self._held = {name: pieces for name, pieces in self._held.items() if pieces}

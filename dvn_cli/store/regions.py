@@ -34,7 +34,7 @@ class Region:
     @property
     def positions(self) -> list[np.ndarray]:
         """For each dimension the indices."""
-        return [np.flatnonzero(_mask(runs, size)) for runs, size in zip(self.runs, self.whole, strict=True)]
+        return list(map(_positions, self.runs, self.whole))
 
     @property
     def shape(self) -> Shape:
@@ -93,6 +93,11 @@ def _mask(runs: Runs, size: int) -> np.ndarray:
     return mask
 
 
+@functools.lru_cache(maxsize=1 << 12)
+def _positions(runs: Runs, size: int) -> np.ndarray:
+    return np.flatnonzero(_mask(runs, size))
+
+
 @functools.lru_cache(maxsize=1 << 14)
 def _combined(operation: Callable[[np.ndarray, np.ndarray], np.ndarray], own: Runs, theirs: Runs, size: int) -> Runs:
     return runs_of(operation(_mask(own, size), _mask(theirs, size)))
@@ -102,6 +107,7 @@ def _chosen(own: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return own[theirs]
 
 
+@functools.lru_cache(maxsize=1 << 12)
 def _count(runs: Runs) -> int:
     return sum(stop - start for start, stop in runs)
 

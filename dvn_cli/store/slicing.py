@@ -70,7 +70,7 @@ def _cut_tensor(header: Header[CheckpointMetadata], name: str, runs: Sequence[Se
 
 
 def blocks(header: Header[CheckpointMetadata], name: str, runs: Sequence[Sequence[Run]]) -> Iterator[np.ndarray]:
-    """Yields the runs of a tensor as contiguous arrays, some rows at a time."""
+    """Yields the runs of a tensor, some rows at a time, as views of what was read wherever they can be."""
     stored = header.tensors[name]
     shape = stored.shape or (1,)
     row_bytes = math.prod(shape[1:]) * ITEM_SIZE[stored.dtype]
@@ -78,7 +78,7 @@ def blocks(header: Header[CheckpointMetadata], name: str, runs: Sequence[Sequenc
         start, stop = rows[0][0], rows[-1][1]
         data = header.read(name, start * row_bytes, stop * row_bytes)
         array = np.frombuffer(data, f"<u{ITEM_SIZE[stored.dtype]}").reshape(stop - start, *shape[1:])
-        yield np.array(_take(array, [[(first - start, last - start) for first, last in rows], *runs[1:]]), order="C")
+        yield _take(array, [[(first - start, last - start) for first, last in rows], *runs[1:]])
 
 
 def _grouped(runs: Sequence[Run], span: int) -> Iterator[list[Run]]:
