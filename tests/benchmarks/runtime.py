@@ -2,33 +2,57 @@
 
     dvn partition resnet50 --units 4 && python tests/benchmarks/runtime.py dvn.safetensors
 
-By the time of the processor, one thread. Loading is that of the level's slice in a process that has imported dvn and
-torch and nothing else, and once more there; growing is from the level below. Ratios are medians of rounds in which
-slice and runtime take turns: of the level alone, and of the level beside the top one, which it is a view of.
+By the time of the processor, one thread, medians of rounds in which what is compared takes turns. Each round is a
+process that has imported dvn and torch and nothing else. It loads the level's slice (`new`), then in turns loads it
+again (`again`) and grows a runtime from the level below (`grown`). `built` is, once, the slice without the graph that
+files keep. A forward pass is the runtime's in parts of the slice's: of the level `alone`, and `beside` the top one,
+which it is a view of.
 """
 
 import argparse
+import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import safetensors.numpy
 import torch
-from torch import Tensor
 
 import dvn_cli
 
-LOAD = """
-import sys, time, dvn_cli
-dvn_cli.Runtime, dvn_cli.load
-for _ in range(2):
-    start = time.process_time()
-    dvn_cli.load(sys.argv[1])
-    print(time.process_time() - start)
-"""
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--task", default=1, type=int)
+    parser.add_argument("--batch-size", default=1, type=int)
+    parser.add_argument("--rounds", default=5, type=int)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    count = len(dvn_cli.Runtime(options.checkpoint).tasks[options.task - 1].levels)
+    print("level  MB read  MB slice  grown s  again s    new s  built s  alone  beside", flush=True)
+    with TemporaryDirectory() as folder:
+        for level in range(2, count + 1):
+            cut = dvn_cli.slice(options.checkpoint, options.task, level, folder).file
+            place = options.checkpoint, options.task, level, cut
+            rounds = [in_new_process(changes, *place, turn) for turn in range(options.rounds)]
+            read, grown, again, new = map(statistics.median, zip(*rounds, strict=True))
+            built = in_new_process(loading, without_graph(cut))
+            size = cut.stat().st_size / 1e6
+            print(f"{level:5}  {read:7.1f}  {size:8.1f}  {grown:7.3f}  {again:7.3f}  {new:7.3f}  {built:7.3f}", end="")
+            for active in ((level,), (level, count)):
+                found = in_new_process(forward, *place, active, options.batch_size, 4 * options.rounds)
+                print(f"  {found:5.2f}", end="", flush=True)
+            print()
+
+
+def in_new_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -37,50 +61,43 @@ def seconds(function: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def ratio(one: Callable[[], object], other: Callable[[], object], rounds: int) -> float:
-    """How many times as long the one takes, each being first in half of the rounds."""
-    found = []
-    for turn in range(rounds + 1):
-        pair = (one, other) if turn % 2 else (other, one)
-        first, second = map(seconds, pair)
-        found.append(first / second if turn % 2 else second / first)
+def loading(file: Path) -> float:
+    return seconds(lambda: dvn_cli.load(file))
+
+
+def without_graph(file: Path) -> Path:
+    """Writes a slice as one of before there were graphs."""
+    tensors = safetensors.numpy.load_file(file)
+    with safetensors.safe_open(file, "numpy") as opened:
+        said = json.loads(opened.metadata()["dvn"])
+    del said["checksums"], said["graph"]
+    safetensors.numpy.save_file(tensors, file.with_name("old.safetensors"), {"dvn": json.dumps(said)})
+    return file.with_name("old.safetensors")
+
+
+def changes(checkpoint: Path, task: int, level: int, cut: Path, turn: int) -> tuple[float, float, float, float]:
+    """Returns MB that growing reads, and seconds of growing, of loading the slice again, and of loading it first."""
+    new, runtime = loading(cut), dvn_cli.Runtime(checkpoint)
+    runtime.set(task, level - 1)
+    before = runtime.bytes_read
+    again = loading(cut) if turn % 2 else None
+    grown = seconds(lambda: runtime.set(task, level))
+    return (runtime.bytes_read - before) / 1e6, grown, again or loading(cut), new
+
+
+def forward(
+    checkpoint: Path, task: int, level: int, cut: Path, active: tuple[int, ...], batch: int, rounds: int
+) -> float:
+    """Returns how many times as long as the slice the runtime takes, each being first in half of the rounds."""
+    runtime, network, found = dvn_cli.Runtime(checkpoint), dvn_cli.load(cut), []
+    runtime.set(task, *active)
+    images = torch.randn(batch, len(runtime.tasks[task - 1].mean), *runtime.tasks[task - 1].input_size)
+    pair = [lambda: runtime(images, task, level), lambda: network(images)]
+    with torch.no_grad():
+        for turn in range(rounds + 1):
+            first, second = map(seconds, pair if turn % 2 else pair[::-1])
+            found.append(first / second if turn % 2 else second / first)
     return statistics.median(found[1:])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--task", default=1, type=int)
-    parser.add_argument("--batch-size", default=1, type=int)
-    parser.add_argument("--rounds", default=20, type=int)
-    options = parser.parse_args()
-
-    torch.set_num_threads(1)
-    runtime = dvn_cli.Runtime(options.checkpoint)
-    task = runtime.tasks[options.task - 1]
-    images = torch.randn(options.batch_size, len(task.mean), *task.input_size)
-    print("level  MB read  grown s  loaded s  again s  alone  beside top", flush=True)
-    with TemporaryDirectory() as folder, torch.no_grad():
-        for level in range(1, len(task.levels) + 1):
-            row(runtime, options.task, level, images, folder, options.rounds)
-
-
-def row(runtime: dvn_cli.Runtime, task: int, level: int, images: Tensor, folder: str, rounds: int) -> None:
-    cut = dvn_cli.slice(runtime.path, task, level, folder).file
-    done = subprocess.run([sys.executable, "-c", LOAD, cut], capture_output=True, text=True, check=True)
-    first, again = done.stdout.split()
-    grown, network = [], dvn_cli.load(cut)
-    for _ in range(6):
-        runtime.set(task, *([level - 1] if level > 1 else []))
-        before = runtime.bytes_read
-        grown.append(seconds(lambda: runtime.set(task, level)))
-        read = runtime.bytes_read - before
-    ratios = []
-    for active in ((level,), (level, len(runtime.tasks[task - 1].levels))):
-        runtime.set(task, *active)
-        ratios.append(ratio(lambda: runtime(images, task, level), lambda: network(images), rounds))
-    times = f"{statistics.median(grown[1:]):7.3f}  {float(first):8.3f}  {float(again):7.3f}"
-    print(f"{level:5}  {read / 1e6:7.1f}  {times}  {ratios[0]:5.2f}  {ratios[1]:10.2f}", flush=True)
 
 
 if __name__ == "__main__":
