@@ -59,36 +59,47 @@ def checkpoint(name: str, path: Path) -> None:
 
 
 def rows(name: str, formats: list[str], pythons: dict[str, str]) -> Iterator[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        checkpoint(name, place / "dvn.safetensors")
-        for level in range(1, UNITS + 1):
-            task = 1 + level % 2
-            network = dvn_cli.load(dvn_cli.slice(place / "dvn.safetensors", task, level, place / "s.safetensors").file)
-            images = np.random.default_rng(0).standard_normal((3, 3, *network.task.input_size)).astype(np.float32)
-            np.save(place / "images.npy", images)
-            with torch.no_grad():
-                expected = network(torch.from_numpy(images)).numpy()
-            for each in formats:
-                row: dict[str, Any] = {"model": name, "pixels": images.shape[-1], "level": level, "format": each}
-                file, logits = place / f"network{FORMATS[each].ending}", place / "logits.npy"
+    with tempfile.TemporaryDirectory() as place:
+        checkpoint(name, Path(place) / "dvn.safetensors")
+        levels = range(1, UNITS + 1)
+        folders = {level: Path(place) / str(level) for level in levels}
+        expected = {level: logits(Path(place) / "dvn.safetensors", level, folders[level]) for level in levels}
+        for each in formats:
+            files, table = [], {}
+            for level, (pixels, _) in expected.items():
+                table[level] = {"model": name, "pixels": pixels, "level": level, "format": each}
+                file = folders[level] / f"network{FORMATS[each].ending}"
                 try:
-                    cut = dvn_cli.slice(place / "dvn.safetensors", task, level, file, form=Form(each))
+                    cut = dvn_cli.slice(Path(place) / "dvn.safetensors", 1 + level % 2, level, file, form=Form(each))
                 except DvnError as error:
-                    yield row | {
-                        "result": "none" if isinstance(error, NotExpressible) else "failed",
-                        "note": str(error),
-                    }
+                    result = "none" if isinstance(error, NotExpressible) else "failed"
+                    table[level] |= {"result": result, "note": str(error)}
+                else:
+                    files.append(cut.file)
+                    table[level] |= {"result": "failed", "bytes": cut.bytes}
+            command = [pythons.get(each, sys.executable), Path(__file__).with_name("run_file.py"), each, *files]
+            done = subprocess.run(command, capture_output=True, text=True)  # all levels, as most of it is imports
+            for file in files:
+                row, there = table[int(file.parent.name)], file.with_name("logits.npy")
+                if not there.exists():
+                    row["note"] = done.stderr.strip().splitlines()[-1]
                     continue
-                command = [pythons.get(each, sys.executable), Path(__file__).with_name("run_file.py"), each, cut.file]
-                done = subprocess.run([*command, place / "images.npy", logits], capture_output=True, text=True)
-                if done.returncode:
-                    yield row | {"result": "failed", "note": done.stderr.strip().splitlines()[-1]}
-                    continue
-                found = np.load(logits)
-                difference = float(np.abs(found - expected).max() / np.abs(expected).max())
-                right = difference <= 1e-4 and bool((found.argmax(1) == expected.argmax(1)).all())
-                yield row | {"result": "right" if right else "wrong", "difference": difference, "bytes": cut.bytes}
+                found, right = np.load(there), expected[row["level"]][1]
+                there.unlink()
+                row["difference"] = float(np.abs(found - right).max() / np.abs(right).max())
+                same = bool((found.argmax(1) == right.argmax(1)).all())
+                row["result"] = "right" if row["difference"] <= 1e-4 and same else "wrong"
+            yield from table.values()
+
+
+def logits(checkpoint: Path, level: int, folder: Path) -> tuple[int, np.ndarray]:
+    """Writes images to a folder; returns how many pixels they have a side, and what the slice of the level gives."""
+    folder.mkdir()
+    network = dvn_cli.load(dvn_cli.slice(checkpoint, 1 + level % 2, level, folder / "slice.safetensors").file)
+    images = np.random.default_rng(0).standard_normal((3, 3, *network.task.input_size)).astype(np.float32)
+    np.save(folder / "images.npy", images)
+    with torch.no_grad():
+        return images.shape[-1], network(torch.from_numpy(images)).numpy()
 
 
 def main() -> None:

@@ -1,6 +1,10 @@
-"""Runs the file of a network with its runtime alone: `python run_file.py FORMAT FILE IMAGES.npy LOGITS.npy`."""
+"""Runs files of networks with their runtime alone: `python run_file.py FORMAT FILE...`.
+
+Beside each file are its images, `images.npy`; its logits become `logits.npy`.
+"""
 
 import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -53,11 +57,13 @@ def litert(file, images):
 
 
 if __name__ == "__main__":
-    name, file, images, output = sys.argv[1:]
+    name, *files = sys.argv[1:]
     for module in {"dvn_cli", "timm", "torch"} - {
         "timm": {"timm", "torch"},
         "pt2": {"torch"},
         "executorch": {"torch"},
     }.get(name, set()):
         sys.modules[module] = None
-    np.save(output, globals()[name](file, np.load(images)))
+    for file in files:
+        folder = Path(file).parent
+        np.save(folder / "logits.npy", globals()[name](file, np.load(folder / "images.npy")))
