@@ -1,18 +1,17 @@
 """Which level of a task fits a budget: by counts, and by what `dvn eval`, `dvn bench` and training have recorded."""
 
 import contextlib
-import json
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import LARGEST_RECORD, read_bytes
 from dvn_cli.report import limits, short
 from dvn_cli.store.file import Header
 from dvn_cli.store.metadata import CheckpointMetadata
+from dvn_cli.store.schema import loads, parse
 from dvn_cli.store.slicing import count, slice_size
 
 _DECIMAL = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9}
@@ -112,25 +111,24 @@ def known_levels(
         InputError: a file cannot be read, or is of other networks.
     """
     entry, found = header.metadata.tasks[task - 1], []
-    record, rows = header.path.with_name(f"{header.path.stem}.run.json"), []
+    record, rows = header.path.with_name(f"{header.path.stem}.run.json"), list[tuple[str, _Recorded]]()
     with contextlib.suppress(InputError):  # it may be of a run that has not ended, and nobody gave it
-        rows += _rows(record) if header.metadata.training is not None else []
-    for path in results:
-        rows += _rows(path)
-    rows = [row for row in rows if (row["task"], row["name"]) == (task, entry.name)]
+        rows += [(str(record), row) for row in _recorded(record)] if header.metadata.training is not None else []
+    rows += [(str(path), row) for path in results for row in _recorded(path)]
+    rows = [(path, row) for path, row in rows if (row.task, row.name) == (task, entry.name)]
     for level in range(1, len(entry.levels) + 1):
         params, latency, accuracy, interval = count(header, task, level).params, None, None, None
-        for row in (row for row in rows if row["level"] == level):
-            if row["params"] != params and row["of"] == str(record):
+        for path, row in (each for each in rows if each[1].level == level):
+            if row.params != params and path == str(record):
                 continue
-            if row["params"] != params:
+            if row.params != params:
                 raise InputError(
-                    f"'{row['of']}' is of other networks: level {level} of task '{entry.name}' has {row['params']:,} "
+                    f"'{path}' is of other networks: level {level} of task '{entry.name}' has {row.params:,} "
                     f"parameters there, {params:,} in '{header.path}'"
                 )
-            latency = row.get("latency_ms", {}).get("p50", latency)
-            if "top1" in row:
-                accuracy, interval = row["top1"], row.get("top1_interval")
+            latency = (row.latency_ms or {}).get("p50", latency)
+            if row.top1 is not None:
+                accuracy, interval = row.top1, row.top1_interval
         size = slice_size(header, task, level) if "bytes" in counted else None
         macs = _macs(header, task, level) if "macs" in counted else None
         found.append(KnownLevel(level, params, size, macs, latency, accuracy, interval))
@@ -142,15 +140,27 @@ def missing_record(what: str, task: str) -> InputError:
     return InputError(f"no {what} of task '{task}' is recorded: {_SOURCES[what]}")
 
 
-def _rows(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The rows of a file of results or of the record of a run."""
+@dataclass(frozen=True)
+class _Recorded:
+    """What a document of results says of a network."""
+
+    task: int
+    name: str
+    level: int
+    params: int
+    top1: float | None = None
+    top1_interval: tuple[float, float] | None = None
+    latency_ms: Mapping[str, float] | None = None
+
+
+def _recorded(path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
+    """What a file of results, or the record of a run, says of networks."""
+    raw = read_bytes(path, LARGEST_RECORD)
     try:
-        document = json.loads(read_bytes(path, LARGEST_RECORD))
+        document = loads(raw)
         rows = document["results"] if "results" in document else document["test"]
-        return [
-            {key: row[key] for key in ("task", "name", "level", "params")} | row | {"of": str(path)} for row in rows
-        ]
-    except (ValueError, KeyError, TypeError):
+        return parse(tuple[_Recorded, ...], rows)
+    except (ValueError, KeyError, TypeError, InputError):
         raise InputError(f"'{path}' holds no results of `dvn eval` or `dvn bench` as JSON") from None
 
 

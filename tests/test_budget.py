@@ -143,6 +143,7 @@ def test_a_manifest_among_files_is_passed_over() -> None:
         (["--min-accuracy", "1"], "no accuracy of task '.*' is recorded: give --results FILE of `dvn eval"),
         (["--min-accuracy", "1", "--results", "other.json"], "'other.json' is of other networks: level 1"),
         (["--min-accuracy", "1", "--results", "dvn.safetensors"], "holds no results"),
+        (["--min-accuracy", "1", "--results", "strange.json"], "holds no results"),
         (["--min-accuracy", "1", "--results", "none.json"], "there is no file 'none.json'"),
     ],
 )
@@ -150,6 +151,8 @@ def test_what_cannot_be_done_is_said(words: list[str], message: str) -> None:
     other = json.loads(recorded("other.json", top1=[1.0, 2.0]).read_text())
     other["results"][0]["params"] += 1
     Path("other.json").write_text(json.dumps(other))
+    other["results"][0]["top1_interval"] = "wide"
+    Path("strange.json").write_text(json.dumps(other))
     with pytest.raises(InputError, match=message):
         run(*words)
 
