@@ -370,6 +370,8 @@ def test_it_stays_out_after_whatever_is_done_to_a_slice(apart: tuple[nn.Module, 
     torch.testing.assert_close(program.module()(x), module(x))
     regions = [node for node in program.graph.nodes if "wrap_with_autocast" in str(node.target)]
     assert {node.args[:1] + node.args[2:3] for node in regions} == {("cpu", False)}
+    alone = torch.export.export(whole.standalone(), (x,))
+    torch.testing.assert_close(alone.module()(x), module(x))
     compiled = torch.compile(whole, backend="aot_eager", fullgraph=True)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         torch.testing.assert_close(compiled(x).float(), expected, rtol=0, atol=1e-6)

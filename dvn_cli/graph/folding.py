@@ -106,6 +106,7 @@ def _plain(module: fx.GraphModule) -> fx.GraphModule:
         wrapper = {called: 0, without_autocast: 2}.get(node.target)
         if wrapper is not None:
             node.target, node.args = node.args[wrapper], node.args[wrapper + 1 :]
+            node.meta.pop("is_wrapped", None)
     return module
 
 
