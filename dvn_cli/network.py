@@ -48,7 +48,7 @@ def register(root: nn.Module, path: str, tensor: Tensor, trainable: bool) -> tup
     *parents, key = path.split(".")
     for name in parents:
         if name not in root._modules:
-            root.add_module(name, nn.Module())
+            root._modules[name] = nn.Module()  # `add_module` refuses `features`, which is ours too
         root = root._modules[name]  # type: ignore[assignment]
     if trainable:
         root.register_parameter(key, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
@@ -143,11 +143,20 @@ class VirtualNetwork(nn.Module):
         places = [self._places[name] for name in self._names[self.training]]
         return graph(images, *[getattr(module, key) for module, key in places])
 
-    def features(self, images: Tensor) -> Tensor:
-        """Returns what the classifier is given: float (batch, features), or with height and width where it is so made.
+    @property
+    def features(self) -> Callable[[Tensor], Tensor]:
+        """Calculates what the classifier is given, from images, in the mode that the network is in, with gradients.
 
-        In the mode that the network is in, with gradients. Of several classifiers it is the first one's input.
+        That is float (batch, features), or with height and width where it is so made; of several classifiers the first
+        one's input. Where the backbone has a part of this name, it is that part, and calling it does the same.
         """
+        part = self._modules.get("features")
+        if part is None:
+            return self._pre_logits
+        part.forward = self._pre_logits  # a part holds tensors alone
+        return part
+
+    def _pre_logits(self, images: Tensor) -> Tensor:
         graph, names = (self.train_graph, self.eval_graph)[not self.training], self._names[self.training]
         assert graph is not None
         if self._features[0] is not graph:

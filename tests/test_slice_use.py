@@ -233,6 +233,32 @@ def test_features_are_what_the_classifier_is_given(network: VirtualNetwork, imag
     assert len(found) == len(list(network.parameters())) - 2
 
 
+class Named(nn.Module):
+    """Has a part that is named as a method of a slice, as DenseNet and torchvision's models have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+        self.fc = nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.features(x).relu().mean((2, 3)))
+
+
+def test_a_backbone_with_a_name_of_ours(tmp_path: Path) -> None:
+    module, x = Named().eval(), random_images(3, 8)
+    networks_apart(module, BackboneSpec("timm", "named", CLASSES, 3, (8, 8))).save(tmp_path / "dvn.safetensors")
+    cut = dvn_cli.slice(tmp_path / "dvn.safetensors", 1, 2, tmp_path / "cut.safetensors")
+    whole = dvn_cli.load(cut.file).eval()
+    assert isinstance(whole, VirtualNetwork)
+    torch.testing.assert_close(module.fc(whole.features(x)), module(x))
+    program = torch.export.export(whole, (x,)).module()
+    for again in (whole, copy.deepcopy(whole), pickle.loads(pickle.dumps(whole)), program):
+        torch.testing.assert_close(again(x), module(x))
+    assert set(whole.state_dict()) == set(module.state_dict())
+    whole.load_state_dict(module.state_dict())
+
+
 def test_features_of_a_convolution_that_classifies() -> None:
     torch.manual_seed(0)
     layers = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, CLASSES, 1))
