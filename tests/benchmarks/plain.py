@@ -26,20 +26,25 @@ from dvn_cli.training.recipe import Recipe
 from dvn_cli.training.schedule import factor
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def words(description: str | None) -> tuple[Path, list[str], list[int]]:
+    """Reads the command line: which recipe, its overrides, and the seeds."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="+", metavar="RECIPE [KEY=VALUE ...]")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     file, *overrides = options.recipe
-    path = recipes.find(file)
+    return recipes.find(file), overrides, options.seeds
+
+
+def main() -> None:
+    path, overrides, seeds = words(__doc__)
     recipe, base = recipes.read(path, overrides), recipes.folder(path)
     torch.set_num_threads(recipe.threads or 1)
     data = experiment.load_data(recipe, base)
     steps = recipe.epochs * max(batch_count(each.train, recipe.batch_size, training=True) for each in data)
     for number, (task, images) in enumerate(zip(recipe.tasks, data, strict=True)):
         results = []
-        for seed in options.seeds:
+        for seed in seeds:
             torch.manual_seed(seed)
             model = pretrained(recipe, base, images)
             fine_tune(model, images, recipe, steps, torch.Generator().manual_seed(1000 * seed + number))

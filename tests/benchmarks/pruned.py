@@ -11,13 +11,12 @@ Images, their order and augmentation are the recipe's. Top-1 accuracy in per cen
 by them.
 """
 
-import argparse
 import copy
 from functools import partial
 
 import torch
 import torch_pruning as tp
-from plain import accuracy, fine_tune
+from plain import accuracy, fine_tune, words
 from torch import Tensor, nn
 
 from dvn_cli.backbones import resolve
@@ -27,13 +26,8 @@ from dvn_cli.training import experiment, recipes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="+", metavar="RECIPE [KEY=VALUE ...]")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    options = parser.parse_args()
-    file, *overrides = options.recipe
-    path = recipes.find(file)
-    for seed in options.seeds:
+    path, overrides, seeds = words(__doc__)
+    for seed in seeds:
         recipe = recipes.read(path, [*overrides, f"seed={seed}"])
         assert recipe.backbone is not None
         assert recipe.units is not None
