@@ -11,7 +11,7 @@ from dvn_cli.check import Comparison
 from dvn_cli.graph.empty_init import empty_init
 
 SMALL = 4_000_000  # parameters
-SAMPLE = random.Random(0).sample(sorted(name for name, count in panel.chosen().items() if count <= SMALL), 10)
+SAMPLE = random.Random(0).sample(sorted(name for name, count in panel.chosen().items() if count <= SMALL), 5)
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(SAMPLE)))
