@@ -180,6 +180,21 @@ def test_int8_says_what_it_costs(checkpoint: Path, name: str) -> None:
     assert all(0 <= share <= 100 for share in cut["int8"].values())
 
 
+def test_int8_takes_a_convolution_and_its_relu6_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies between them is not quantised: its range is that of values that ReLU6 takes away."""
+    if FORMATS["executorch"].missing:
+        pytest.skip("executorch not installed")
+    module, written = FORMATS["executorch"].module, []
+    monkeypatch.setattr(module, "_write", lambda network, exported, path: written.append(exported))
+    whole = divided(tmp_path, "mobilenetv2_035", input_size=32)
+    network = dvn_cli.load(dvn_cli.slice(whole, 1, 1).file)
+    module.write_int8(network, Path("network.pte"), [random_images(2, (3, 32, 32))])
+    nodes = [node for node in written[0].graph.nodes if "hardtanh" in str(node.target)]
+    assert len(nodes) > 30
+    assert {node.args[0].target for node in nodes} == {torch.ops.aten.conv2d.default}
+    assert {user.target.__name__ for node in nodes for user in node.users} == {"quantize_per_tensor.default"}
+
+
 def test_int8_leaves_no_weights_in_float32(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ExecuTorch's conversion keeps those of layers that have a bias, unless it is told otherwise."""
     if FORMATS["executorch"].missing:
