@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dvn_cli import compensation
-from dvn_cli.backbones import BackboneSpec, load_pretrained, load_weights, preprocessing, resolve
+from dvn_cli.backbones import BackboneSpec, is_installed, load_pretrained, load_weights, preprocessing, resolve
 from dvn_cli.data import unlabelled
 from dvn_cli.data.words import Data
 from dvn_cli.errors import InputError
@@ -135,7 +135,7 @@ def divide(
         images = unlabelled(data, tasks[0], spec.in_chans, seed, note)
         note(f"{sum(map(len, images))} images tell which channels matter, and what levels lack")
     progress(f"dividing {spec.name}")
-    partition = partition_backbone(spec, units, rule, module, images)
+    partition = partition_backbone(spec, units, rule, module if rule.scores_channels else None, images)
     if images:
         partition = compensation.with_private_biases(partition)
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks, copy=False, preprocessing=for_weights)
@@ -225,19 +225,23 @@ def partition_backbone(
         units: how many, at least 1.
         rule: how channels are assigned to units.
         module: the backbone, built from `spec`; it is not changed. By default one without weights is built here, and
-            what comes of it is kept for the next one who asks for the same.
+            what comes of it is kept for the next one who asks for the same, unless it is of code that may change.
         images: batches, normalised and of the backbone's own size, to score channels by where the rule asks for that;
             by default the module's weights are.
 
     Raises:
         InputError: the backbone cannot be divided; the message names the operator and module, or the limit.
     """
-    return _partitioned(spec, units, rule) if module is None else _partition(spec, units, rule, module, images)
+    if module is not None:
+        return _partition(spec, units, rule, module, images)
+    return (_kept_partition if is_installed(spec) else _empty_partition)(spec, units, rule)
 
 
-@functools.lru_cache(maxsize=8)
-def _partitioned(spec: BackboneSpec, units: int, rule: Rule) -> Partition:
+def _empty_partition(spec: BackboneSpec, units: int, rule: Rule) -> Partition:
     return _partition(spec, units, rule, empty_init(spec.build))
+
+
+_kept_partition = functools.lru_cache(maxsize=8)(_empty_partition)
 
 
 def _partition(
@@ -326,7 +330,7 @@ def divide_graphs(
         if most >= ENOUGH or not labeller.had_choice:
             break
     assert best is not None
-    if has_weights and rule.assign != "even":
+    if has_weights and rule.scores_channels:
         scores = [score.by_images(best.labeller, best.labels, graphs[False], state, images)] if images else []
         scores.append(score.by_weights(best.labeller, parameters))
         best = replace(best, assignment=assign(best.labeller, names, rule, scores)[0])

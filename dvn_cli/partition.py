@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from dvn_cli.backbones import BackboneSpec, head
 from dvn_cli.errors import InputError
 from dvn_cli.graph import text
-from dvn_cli.graph.compare import same_graph
+from dvn_cli.graph.compare import same_graph, same_logits
 from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.narrow import Narrowed, narrow
@@ -116,6 +116,7 @@ class Partition:
     _fitting: set[Any] = field(default_factory=set, repr=False)
     _resized: dict[tuple[int, int], "Partition"] = field(default_factory=dict, repr=False)
     _right: dict[Any, bool] = field(default_factory=dict, repr=False)
+    _checked: set[str] = field(default_factory=set, repr=False)
 
     @classmethod
     def of_module(
@@ -128,7 +129,7 @@ class Partition:
         """
         state = module.state_dict(keep_vars=True)
         if any(name not in state or state[name].ndim != len(axes) for name, axes in assignment.tensors.items()):
-            raise _changed(spec)
+            raise _changed(spec, "has other tensors")
         names = [name for name in state if name in assignment.tensors]  # in the backbone's order, as optimizers want it
         first = {id(state[name]): name for name in names}
         return cls(
@@ -155,7 +156,13 @@ class Partition:
         return _restored(dumps(metadata.divided))
 
     def rebuilt(self, spec: BackboneSpec) -> "Partition":
-        """Returns the same division of a backbone that differs in its classes or the size of its images alone."""
+        """Returns the same division of a backbone that differs in its classes or the size of its images alone.
+
+        Raises:
+            InputError: the installed libraries build another backbone than the one that was divided.
+        """
+        if self.kept is not None:
+            self.check_backbone(self.kept)
         return Partition.of_module(empty_init(spec.build), spec, self.rule, self.assignment, self.owners)
 
     def metadata(self) -> DividedBackbone:
@@ -179,7 +186,7 @@ class Partition:
         """What a file keeps of the backbone's graph in eval mode; None where that cannot be written, or read again."""
         if self.kept is not None:
             return self.kept
-        found = text.write(self.graph(False).traced, self.shapes, self.dtypes, self.assignment.classes)
+        found = self._text(self.graph(False).traced)
         if found is not None:
             try:
                 _of_text(replace(self.metadata(), graph=found))
@@ -205,11 +212,45 @@ class Partition:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
         if train not in self._graphs:
-            traced = trace(empty_init(self.spec.build), (self.spec.in_chans, *self.spec.input_size), train)
-            if not set(traced.names.values()) <= set(self.shapes):
-                raise _changed(self.spec)
-            self._graphs[train] = Labelled.by_assignment(traced, self.assignment)
+            if self.kept is not None:  # the other graph is the file's
+                self.check_backbone(self.kept)
+            self._graphs[train] = Labelled.by_assignment(self._traced(train), self.assignment)
         return self._graphs[train]
+
+    def check_backbone(self, kept: str) -> None:
+        """Compares the backbone, as it is built now, with the graph that a file keeps of it.
+
+        Where the texts differ, as other versions of torch may write them, both are given the same random tensors.
+
+        Raises:
+            InputError: the backbone computes something else than it did.
+        """
+        if kept in self._checked:
+            return
+        traced = self.graph(False).traced if self.kept is None else self._traced(False)
+        if self._text(traced) != kept:
+            labelled = Labelled.by_assignment(traced, self.assignment)
+            now = replace(self, kept=None, _graphs={False: labelled}, _networks={})
+            before = _of_text(replace(self.metadata(), graph=kept))
+            if before is not None and not before._gives_logits_of(now):
+                raise _changed(self.spec, "computes something else")
+        self._checked.add(kept)
+
+    def _gives_logits_of(self, other: "Partition") -> bool:
+        units, classes = range(1, self.units + 1), self.spec.num_classes
+        image = (2, self.spec.in_chans, *self.spec.input_size)
+        return same_logits(
+            self.network(units, classes), other.network(units, classes), self.tensors(units, classes), image
+        )
+
+    def _traced(self, train: bool) -> Traced:
+        traced = trace(empty_init(self.spec.build), (self.spec.in_chans, *self.spec.input_size), train)
+        if not set(traced.names.values()) <= set(self.shapes):
+            raise _changed(self.spec, "has other tensors")
+        return traced
+
+    def _text(self, traced: Traced) -> str | None:
+        return text.write(traced, self.shapes, self.dtypes, self.assignment.classes)
 
     def network(
         self, units: Sequence[int], classes: int, input_size: tuple[int, int] | None = None, train: bool = False
@@ -379,5 +420,5 @@ def _of_text(metadata: DividedBackbone) -> Partition | None:
     return partition
 
 
-def _changed(spec: BackboneSpec) -> InputError:
-    return InputError(f"{spec.name} is not the backbone that was divided: {spec.source} may have changed since")
+def _changed(spec: BackboneSpec, how: str) -> InputError:
+    return InputError(f"{spec.name} is not the backbone that was divided: its code has changed since, and {how}")

@@ -13,10 +13,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> Iterator[None]:
-    """The networks of the tests are small, and on a shared machine a second thread waits more than it works."""
+    """The networks of the tests are small, and on a shared machine a second thread waits more than it works.
+
+    The same goes for the commands that tests start.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
     torch.set_num_threads(threads)
 
 

@@ -5,6 +5,7 @@ from dvn_cli.backbones.registry import (
     classifier_tensors,
     default,
     head,
+    is_installed,
     preprocessing,
     resolve,
 )
@@ -15,6 +16,7 @@ __all__ = [
     "classifier_tensors",
     "default",
     "head",
+    "is_installed",
     "load_pretrained",
     "load_weights",
     "preprocessing",

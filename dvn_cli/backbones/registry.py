@@ -206,6 +206,17 @@ def classifier_tensors(spec: BackboneSpec) -> dict[str, int]:
     }
 
 
+def is_installed(spec: BackboneSpec) -> bool:
+    """Tells whether a library that was installed builds a backbone, not code that may change while a process lives.
+
+    Such as a notebook's, where one's own module is edited and loaded again.
+    """
+    library = LIBRARIES[spec.source]
+    if not library.has(spec.name):  # the paper's are registered when they are first asked for
+        return False
+    return str(library.builder(spec.name).__module__).partition(".")[0] in ("dvn_cli", "timm", "torchvision")
+
+
 def head(spec: BackboneSpec) -> tuple[str, ...]:
     """Returns the paths of the modules that map features to classes, hidden layers included: `("fc",)`."""
     return tuple(dict.fromkeys(name.rpartition(".")[0] for name in classifier_tensors(replace(spec, hidden_layers=0))))
@@ -281,6 +292,11 @@ class Timm:
             tags = models.list_pretrained(f"{models.get_arch_name(name)}.*")
             raise InputError(f"timm has no weights '{name}'{did_you_mean(name, tags)}") from error
 
+    def builder(self, name: str) -> Any:
+        from timm.models import get_arch_name, model_entrypoint
+
+        return model_entrypoint(get_arch_name(name))
+
     def default(self, name: str) -> BackboneSpec:
         cfg = timm_cfg(name)
         channels, height, width = cfg.input_size
@@ -313,6 +329,11 @@ class Torchvision:
 
     def has(self, name: str) -> bool:
         return name in self.names()
+
+    def builder(self, name: str) -> Any:
+        from torchvision import models
+
+        return models.get_model_builder(name)
 
     def default(self, name: str) -> BackboneSpec:
         from torchvision import models
@@ -362,6 +383,9 @@ class Python:
 
     def has(self, name: str) -> bool:
         return factory.is_factory(name)
+
+    def builder(self, name: str) -> Any:
+        return factory.find(name)
 
     def default(self, name: str) -> BackboneSpec:
         factory.find(name)

@@ -123,7 +123,7 @@ def partition_command(
 
             checked = check_partition(network.partition, status.update)
     differs = None if checked is None or not checked.differing else _difference(checked)
-    if assign != "even" and not pretrained and weights is None:
+    if network.partition.rule.scores_channels and not pretrained and weights is None:
         notes.print(
             "The weights are random, and so is their importance: --weights or --pretrained gives it a meaning.",
             soft_wrap=True,

@@ -80,6 +80,11 @@ class Rule:
         if self.round_to < 1:
             raise InputError(f"widths are rounded to multiples of 1 or more (8, say), not {self.round_to}")
 
+    @property
+    def scores_channels(self) -> bool:
+        """Whether the backbone's weights, or images, decide which channels a unit gets."""
+        return self.assign != "even"
+
 
 @dataclass(frozen=True)
 class Preprocessing:

@@ -165,8 +165,10 @@ def _divided(
     spec = replace(spec, hidden_layers=METHODS[recipe.method].hidden)
     module, lacking = _backbone(recipe, spec, base, note)
     rule = Rule(recipe.assign, recipe.round_to, recipe.divide)
-    if rule.assign == "even":
+    if not rule.scores_channels:
         partition = partition_backbone(spec, recipe.units, rule)
+        if division is not None and division.graph is not None:
+            partition.check_backbone(division.graph)
     elif division is not None:
         partition = Partition.restore(division)
     else:

@@ -153,6 +153,7 @@ class Session:
                 checkpoint stays what it was, and so does its record.
         """
         processes.check_alike((self.run.epochs_done, self.run.steps_done, self.images))
+        partition = self.run.network.partition
         tasks = tuple(replace(task, data=None) for task in self.run.network.tasks)
         saved = time.monotonic()
 
@@ -169,7 +170,7 @@ class Session:
                 restarts=tuple(self.restarts),
                 tasks=tasks,
                 images=self.images,
-                division=self.run.network.partition.metadata(),
+                division=replace(partition.metadata(), graph=partition.graph_text),
                 steps_done=run.steps_done,
             )
             with self._resumable():

@@ -1,5 +1,6 @@
 """Backbones of one's own, by `package.module:factory`."""
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -10,8 +11,10 @@ from safetensors.torch import load_file
 from test_cli_partition import dvn
 
 import dvn_cli
+from dvn_cli import partition
 from dvn_cli.backbones import BackboneSpec, factory, resolve
 from dvn_cli.errors import InputError
+from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.file import read_header
 
 MODULE = """
@@ -63,6 +66,7 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry])
     for name in [name for name in sys.modules if name.partition(".")[0] == "own"]:
         monkeypatch.delitem(sys.modules, name)
+    partition._restored.cache_clear()  # what a file holds is opened once
 
 
 @pytest.mark.parametrize("name", ["own.nets:Net", "own.nets:coloured"])
@@ -84,6 +88,99 @@ def test_it_is_trained_and_evaluated() -> None:
     Path("recipe.yaml").write_text(recipe)
     assert dvn("train", "recipe.yaml", "-o", "trained.safetensors", "--json") == 0
     assert dvn("eval", "trained.safetensors", "--json") == 0
+
+
+def change(before: str, after: str) -> None:
+    """Edits the module and imports it again, as in a notebook."""
+    path = Path("own/nets.py")
+    path.write_text(path.read_text().replace(before, after))
+    importlib.reload(sys.modules["own.nets"])
+
+
+def test_code_that_was_edited_is_divided_as_it_is_now() -> None:
+    """A division that depends on no weights is kept for the next one, but not of such a backbone."""
+    images = torch.rand(2, 3, 8, 8)
+    for _ in ("relu", "sigmoid"):
+        network = dvn_cli.divide("own.nets:Net", 2, num_classes=5, input_size=8).eval()
+        module = factory.find("own.nets:Net")(num_classes=5)
+        module.load_state_dict(network.virtual_network(1, 2).state_dict())
+        torch.testing.assert_close(network.virtual_network(1, 2)(images), module.eval()(images))
+        change("relu()", "sigmoid()")
+
+
+RECIPE = """
+backbone: {name: 'own.nets:Net'}
+units: 2
+epochs: 2
+batch_size: 8
+tasks:
+  - {name: few, data: {source: digits, classes: 0-2, train_images: 12, test_images: 3}}
+"""
+MORE = """
+continues: dvn.safetensors
+learning: sequential
+epochs: 1
+batch_size: 8
+tasks:
+  - {name: more, data: {source: digits, classes: 3-8, train_images: 12, test_images: 3}}
+"""
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def trained(how: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Leaves what can be trained on: an interrupted run, a finished one, or a fresh partition; and says how it is."""
+    Path("recipe.yaml").write_text(RECIPE)
+    Path("more.yaml").write_text(MORE)
+    if how == "divided":
+        options = ("--num-classes", 3, "--input-size", 8, "--units", 2, "-o", "fresh.safetensors")
+        assert dvn("partition", "own.nets:Net", *options) == 0
+    else:
+        with monkeypatch.context() as patch:
+            if how == "interrupted":
+                patch.setattr(DeepVirtualNetwork, "save", interrupt)
+            assert dvn("train", "recipe.yaml") == (130 if how == "interrupted" else 0)
+    return {
+        "interrupted": ["recipe.yaml", "--resume"],
+        "finished": ["recipe.yaml", "epochs=3", "--resume"],
+        "continued": ["more.yaml", "-o", "new.safetensors"],
+        "divided": ["recipe.yaml", "backbone=", "units=", "partition=fresh.safetensors", "-o", "new.safetensors"],
+    }[how]
+
+
+@pytest.mark.parametrize("how", ["interrupted", "finished", "continued", "divided"])
+def test_networks_are_not_trained_on_with_other_code(
+    how: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Though its tensors are the same."""
+    words = trained(how, monkeypatch)
+    before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    change("relu()", "sigmoid()")
+    capsys.readouterr()
+    assert dvn("train", *words) == 2
+    err = capsys.readouterr().err
+    assert err.endswith("not the backbone that was divided: its code has changed since, and computes something else\n")
+    assert err.count("dvn: ") == 1
+    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+def test_they_are_with_code_that_says_the_same_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = trained("continued", monkeypatch)
+    change("relu()", "clamp(min=0)")
+    assert dvn("train", *words) == 0
+
+
+def test_a_slice_is_not_put_into_train_mode_with_other_code() -> None:
+    network = dvn_cli.divide("own.nets:Net", 2, num_classes=5, input_size=8)
+    network.save("fresh.safetensors")
+    assert dvn("slice", "fresh.safetensors", "--task", 1, "--level", 1, "-o", "slice.safetensors") == 0
+    change("relu()", "sigmoid()")
+    loaded = dvn_cli.load("slice.safetensors")
+    assert loaded(torch.rand(2, 3, 8, 8)).shape == (2, 5)
+    with pytest.raises(InputError, match=r"and computes something else$"):
+        loaded.train()(torch.rand(2, 3, 8, 8))
 
 
 def test_slices_are_cut_where_it_cannot_be_imported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

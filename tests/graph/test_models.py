@@ -13,15 +13,16 @@ from dvn_cli.store.metadata import Rule
 from dvn_cli.units.assign import label_mask
 
 QUICK = [
-    *(("wrn_10_1", 32), ("resnet18", 48), ("mobilenetv3_small_050", 64), ("timm/test_vit", 160)),
-    *(("timm/test_convnext", 64), ("timm/test_byobnet", 64), ("torchvision/shufflenet_v2_x0_5", 64)),
+    *(("wrn_10_1", 32), ("resnet18", 48), ("timm/test_vit", 160), ("timm/test_convnext", 64)),
+    *(("timm/test_byobnet", 64), ("torchvision/shufflenet_v2_x0_5", 64)),
 ]
 """Backbones and the size of their images in pixels."""
 
 SLOW = [
     *(("wrn_16_1", 32), ("resnet_10", 32), ("resnet_20", 32), ("timm/resnet18", 64), ("resnet50", 64)),
     *(("resnext50_32x4d", 64), ("wide_resnet50_2", 64), ("densenet121", 64), ("mobilenetv2_100", 64)),
-    *(("mobilenetv3_large_100", 64), ("mobilenetv3_small_100", 64), ("efficientnet_b0", 64), ("regnety_002", 64)),
+    *(("mobilenetv3_large_100", 64), ("mobilenetv3_small_100", 64), ("mobilenetv3_small_050", 64)),
+    *(("efficientnet_b0", 64), ("regnety_002", 64)),
     *(("regnety_008", 64), ("convnext_atto", 64), ("vgg11_bn", 64), ("torchvision/googlenet", 96)),
     *(("inception_v3", 96), ("torchvision/inception_v3", 96), ("vit_tiny_patch16_224", 224)),
     *(("vit_small_patch16_224", 224), ("deit_tiny_patch16_224", 224), ("torchvision/resnet18", 64)),

@@ -35,7 +35,7 @@ from dvn_cli.training.session import Session
 
 def start(folder: Path, *words: str) -> subprocess.Popen[str]:
     run = [sys.executable, "-c", "from dvn_cli.cli import main; main()", *words]
-    more = {"PYTHONPATH": str(Path(dvn_cli.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    more = {"PYTHONPATH": str(Path(dvn_cli.__file__).parents[1])}
     # With the signal as a shell leaves it: whoever runs the tests in the background may have it ignored.
     return subprocess.Popen(
         run,
