@@ -3,8 +3,11 @@
 import importlib.metadata
 import importlib.resources
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -124,3 +127,25 @@ def test_a_bug_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "app", broken)
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGHUP])
+def test_what_ends_a_command_leaves_nothing_temporary(
+    sign: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a job's time is over, or a terminal is closed."""
+
+    def ended() -> None:
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            os.kill(os.getpid(), sign)
+            time.sleep(10)
+        raise AssertionError("it goes on")
+
+    monkeypatch.setattr(cli, "_check_working_directory", ended)
+    before = signal.signal(sign, signal.SIG_DFL)  # whoever runs the tests may have it ignored
+    try:
+        assert run(monkeypatch, "--version") == 128 + sign
+        assert signal.getsignal(sign) is signal.SIG_DFL
+    finally:
+        signal.signal(sign, before)
+    assert not list(tmp_path.iterdir())

@@ -3,9 +3,12 @@
 import contextlib
 import io
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from importlib.metadata import version
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -67,7 +70,7 @@ def main() -> None:
     _prepare_streams()
     try:
         memory = enough_memory("this machine", "see what else runs on it, or set smaller images, batches or a backbone")
-        with _one_of_several(), memory:
+        with _stopped_by_signals(), _one_of_several(), memory:
             _check_working_directory()
             code = app(standalone_mode=False)
     except DvnError as error:
@@ -80,6 +83,30 @@ def main() -> None:
             raise
         code = _fail(error.format_message(), 2)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _stopped_by_signals() -> Iterator[None]:
+    """Has SIGTERM, and a terminal that is closed, end the command as Ctrl-C does, so that nothing temporary stays.
+
+    A second one ends it at once. What stands for a signal is the exit code, 128 and its number.
+    """
+    before: dict[int, Any] = {}
+
+    def stop(number: int, _: FrameType | None) -> None:
+        signal.signal(number, before[number])
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is threading.main_thread():  # no other one may
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows lacks the second
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # under nohup it is ignored
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
