@@ -25,9 +25,10 @@ def test_narrowed_is_masked(number, name):
     assert case.error((2,), train) < panel.TOLERANCE
 
 
-def test_data_check_of_the_stored_table():
-    """A check of the file, not of dvn: it is of today's panel, and what it says is what README says of it."""
-    rows = table.read(panel.TABLE, panel.Row)
+@pytest.mark.parametrize("name", ["panel.csv", "panel-inner.csv"])
+def test_data_check_of_the_stored_tables(name):
+    """A check of the files, not of dvn: they are of today's panel, and say what README says of them."""
+    rows = table.read(panel.TABLE.with_name(name), panel.Row)
     assert sorted(row.name for row in rows) == sorted(panel.chosen())
     check(rows)
 
