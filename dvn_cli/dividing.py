@@ -234,14 +234,14 @@ def partition_backbone(
     """
     if module is not None:
         return _partition(spec, units, rule, module, images)
-    return (_kept_partition if is_installed(spec) else _empty_partition)(spec, units, rule)
+    return (_cached_partition if is_installed(spec) else _empty_partition)(spec, units, rule)
 
 
 def _empty_partition(spec: BackboneSpec, units: int, rule: Rule) -> Partition:
     return _partition(spec, units, rule, empty_init(spec.build))
 
 
-_kept_partition = functools.lru_cache(maxsize=8)(_empty_partition)
+_cached_partition = functools.lru_cache(maxsize=8)(_empty_partition)
 
 
 def _partition(

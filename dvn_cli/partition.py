@@ -156,13 +156,7 @@ class Partition:
         return _restored(dumps(metadata.divided))
 
     def rebuilt(self, spec: BackboneSpec) -> "Partition":
-        """Returns the same division of a backbone that differs in its classes or the size of its images alone.
-
-        Raises:
-            InputError: the installed libraries build another backbone than the one that was divided.
-        """
-        if self.kept is not None:
-            self.check_backbone(self.kept)
+        """Returns the same division of a backbone that differs in its classes or the size of its images alone."""
         return Partition.of_module(empty_init(spec.build), spec, self.rule, self.assignment, self.owners)
 
     def metadata(self) -> DividedBackbone:
@@ -212,20 +206,20 @@ class Partition:
             InputError: the installed libraries build another backbone than the one that was divided.
         """
         if train not in self._graphs:
-            if self.kept is not None:  # the other graph is the file's
-                self.check_backbone(self.kept)
+            self.check_backbone(self.kept)  # whose graph in eval mode is the file's
             self._graphs[train] = Labelled.by_assignment(self._traced(train), self.assignment)
         return self._graphs[train]
 
-    def check_backbone(self, kept: str) -> None:
+    def check_backbone(self, kept: str | None) -> None:
         """Compares the backbone, as it is built now, with the graph that a file keeps of it.
 
-        Where the texts differ, as other versions of torch may write them, both are given the same random tensors.
+        Where the texts differ, as other versions of torch may write them, both are given the same random tensors. There
+        is nothing to compare where a file keeps none.
 
         Raises:
             InputError: the backbone computes something else than it did.
         """
-        if kept in self._checked:
+        if kept is None or kept in self._checked:
             return
         traced = self.graph(False).traced if self.kept is None else self._traced(False)
         if self._text(traced) != kept:

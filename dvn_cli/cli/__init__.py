@@ -91,22 +91,23 @@ def _stopped_by_signals() -> Iterator[None]:
 
     A second one ends it at once. What stands for a signal is the exit code, 128 and its number.
     """
-    before: dict[int, Any] = {}
+    caught: list[int] = []
 
     def stop(number: int, _: FrameType | None) -> None:
-        signal.signal(number, before[number])
+        signal.signal(number, signal.SIG_DFL)
         raise SystemExit(128 + number)
 
     if threading.current_thread() is threading.main_thread():  # no other one may
         for name in ("SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows lacks the second
             if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # under nohup it is ignored
-                before[number] = signal.signal(number, stop)
+                signal.signal(number, stop)
+                caught.append(number)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 @contextlib.contextmanager

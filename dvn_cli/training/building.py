@@ -167,8 +167,7 @@ def _divided(
     rule = Rule(recipe.assign, recipe.round_to, recipe.divide)
     if not rule.scores_channels:
         partition = partition_backbone(spec, recipe.units, rule)
-        if division is not None and division.graph is not None:
-            partition.check_backbone(division.graph)
+        partition.check_backbone(None if division is None else division.graph)
     elif division is not None:
         partition = Partition.restore(division)
     else:
@@ -258,6 +257,7 @@ def _continued(
     partition = opened.partition
     most = max(len(task.classes) for task in tasks)
     if most > partition.spec.num_classes:
+        partition.check_backbone(partition.kept)
         partition = partition.rebuilt(replace(partition.spec, num_classes=most))
     torch.manual_seed(recipe.seed)
     tensors = {**_templates(partition, partition.spec.build()), **opened.file_tensors()}
