@@ -28,7 +28,7 @@ from dvn_cli.store.metadata import Owner, Preprocessing, Rule, TaskLevel
 from dvn_cli.store.ownership import Assignment
 from dvn_cli.tasks import default_tasks
 from dvn_cli.undivided import Whole, whole
-from dvn_cli.units import count, score
+from dvn_cli.units import count, score, widths
 from dvn_cli.units.assign import EVEN, CoupledGroup, assign, unit_of_labels
 
 MOST_UNITS = 1024
@@ -63,6 +63,7 @@ def divide(
     crop_mode: str | None = None,
     divide: str = "all",
     assign: str = "even",
+    widths: str = "even",
     round_to: int = 1,
     data: Data | Sequence[Data] | None = None,
     seed: int = 0,
@@ -86,6 +87,9 @@ def divide(
         interpolation, crop_pct, crop_mode: how images are resized for the weights, by timm's names; likewise.
         divide: `all` coupled groups of channels, or `inner` ones alone, so that all units share the residual stream.
         assign: `even`: units get runs of channels; `importance`: equally strong ones; `sorted`: unit 1 gets the best.
+        widths: `even`: units have as many channels of each group; `macs`, `params`: best first, and more of the groups
+            whose channels matter most to the logits for what they cost, so that units take equal parts of the
+            multiply-accumulates, or parameters. Asks for `assign="sorted"`, weights and `data`.
         round_to: what units' widths are multiples of, where there are enough channels.
         data: images to tell by which channels of the weights matter, and to make up for those that levels lack, as of
             `evaluate`; their labels are not read, and a folder may hold nothing but images. By default the norm of a
@@ -114,7 +118,7 @@ def divide(
         raise InputError(f"{what} says how images are prepared for weights: give weights or pretrained with it")
     if data is not None and not pretrained and weights is None:
         raise InputError("data tells which channels of weights matter: give weights or pretrained with it")
-    rule = Rule(assign, round_to, divide)
+    rule = Rule(assign, round_to, divide, widths)
     size = (input_size, input_size) if isinstance(input_size, int) else input_size
     spec = resolve(backbone, num_classes, in_chans, size)
     prepared = _preprocessing(spec, given)
@@ -331,9 +335,23 @@ def divide_graphs(
             break
     assert best is not None
     if has_weights and rule.scores_channels:
-        scores = [score.by_images(best.labeller, best.labels, graphs[False], state, images)] if images else []
+        graph, worth = graphs[False], None
+        scores = [score.by_images(best.labeller, best.labels, graph, state, images)] if images else []
         scores.append(score.by_weights(best.labeller, parameters))
-        best = replace(best, assignment=assign(best.labeller, names, rule, scores)[0])
+        if rule.widths != "even":
+            if not images:
+                raise InputError(
+                    f"widths {rule.widths} is told by what trained weights make of images: give both weights and data"
+                )
+            has_macs = rule.widths == "macs"
+            worth = widths.Worth(
+                score.by_logits(best.labeller, best.labels, graph, state, images),
+                widths.macs(best.labeller, best.labels, graph)
+                if has_macs
+                else widths.params(best.labeller, parameters),
+            )
+        assignment, groups = assign(best.labeller, names, rule, scores, worth)
+        best = replace(best, assignment=assignment, groups=groups)
     return best
 
 

@@ -32,7 +32,7 @@ def add_units(network: DeepVirtualNetwork, count: int, seed: int) -> DeepVirtual
     spec = replace(old.spec, width=(width.numerator, width.denominator))
     torch.manual_seed(seed)
     module = spec.build()
-    division = partition_backbone(spec, old.units + count, replace(old.rule, assign="even"))
+    division = partition_backbone(spec, old.units + count, replace(old.rule, assign="even", widths="even"))
     refusal = InputError(
         f"no units can be added to {spec.name} in {old.units} units: they are not equally wide, or do not divide all"
     )

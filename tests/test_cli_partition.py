@@ -264,6 +264,25 @@ def test_images_say_which_channels_matter_and_levels_make_up_for_the_others(
     assert Path("dvn.safetensors").read_bytes() == before
 
 
+def test_units_are_as_wide_as_channels_are_worth(capsys: pytest.CaptureFixture[str]) -> None:
+    torch.manual_seed(0)
+    save_file(resolve("wrn_10_1", 7).build().state_dict(), "published.safetensors")
+    command = ("wrn_10_1", "--units", 2, "--num-classes", 7, "--weights", "published.safetensors", "--mean", 0.5)
+    command = (*command, "--std", 0.25, "--divide", "inner", "--assign", "sorted", "--data", "source=digits")
+    even = partition(capsys, *command, "-o", "even.safetensors")
+    document = partition(capsys, *command, "--widths", "macs", "--check")
+    assert (even["widths"], document["widths"]) == ("even", "macs")
+    assert all(max(group["units"]) - min(group["units"]) <= 1 for group in even["coupled"] if group["units"])
+    assert any(max(group["units"]) - min(group["units"]) > 1 for group in document["coupled"] if group["units"])
+    assert not document["check"]["differing"]
+    assert document["levels"][0]["macs"] == pytest.approx(even["levels"][0]["macs"], rel=0.1)
+    assert document["levels"][1] == even["levels"][1]
+    assert read_checkpoint(Path("dvn.safetensors")).metadata.rule.widths == "macs"
+    assert dvn("slice", "--task", 1, "--level", 1, "-o", "low.safetensors") == 0
+    low = dvn_cli.load("low.safetensors")
+    assert sum(p.numel() for p in low.parameters()) == document["levels"][0]["params"]
+
+
 def test_a_folder_of_nothing_but_images_tells_as_much(capsys: pytest.CaptureFixture[str]) -> None:
     from PIL import Image
 
@@ -480,6 +499,8 @@ def test_a_check_tells_a_wrong_network_and_leaves_nothing(
         (["wrn_10_1", "--units", "2", "--weights", "none.safetensors"], "none.safetensors"),
         (["wrn_10_1", "--units", "2", "--round-to", "0"], "multiples of 1 or more (8, say), not 0"),
         (["wrn_10_1", "--units", "2", "--assign", "evenly"], "or sorted, not 'evenly'; did you mean 'even'?"),
+        (["wrn_10_1", "--units", "2", "--widths", "macs"], "assign must be sorted with it"),
+        (["wrn_10_1", "--units", "2", "--widths", "macs", "--assign", "sorted"], "give both weights and data"),
         (["wrn_10_1", "--units", "2", "-o", "none/dvn.safetensors"], "none"),
     ],
 )

@@ -44,6 +44,13 @@ def partition_command(
             help="Give each unit a run of channels, or equally strong ones; or the best to unit 1, the next to 2 ...",
         ),
     ] = "even",
+    widths: Annotated[
+        str,
+        typer.Option(
+            metavar="even|macs|params",
+            help="Give units as many channels of each group; or more of those that are worth most for what they cost.",
+        ),
+    ] = "even",
     data: Annotated[
         list[str] | None,
         typer.Option(
@@ -110,6 +117,7 @@ def partition_command(
             crop_mode=crop_mode,
             divide=divide,
             assign=assign,
+            widths=widths,
             round_to=round_to,
             data=data or None,
             seed=seed,
@@ -135,6 +143,7 @@ def partition_command(
             "units": units,
             "divide": divide,
             "assign": assign,
+            "widths": widths,
             "round_to": round_to,
             "mean": network.tasks[0].mean,
             "std": network.tasks[0].std,

@@ -64,6 +64,7 @@ def _show_groups(console: "Console", summary: "Summary") -> None:
             rows.add_row(groups[0].places[0][0], str(channels), _sum(sizes), str(len(groups)), str(tensors))
     rule = summary.partition.rule
     how = {"even": "", "importance": ", equally strong", "sorted": ", the best first"}[rule.assign]
+    how += {"even": "", "macs": ", for equal MACs", "params": ", for equal parameters"}[rule.widths]
     how += f", in multiples of {rule.round_to}" if rule.round_to > 1 else ""
     console.print(f"\n[bold]Coupled, and divided among the units{how}:[/] {len(divided)} groups of channels")
     show(console, rows)

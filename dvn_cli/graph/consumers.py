@@ -115,3 +115,34 @@ def observe(module: fx.GraphModule, watched: Sequence[Consumer], runs: Iterable[
     for arguments in runs:
         observer.run(*arguments)
     return [observer.reading(consumer) for consumer in watched]
+
+
+class _Apart(fx.Interpreter):
+    """Runs a graph, in which every watched consumer reads a copy of its own."""
+
+    def __init__(self, module: fx.GraphModule, watched: Iterable[Consumer]) -> None:
+        super().__init__(module)
+        self.watched = {consumer.node: consumer for consumer in watched}
+        self.given: dict[fx.Node, Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if (consumer := self.watched.get(n)) is None:
+            return super().run_node(n)
+        values = self.env[consumer.input]
+        self.env[consumer.input] = self.given[n] = values.clone()
+        result = super().run_node(n)
+        self.env[consumer.input] = values
+        return result
+
+
+@torch.enable_grad()
+def apart(
+    module: fx.GraphModule, watched: Sequence[Consumer], arguments: Sequence[Tensor]
+) -> tuple[list[Tensor], Tensor]:
+    """Runs a network, and returns the input of each of some layers, as a tensor that it alone reads, and the logits.
+
+    So the derivative by such a tensor is what the layer makes of it, whatever else reads the same.
+    """
+    run = _Apart(module, watched)
+    logits = run.run(*arguments)
+    return [run.given[consumer.node] for consumer in watched], logits

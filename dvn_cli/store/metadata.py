@@ -26,6 +26,7 @@ CropMode = Literal["center", "squash", "border"]
 
 ASSIGN = ("even", "importance", "sorted")
 DIVIDE = ("all", "inner")
+WIDTHS = ("even", "macs", "params")
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,17 @@ class Rule:
         round_to: what widths of units are multiples of, wherever every unit then still has channels.
         divide: `all` coupled groups, or the `inner` ones alone: those whose channels no sum couples with what another
             layer makes. The residual stream then stays whole and belongs to all units.
+        widths: `even`: units have as many channels of each group; `macs`, `params`: more where channels are worth more
+            for the multiply-accumulates, or parameters, that go with them (see `units.widths`).
 
     Raises:
-        InputError: no such `assign` or `divide`, or `round_to` is below 1.
+        InputError: no such `assign`, `divide` or `widths`, the two do not go together, or `round_to` is below 1.
     """
 
     assign: str = "even"
     round_to: int = 1
     divide: str = omitted("all")
+    widths: str = omitted("even")
 
     def __post_init__(self) -> None:
         if self.assign not in ASSIGN:
@@ -77,6 +81,11 @@ class Rule:
         if self.divide not in DIVIDE:
             near = did_you_mean(self.divide, DIVIDE)
             raise InputError(f"units divide {' or '.join(DIVIDE)} coupled groups, not '{self.divide}'{near}")
+        if self.widths not in WIDTHS:
+            near = did_you_mean(self.widths, WIDTHS)
+            raise InputError(f"widths are even, or follow macs or params, not '{self.widths}'{near}")
+        if self.widths != "even" and self.assign != "sorted":
+            raise InputError(f"widths {self.widths} gives unit 1 what is worth most: assign must be sorted with it")
         if self.round_to < 1:
             raise InputError(f"widths are rounded to multiples of 1 or more (8, say), not {self.round_to}")
 

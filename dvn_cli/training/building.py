@@ -164,7 +164,7 @@ def _divided(
     )
     spec = replace(spec, hidden_layers=METHODS[recipe.method].hidden)
     module, lacking = _backbone(recipe, spec, base, note)
-    rule = Rule(recipe.assign, recipe.round_to, recipe.divide)
+    rule = Rule(recipe.assign, recipe.round_to, recipe.divide, recipe.widths)
     if not rule.scores_channels:
         partition = partition_backbone(spec, recipe.units, rule)
         partition.check_backbone(None if division is None else division.graph)

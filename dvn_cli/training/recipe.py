@@ -259,6 +259,13 @@ class Recipe(Keys):
         "channel counts by its variance on training images times the norm of the weights that read it, or, without "
         "weights to start from, by the norm of its own.",
     )
+    widths: Literal["even", "macs", "params"] = Field(
+        default="even",
+        description="Channels that a unit gets of each coupled group. even: as many as the others. macs: more of the "
+        "groups whose channels matter most to the logits of training images for the multiply-accumulates that go with "
+        "them, so that units take equal parts of these. params: likewise for parameters. Both ask for assign sorted "
+        "and for weights to start from.",
+    )
     orders: Literal["paper", "shared", "learned"] = Field(
         default="paper",
         description="Order in which tasks without an `order` of their own add units. paper: another for each task "
@@ -394,7 +401,7 @@ class Recipe(Keys):
             raise ValueError("give one of backbone (with units), partition and continues")
         if self.backbone is not None and self.units is None:
             raise ValueError("units is missing: into how many is the backbone divided?")
-        for key, unset in (("units", None), ("divide", "all"), ("assign", "even"), ("round_to", 1)):
+        for key, unset in (("units", None), ("divide", "all"), ("assign", "even"), ("widths", "even"), ("round_to", 1)):
             if self.backbone is None and getattr(self, key) != unset:
                 raise ValueError(f"{key} is given by the {'partition' if self.partition else 'checkpoint'}")
         if self.add_units and self.continues is None:

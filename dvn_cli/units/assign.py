@@ -13,6 +13,7 @@ from dvn_cli.graph.labels import Labeller
 from dvn_cli.store.metadata import Rule
 from dvn_cli.store.ownership import Assignment, Axis
 from dvn_cli.store.regions import runs_of
+from dvn_cli.units.widths import Worth, by_worth
 
 SHARED = -1  # in place of a unit's number (from 0): kept by all
 CLASS = -2  # a class of the classifier: kept by the tasks that have it
@@ -42,9 +43,13 @@ class CoupledGroup:
 
 
 def assign(
-    labeller: Labeller, names: Sequence[str], rule: Rule = EVEN, scores: Sequence[np.ndarray] = ()
+    labeller: Labeller,
+    names: Sequence[str],
+    rule: Rule = EVEN,
+    scores: Sequence[np.ndarray] = (),
+    worth: Worth | None = None,
 ) -> tuple[Assignment, list[CoupledGroup]]:
-    """Divides each coupled group among the units, as evenly as can be.
+    """Divides each coupled group among the units, as evenly as can be where nothing else is said.
 
     Channels that occur in the same dimensions of the same tensors, equally often, form a group; of m channels each of k
     units gets m/k (see `Rule`). Fewer than k stay shared, and so does what no parameter makes (positions, the input,
@@ -55,6 +60,8 @@ def assign(
         rule: how channels are assigned.
         scores: how much channels matter, by their labels. A group takes the first score that is not zero for all of its
             channels; without any score each unit has consecutive channels.
+        worth: of channels, for units that are as wide as it says rather than even. Groups of which it says nothing, as
+            no layer reads them, are even.
     """
     roots = labeller.coupled.roots()
     eligible = labeller.coupled.produced()
@@ -92,17 +99,36 @@ def assign(
     for place, found_roots in seen.items():
         for key in np.unique(signature[found_roots]).tolist():
             where.setdefault(key, []).append(places[place])
-    groups, summed = [], labeller.coupled.summed()
+    summed = labeller.coupled.summed()
+    is_stream = {key: bool(summed[members].any()) for key, members in alike.items()}
+    divided = {
+        key: members
+        for key, members in alike.items()
+        if len(members) >= labeller.units and (rule.divide == "all" or not is_stream[key])
+    }
+    steps = {
+        key: rule.round_to // math.gcd(rule.round_to, *together[members].tolist()) for key, members in divided.items()
+    }
+    sizes = {key: _sizes(len(members), labeller.units, steps[key]) for key, members in divided.items()}
+    if worth is not None:
+        known = [
+            key
+            for key, members in divided.items()
+            if len(members) >= labeller.units * steps[key] and worth.score[members].any() and worth.cost[members[0]]
+        ]
+        scores_of = [worth.score[divided[key]] for key in known]
+        costs_of = [worth.cost[divided[key][0]] for key in known]
+        found = by_worth(scores_of, costs_of, [steps[key] for key in known], labeller.units)
+        sizes |= zip(known, found, strict=True)
     lead = np.zeros(labeller.units)
-    for key, members in alike.items():
-        sizes, is_stream = np.zeros(0, np.int64), bool(summed[members].any())
-        if len(members) >= labeller.units and (rule.divide == "all" or not is_stream):
-            step = rule.round_to // math.gcd(rule.round_to, *together[members].tolist())
-            sizes = _sizes(len(members), labeller.units, step)
-            of_members = [score[members] for score in scores]
-            score = next(filter(np.any, of_members), of_members[-1] if of_members else None)
-            unit[members] = _assigned(rule, score, sizes, lead)
-        groups.append(CoupledGroup(len(members), tuple(where[key]), tuple(sizes.tolist()), is_stream))
+    for key, members in divided.items():
+        of_members = [score[members] for score in scores]
+        score = next(filter(np.any, of_members), of_members[-1] if of_members else None)
+        unit[members] = _assigned(rule, score, sizes[key], lead)
+    groups = [
+        CoupledGroup(len(members), tuple(where[key]), tuple(map(int, sizes.get(key, ()))), is_stream[key])
+        for key, members in alike.items()
+    ]
     return _collect(labeller, names, unit[roots]), groups
 
 

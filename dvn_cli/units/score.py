@@ -1,13 +1,13 @@
-"""How much each channel matters: by its weights alone, or by what it does on images."""
+"""How much each channel matters: by its weights alone, by what it does on images, or by what logits make of that."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-from dvn_cli.graph.consumers import along, consumers, observe
+from dvn_cli.graph.consumers import Consumer, along, apart, consumers, observe
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.trace import Traced
 
@@ -42,16 +42,9 @@ def by_images(
         tensors: its parameters and buffers by their names.
         batches: normalised images, float (batch, channels, height, width).
     """
-    read = [
-        consumer
-        for consumer in consumers(traced.graph)
-        if along(labels[consumer.weight], consumer.weight_dim) is not None
-        and along(labels[consumer.input], consumer.dim) is not None
-    ]
-    keys = [str(node.target) for node in traced.graph.find_nodes(op="placeholder")]
-    sources = {**traced.sources, **{key: tensors[name] for key, name in traced.names.items()}}
-    runs = ([images if key == traced.input else sources[key] for key in keys] for images in batches)
-    readings = observe(fx.GraphModule(nn.Module(), traced.graph), read, runs)
+    read = _read(traced, labels)
+    module = fx.GraphModule(nn.Module(), traced.graph)
+    readings = observe(module, read, map(_arguments(traced, tensors), batches))
     roots = labeller.coupled.roots()
     score = np.zeros(len(roots))
     for consumer, reading in zip(read, readings, strict=True):
@@ -62,3 +55,73 @@ def by_images(
         assert channels is not None
         np.add.at(score, roots[channels.numpy()], (reading.variance * norms).cpu().numpy())
     return score
+
+
+DRAWS = 4
+"""Directions in which the logits of each image are looked at."""
+
+AT_ONCE = 4
+"""Images whose activations are kept to differentiate by."""
+
+
+def by_logits(
+    labeller: Labeller, labels: Mapping[fx.Node, Any], traced: Traced, tensors: Mapping[str, Tensor],
+    batches: Sequence[Tensor],
+) -> np.ndarray:  # fmt: skip
+    """By how much the logits would change, squared, if a channel were its mean for all images, by its root label.
+
+    To first order: what the channel differs from its mean, times the gradient of a random direction of the logits with
+    respect to it, summed over its positions and the layers that read it; squared; the mean over images and directions.
+    All channels of a backbone can be compared by it. L. Theis et al., arXiv:1801.05787 (Fisher pruning), and L. Liu et
+    al., ICML 2021 (of coupled channels), take the gradient of the loss.
+
+    Args:
+        labels: of the nodes of the graph.
+        traced: the network in eval mode.
+        tensors: its parameters and buffers by their names.
+        batches: normalised images, float (batch, channels, height, width).
+    """
+    read = _read(traced, labels)
+    module = fx.GraphModule(nn.Module(), traced.graph)
+    arguments = _arguments(traced, tensors)
+    means = [reading.mean for reading in observe(module, read, map(arguments, batches))]
+    roots = torch.from_numpy(labeller.coupled.roots())
+    random = torch.Generator().manual_seed(0)
+    score, count = torch.zeros(len(roots), dtype=torch.double), 0
+    for images in (images for batch in batches for images in batch.split(AT_ONCE)):
+        given, logits = apart(module, read, arguments(images.clone().requires_grad_()))
+        where = [place for place, values in enumerate(given) if values.requires_grad]  # others do not see the images
+        for draw in range(DRAWS):
+            direction = torch.randn(logits.shape, generator=random)
+            gradients = torch.autograd.grad(
+                logits, [given[place] for place in where], direction, retain_graph=draw < DRAWS - 1, allow_unused=True
+            )
+            change = torch.zeros(len(roots), len(images), dtype=torch.double)
+            for place, gradient in zip(where, gradients, strict=True):
+                consumer, mean = read[place], means[place]
+                channels = along(labels[consumer.input], consumer.dim)
+                assert channels is not None
+                if gradient is not None:
+                    differs = given[place].detach().movedim(consumer.dim, -1) - mean
+                    product = (differs * gradient.movedim(consumer.dim, -1)).reshape(len(images), -1, len(mean))
+                    change.index_add_(0, roots[channels], product.sum(1).T)
+            score += change.square().sum(1)
+            count += len(images)
+    return (score / count).numpy()
+
+
+def _read(traced: Traced, labels: Mapping[fx.Node, Any]) -> list[Consumer]:
+    """The layers that read channels which have labels."""
+    return [
+        consumer
+        for consumer in consumers(traced.graph)
+        if along(labels[consumer.weight], consumer.weight_dim) is not None
+        and along(labels[consumer.input], consumer.dim) is not None
+    ]
+
+
+def _arguments(traced: Traced, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], list[Tensor]]:
+    """Gives the arguments of a network for some images."""
+    keys = [str(node.target) for node in traced.graph.find_nodes(op="placeholder")]
+    sources = {**traced.sources, **{key: tensors[name].detach() for key, name in traced.names.items()}}
+    return lambda images: [images if key == traced.input else sources[key] for key in keys]

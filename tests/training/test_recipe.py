@@ -416,6 +416,7 @@ CHANGES = {
     "units": "3",
     "divide": "inner",
     "assign": "importance",
+    "widths": "macs",
     "orders": "shared",
     "compensate": "false",
     "fit_classifiers": "false",
@@ -475,6 +476,7 @@ BASES["memory_format"] = ("backbone.in_chans=3",)
 BASES["levels_per_step"] = ("units=4",)
 BASES["schedule.power"] = BASES["schedule.min_factor"] = ("schedule.name=poly",)
 BASES["patience"] = ("epochs=4",)
+BASES["widths"] = ("backbone.weights=w.pth", "assign=sorted")
 BASES["compensate"] = BASES["fit_classifiers"] = ("backbone.weights=w.pth",)
 """With which overrides a key is tried where it means nothing without them."""
 
