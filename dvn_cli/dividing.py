@@ -341,7 +341,8 @@ def divide_graphs(
         if rule.widths != "even":
             if not images:
                 raise InputError(
-                    f"widths {rule.widths} is told by what trained weights make of images: give both weights and data"
+                    f"widths {rule.widths} is told by what trained weights make of images: give both weights and data, "
+                    "or widths even"
                 )
             has_macs = rule.widths == "macs"
             worth = widths.Worth(

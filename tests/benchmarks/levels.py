@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="as of dvn eval")
     parser.add_argument("--units", type=int, default=4)
     parser.add_argument("--divide", choices=["all", "inner"], default="inner")
+    parser.add_argument("--widths", choices=["even", "macs", "params"], default="even", help="where images sort")
     parser.add_argument("--size", type=int, help="of the images; by default that of the backbone")
     parser.add_argument("--own-classes", action="store_true", help="the classes of the weights are those of the data")
     parser.add_argument("--crop-pct", type=float, default=1.0)
@@ -85,7 +86,7 @@ def measured(
     """Yields what is measured and its value for each level."""
     module, _ = build(spec, seed=0, weights=options.weights)
     for assign, given in (("even", []), ("sorted", []), ("sorted", images)):
-        rule = Rule(assign, divide=options.divide)
+        rule = Rule(assign, divide=options.divide, widths=options.widths if given else "even")
         partition = partition_backbone(spec, options.units, rule, module, given)
         network = DeepVirtualNetwork.from_backbone(partition, module, [task]).eval()
         if not given:

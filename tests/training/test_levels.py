@@ -20,7 +20,7 @@ from dvn_cli.training import building
 from dvn_cli.training.classifiers import PENALTY
 from dvn_cli.training.outlook import outlook
 
-KEYS: dict[str, Any] = {"divide": "inner", "assign": "sorted", "orders": "shared"}
+KEYS: dict[str, Any] = {"divide": "inner", "assign": "sorted", "widths": "macs", "orders": "shared"}
 
 
 @pytest.fixture(scope="module")
