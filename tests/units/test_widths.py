@@ -57,7 +57,7 @@ def test_units_cost_alike_but_for_a_step_of_each_group(
 
 
 @settings(deadline=None, max_examples=50)
-@given(st.data(), st.integers(2, 6), st.integers(2, 6))
+@given(st.data(), st.integers(4, 9), st.integers(4, 9))
 def test_no_other_first_unit_is_worth_more(data: st.DataObject, few: int, more: int) -> None:
     """Of two groups, where the first unit has what is best for its cost and every other choice that costs no more."""
     scores = [np.array(data.draw(st.lists(st.floats(0.1, 10), min_size=n, max_size=n))) for n in (few, more)]
