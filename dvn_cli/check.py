@@ -22,6 +22,9 @@ from dvn_cli.units.order import paper_order
 GAINS = (1.0, 0.85, 0.7)
 """Of the random weights: the next one where rounding errors grow too large with the last."""
 
+OTHERS = 4
+"""Draws of weights that tell what a network lacks from what happens to be zero in it."""
+
 TOLERANCE = 1e-5
 """Of the relative difference; some models compute in single precision whatever they are given."""
 
@@ -142,14 +145,22 @@ class Comparison:
         self.unit = unit_of_labels(self.labeller, self.assignment)
         return self.assignment
 
-    def reference(self, module: nn.Module, train: bool) -> tuple[Tensor, nn.Module]:
-        """Output of a masked module, whose running statistics are afterwards what the run made of them."""
+    def reference(self, module: nn.Module, train: bool, others: Sequence[nn.Module] = ()) -> tuple[Tensor, nn.Module]:
+        """Output of a masked module, whose running statistics are afterwards what the run made of them.
+
+        Args:
+            others: the same with other weights, which tell what it lacks from what happens to be zero.
+        """
         if train not in self.whole:
             mode = KeptStatistics()
             with torch.no_grad(), mode:
                 copy.deepcopy(self.module).train(train)(self.x)
             self.whole[train] = mode
-        with torch.no_grad(), KeptStatistics(self.whole[train]):
+        modes = [KeptStatistics() for _ in others]
+        for mode, other in zip(modes, others, strict=True):
+            with torch.no_grad(), mode:
+                other.train(train)(self.x)
+        with torch.no_grad(), KeptStatistics(self.whole[train], modes):
             return first_tensor(module.train(train)(self.x)), module
 
     def tensors(self, names: Sequence[str], units: Sequence[int]) -> list[Tensor]:
@@ -208,7 +219,15 @@ class Comparison:
 
         Relative to the greatest value of the output.
         """
-        expected, module = self.reference(masked(self.module, self.assignment, units), train)
+        error = self._error(units, train)
+        if error < TOLERANCE:
+            return error
+        # In a network of few channels a position may be zero in all of them, and look like one that it lacks.
+        drawn = (randomised(self.module, seed=seed) for seed in range(1, OTHERS + 1))
+        return self._error(units, train, [masked(module, self.assignment, units) for module in drawn])
+
+    def _error(self, units: Sequence[int], train: bool, others: Sequence[nn.Module] = ()) -> float:
+        expected, module = self.reference(masked(self.module, self.assignment, units), train, others)
         result, after = self.narrowed(units, train)
         pairs = [(result, expected)]
         state = module.state_dict()

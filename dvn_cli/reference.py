@@ -19,14 +19,15 @@ from torch.overrides import TorchFunctionMode
 from dvn_cli.units.assign import Assignment
 
 
-def randomised(module: nn.Module, gain: float = 1.0) -> nn.Module:
+def randomised(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
     """A copy in double precision, nothing random in its forward pass, whose parameters hide no mistake.
 
     Args:
         gain: factor of the weights of contractions.
+        seed: of all parameters and statistics.
     """
     module = copy.deepcopy(module).double()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
 
     def uniform(like: Tensor, low: float, high: float) -> Tensor:
         return torch.rand(like.shape, generator=generator, dtype=torch.double) * (high - low) + low
@@ -55,11 +56,12 @@ class KeptStatistics(TorchFunctionMode):
 
     Args:
         whole: what was seen when the whole network ran under this mode; None for that run itself.
+        others: likewise of the masked network with other weights. What is not zero there is no part that it lacks.
     """
 
-    def __init__(self, whole: "KeptStatistics | None" = None) -> None:
+    def __init__(self, whole: "KeptStatistics | None" = None, others: "Sequence[KeptStatistics]" = ()) -> None:
         super().__init__()
-        self.whole = whole
+        self.whole, self.others = whole, others
         self.seen: list[list[Tensor]] = []
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -79,10 +81,12 @@ class KeptStatistics(TorchFunctionMode):
             covered = {x.ndim - 1 - d for d, size in enumerate(reversed(scale.shape)) if size > 1}
             result = None if bool(scale.all()) else scale.ne(0).to(x.dtype)
         seen = [x.detach().movedim(d, 0).reshape(n, -1).ne(0).any(1) for d, n in enumerate(x.shape)]
+        place = len(self.seen)
         self.seen.append(seen)
         if self.whole is None or not seen[0].any():  # of what is zero altogether nothing can be told
             return result
-        for d, (now, before) in enumerate(zip(seen, self.whole.seen[len(self.seen) - 1], strict=True)):
+        kept = [torch.stack(found).any(0) for found in zip(seen, *(o.seen[place] for o in self.others), strict=True)]
+        for d, (now, before) in enumerate(zip(kept, self.whole.seen[place], strict=True)):
             if d != apart and d not in covered and (before & ~now).any():
                 mask = (now | ~before).to(x.dtype).reshape([-1 if i == d else 1 for i in range(x.ndim)])
                 result = mask if result is None else result * mask
