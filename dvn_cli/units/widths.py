@@ -63,6 +63,8 @@ def by_worth(
             has what is left over.
         units: how many.
     """
+    if not scores:
+        return []
     blocks = [
         -np.sort(-score)[: len(score) // step * step].reshape(-1, step)
         for score, step in zip(scores, steps, strict=True)

@@ -74,6 +74,24 @@ def test_no_other_first_unit_is_worth_more(data: st.DataObject, few: int, more: 
                     assert best[0][a - 1] + best[1][b - 1] <= worth + 1e-9
 
 
+class Unread(nn.Module):
+    """Hidden channels that no layer of weights reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(3, 24, 1), nn.Conv2d(3, 24, 1)
+        self.classifier = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (self.stem(x) * self.head(x)).sum(1)
+        return self.classifier(x.mean(2))
+
+
+def test_groups_that_no_layer_reads_are_even() -> None:
+    partition = partition_backbone(SPEC, 2, Rule("sorted", widths="macs"), Unread(), [torch.randn(8, 3, 8, 8)])
+    assert [group.sizes for group in partition.groups if group.sizes] == [(12, 12)]
+
+
 class Two(nn.Module):
     """Two residual blocks, of which the first one hardly changes anything; it works at twice the resolution."""
 
