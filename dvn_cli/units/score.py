@@ -87,11 +87,11 @@ def by_logits(
     means = [reading.mean for reading in observe(module, read, map(arguments, batches))]
     roots = torch.from_numpy(labeller.coupled.roots())
     random = torch.Generator().manual_seed(0)
-    score, count = torch.zeros(len(roots), dtype=torch.double), 0
+    score = torch.zeros(len(roots), dtype=torch.double)
     for images in (images for batch in batches for images in batch.split(AT_ONCE)):
         given, logits = apart(module, read, arguments(images.clone().requires_grad_()))
         where = [place for place, values in enumerate(given) if values.requires_grad]  # others do not see the images
-        for draw in range(DRAWS):
+        for draw in range(DRAWS if where else 0):
             direction = torch.randn(logits.shape, generator=random)
             gradients = torch.autograd.grad(
                 logits, [given[place] for place in where], direction, retain_graph=draw < DRAWS - 1, allow_unused=True
@@ -106,8 +106,7 @@ def by_logits(
                     product = (differs * gradient.movedim(consumer.dim, -1)).reshape(len(images), -1, len(mean))
                     change.index_add_(0, roots[channels], product.sum(1).T)
             score += change.square().sum(1)
-            count += len(images)
-    return (score / count).numpy()
+    return (score / (DRAWS * sum(map(len, batches)))).numpy()
 
 
 def _read(traced: Traced, labels: Mapping[fx.Node, Any]) -> list[Consumer]:
