@@ -344,13 +344,12 @@ def divide_graphs(
                     f"widths {rule.widths} is told by what trained weights make of images: give both weights and data, "
                     "or widths even"
                 )
-            has_macs = rule.widths == "macs"
-            worth = widths.Worth(
-                score.by_logits(best.labeller, best.labels, graph, state, images),
+            cost = (
                 widths.macs(best.labeller, best.labels, graph)
-                if has_macs
-                else widths.params(best.labeller, parameters),
+                if rule.widths == "macs"
+                else widths.params(best.labeller, parameters)
             )
+            worth = widths.Worth(score.by_logits(best.labeller, best.labels, graph, state, images), cost)
         assignment, groups = assign(best.labeller, names, rule, scores, worth)
         best = replace(best, assignment=assignment, groups=groups)
     return best
