@@ -58,7 +58,7 @@ def overrides(path: Path, data_sets: DataSets, scale: str = "full") -> list[str]
     if content.get("sequential", {}).get("warmup_epochs"):
         found.append("sequential.warmup_epochs=1")
     if content["backbone"].get("pretrained"):
-        found.append("backbone.pretrained=false")
+        found += ["backbone.pretrained=false", "widths=even"]  # random weights say nothing of widths
     for number, task in enumerate(content["tasks"]):
         data = dict(task["data"])
         if data["source"] == "folder":
