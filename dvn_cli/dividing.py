@@ -336,10 +336,11 @@ def divide_graphs(
     assert best is not None
     if has_weights and rule.scores_channels:
         graph, worth = graphs[False], None
-        scores = [score.by_images(best.labeller, best.labels, graph, state, images)] if images else []
+        seen = score.Images(best.labels, graph, state, images) if images else None
+        scores = [score.by_images(best.labeller, seen)] if seen else []
         scores.append(score.by_weights(best.labeller, parameters))
         if rule.widths != "even":
-            if not images:
+            if seen is None:
                 raise InputError(
                     f"widths {rule.widths} is told by what trained weights make of images: give both weights and data, "
                     "or widths even"
@@ -349,7 +350,7 @@ def divide_graphs(
                 if rule.widths == "macs"
                 else widths.params(best.labeller, parameters)
             )
-            worth = widths.Worth(score.by_logits(best.labeller, best.labels, graph, state, images), cost)
+            worth = widths.Worth(score.by_logits(best.labeller, seen), cost)
         assignment, groups = assign(best.labeller, names, rule, scores, worth)
         best = replace(best, assignment=assignment, groups=groups)
     return best

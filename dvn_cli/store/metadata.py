@@ -66,7 +66,7 @@ class Rule:
             for the multiply-accumulates, or parameters, that go with them (see `units.widths`).
 
     Raises:
-        InputError: no such `assign`, `divide` or `widths`, the two do not go together, or `round_to` is below 1.
+        InputError: no such `assign`, `divide` or `widths`, widths that need another `assign`, or `round_to` is below 1.
     """
 
     assign: str = "even"

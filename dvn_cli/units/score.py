@@ -1,6 +1,6 @@
 """How much each channel matters: by its weights alone, by what it does on images, or by what logits make of that."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,33 +26,50 @@ def by_weights(labeller: Labeller, parameters: Mapping[str, Tensor]) -> np.ndarr
     return score
 
 
-@torch.no_grad()
-def by_images(
-    labeller: Labeller, labels: Mapping[fx.Node, Any], traced: Traced, tensors: Mapping[str, Tensor],
-    batches: Iterable[Tensor],
-) -> np.ndarray:  # fmt: skip
+class Images:
+    """What a network's layers are given of some images, observed once for all that is told by it."""
+
+    def __init__(
+        self, labels: Mapping[fx.Node, Any], traced: Traced, tensors: Mapping[str, Tensor], batches: Sequence[Tensor]
+    ) -> None:
+        """Runs a network.
+
+        Args:
+            labels: of the nodes of the graph.
+            traced: the network in eval mode.
+            tensors: its parameters and buffers by their names.
+            batches: normalised images, float (batch, channels, height, width).
+        """
+        self.batches, self.module = batches, fx.GraphModule(nn.Module(), traced.graph)
+        self.read: list[Consumer] = []
+        self.channels: list[Tensor] = []  # labels of what each of these layers reads
+        for consumer in consumers(traced.graph):
+            channels = along(labels[consumer.input], consumer.dim)
+            if channels is not None and along(labels[consumer.weight], consumer.weight_dim) is not None:
+                self.read.append(consumer)
+                self.channels.append(channels)
+        self._keys = [str(node.target) for node in traced.graph.find_nodes(op="placeholder")]
+        named = {key: tensors[name].detach() for key, name in traced.names.items()}
+        self._input, self._sources = traced.input, {**traced.sources, **named}
+        self.readings = observe(self.module, self.read, map(self.arguments, batches))
+
+    def arguments(self, images: Tensor) -> list[Tensor]:
+        """The arguments of the network for some images."""
+        return [images if key == self._input else self._sources[key] for key in self._keys]
+
+
+def by_images(labeller: Labeller, images: Images) -> np.ndarray:
     """What the outputs of the layers that read a channel would lose in variance without it, by its root label.
 
     That is the variance of the channel times the squared norm of the weights that read it, summed over these layers and
     over the channels of one class. It is zero for a class that no layer reads, such as the channels of queries.
-
-    Args:
-        labels: of the nodes of the graph.
-        traced: the network in eval mode.
-        tensors: its parameters and buffers by their names.
-        batches: normalised images, float (batch, channels, height, width).
     """
-    read = _read(traced, labels)
-    module = fx.GraphModule(nn.Module(), traced.graph)
-    readings = observe(module, read, map(_arguments(traced, tensors), batches))
     roots = labeller.coupled.roots()
     score = np.zeros(len(roots))
-    for consumer, reading in zip(read, readings, strict=True):
+    for consumer, channels, reading in zip(images.read, images.channels, images.readings, strict=True):
         squares = reading.weight.double().square().movedim(consumer.weight_dim, 0)
         groups = len(reading.variance) // len(squares)  # of a convolution
         norms = squares.reshape(len(squares), groups, -1).sum(2).T.reshape(-1)
-        channels = along(labels[consumer.input], consumer.dim)
-        assert channels is not None
         np.add.at(score, roots[channels.numpy()], (reading.variance * norms).cpu().numpy())
     return score
 
@@ -64,63 +81,31 @@ AT_ONCE = 4
 """Images whose activations are kept to differentiate by."""
 
 
-def by_logits(
-    labeller: Labeller, labels: Mapping[fx.Node, Any], traced: Traced, tensors: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
-) -> np.ndarray:  # fmt: skip
+def by_logits(labeller: Labeller, images: Images) -> np.ndarray:
     """By how much the logits would change, squared, if a channel were its mean for all images, by its root label.
 
     To first order: what the channel differs from its mean, times the gradient of a random direction of the logits with
     respect to it, summed over its positions and the layers that read it; squared; the mean over images and directions.
     All channels of a backbone can be compared by it. L. Theis et al., arXiv:1801.05787 (Fisher pruning), and L. Liu et
     al., ICML 2021 (of coupled channels), take the gradient of the loss.
-
-    Args:
-        labels: of the nodes of the graph.
-        traced: the network in eval mode.
-        tensors: its parameters and buffers by their names.
-        batches: normalised images, float (batch, channels, height, width).
     """
-    read = _read(traced, labels)
-    module = fx.GraphModule(nn.Module(), traced.graph)
-    arguments = _arguments(traced, tensors)
-    means = [reading.mean for reading in observe(module, read, map(arguments, batches))]
     roots = torch.from_numpy(labeller.coupled.roots())
     random = torch.Generator().manual_seed(0)
     score = torch.zeros(len(roots), dtype=torch.double)
-    for images in (images for batch in batches for images in batch.split(AT_ONCE)):
-        given, logits = apart(module, read, arguments(images.clone().requires_grad_()))
+    for some in (some for batch in images.batches for some in batch.split(AT_ONCE)):
+        given, logits = apart(images.module, images.read, images.arguments(some.clone().requires_grad_()))
         where = [place for place, values in enumerate(given) if values.requires_grad]  # others do not see the images
         for draw in range(DRAWS if where else 0):
             direction = torch.randn(logits.shape, generator=random)
             gradients = torch.autograd.grad(
                 logits, [given[place] for place in where], direction, retain_graph=draw < DRAWS - 1, allow_unused=True
             )
-            change = torch.zeros(len(roots), len(images), dtype=torch.double)
+            change = torch.zeros(len(roots), len(some), dtype=torch.double)
             for place, gradient in zip(where, gradients, strict=True):
-                consumer, mean = read[place], means[place]
-                channels = along(labels[consumer.input], consumer.dim)
-                assert channels is not None
+                dim, mean = images.read[place].dim, images.readings[place].mean
                 if gradient is not None:
-                    differs = given[place].detach().movedim(consumer.dim, -1) - mean
-                    product = (differs * gradient.movedim(consumer.dim, -1)).reshape(len(images), -1, len(mean))
-                    change.index_add_(0, roots[channels], product.sum(1).T)
+                    differs = given[place].detach().movedim(dim, -1) - mean
+                    product = (differs * gradient.movedim(dim, -1)).reshape(len(some), -1, len(mean))
+                    change.index_add_(0, roots[images.channels[place]], product.sum(1).T)
             score += change.square().sum(1)
-    return (score / (DRAWS * sum(map(len, batches)))).numpy()
-
-
-def _read(traced: Traced, labels: Mapping[fx.Node, Any]) -> list[Consumer]:
-    """The layers that read channels which have labels."""
-    return [
-        consumer
-        for consumer in consumers(traced.graph)
-        if along(labels[consumer.weight], consumer.weight_dim) is not None
-        and along(labels[consumer.input], consumer.dim) is not None
-    ]
-
-
-def _arguments(traced: Traced, tensors: Mapping[str, Tensor]) -> Callable[[Tensor], list[Tensor]]:
-    """Gives the arguments of a network for some images."""
-    keys = [str(node.target) for node in traced.graph.find_nodes(op="placeholder")]
-    sources = {**traced.sources, **{key: tensors[name].detach() for key, name in traced.names.items()}}
-    return lambda images: [images if key == traced.input else sources[key] for key in keys]
+    return (score / (DRAWS * sum(map(len, images.batches)))).numpy()

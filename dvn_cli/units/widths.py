@@ -74,11 +74,11 @@ def by_worth(
     order = np.argsort(-np.concatenate([block.sum(1) for block in blocks]) / cost, kind="stable")
     paid = np.cumsum(cost[order])
     unit = ((paid - cost[order] / 2) * units // paid[-1]).astype(np.int64)
-    spare = np.arange(1, units + 1)
+    least = np.arange(1, units + 1)
     sizes = []
     for number, (block, step) in enumerate(zip(blocks, steps, strict=True)):
         ends = np.cumsum(np.bincount(unit[group[order] == number], minlength=units))
-        ends = np.clip(np.maximum.accumulate(ends - spare), 0, len(block) - units) + spare
+        ends = np.clip(np.maximum.accumulate(ends - least), 0, len(block) - units) + least
         size = np.diff(ends, prepend=0) * step
         size[-1] += len(scores[number]) - size.sum()
         sizes.append(size)

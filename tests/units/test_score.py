@@ -6,7 +6,7 @@ from torch import nn
 
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.trace import trace
-from dvn_cli.units.score import by_images, by_logits
+from dvn_cli.units.score import Images, by_images, by_logits
 
 
 class Small(nn.Module):
@@ -29,7 +29,7 @@ def test_variance_times_the_weights_that_read_it() -> None:
     labeller = Labeller(2)
     labels = labeller.run(traced)
     images = [torch.randn(8, 1, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    score = by_images(labeller, labels, traced, module.state_dict(), images)
+    score = by_images(labeller, Images(labels, traced, module.state_dict(), images))
     roots = labeller.coupled.roots()[labeller.sources["first.weight"][0].numpy()]
     expected = torch.cat(images).var(correction=0).item() * np.array([1 * 25, 4 * 2, 9 * 0.25])
     np.testing.assert_allclose(score[roots], expected, rtol=1e-4)
@@ -63,7 +63,7 @@ def test_by_how_much_the_logits_would_change() -> None:
     labeller = Labeller(2)
     labels = labeller.run(traced)
     images = list(torch.randn(600, 1, 2, 2, generator=torch.Generator().manual_seed(2)).split(300))
-    score = by_logits(labeller, labels, traced, module.state_dict(), images)
+    score = by_logits(labeller, Images(labels, traced, module.state_dict(), images))
     with torch.no_grad():
         channels = module.first(torch.cat(images)).mean((2, 3))
         read = module.classifier.weight @ module.plus.weight[:, :, 0, 0]
