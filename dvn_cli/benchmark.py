@@ -16,58 +16,32 @@ In the format of another runtime a network is written and compared first; its pr
 """
 
 import contextlib
-import multiprocessing
 import os
-import platform
 import statistics
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from dvn_cli.device import choose
-from dvn_cli.errors import DvnError, InputError, is_out_of_memory
+from dvn_cli.errors import DvnError, InputError
 from dvn_cli.formats import NotExpressible, find_format, writing
-from dvn_cli.graph.narrow import Narrowed
-from dvn_cli.loading import from_file, read_tensors
+from dvn_cli.loading import from_file
 from dvn_cli.network import VirtualNetwork
-from dvn_cli.partition import Origin, Partition
+from dvn_cli.partition import Partition
 from dvn_cli.store.file import AnyHeader, read_header
 from dvn_cli.store.lookup import find_task
 from dvn_cli.store.metadata import CheckpointMetadata, SliceMetadata, Task, check_level
 from dvn_cli.store.slicing import count, slice_file
 from dvn_cli.units.count import macs, params_and_density
+from dvn_cli.worker import Job, Settings, Worker
 
 ROUNDS = 8
 """Turns that each network takes, fewer where there are fewer iterations."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to measure.
-
-    Attributes:
-        device: where.
-        batch_size: images in a forward pass.
-        warm: forward passes before anything is timed.
-        iterations: forward passes that are timed.
-        channels_last: whether images and convolutions' weights have their channels last in memory.
-        threads: of torch in each process; None leaves it as it is.
-    """
-
-    device: torch.device
-    batch_size: int = 1
-    warm: int = 10
-    iterations: int = 40
-    channels_last: bool = False
-    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -254,27 +228,27 @@ def measure(
             raise DvnError("no network can be written in these formats")
         targets, jobs, costs = zip(*prepared, strict=True)
 
-        def memory(job: "Job") -> int | None:
-            with _process(job, "memory") as worker:
-                return _ask(worker, job)
+        def memory(job: Job) -> int | None:
+            with Worker(job, "memory") as worker:
+                return worker.answer()
 
         with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
             memories = []
             for number, peak in enumerate(pool.map(memory, jobs)):
                 memories.append(peak)
                 progress("memory", (number + 1) / len(jobs))
-        workers = [stack.enter_context(_process(job, "time")) for job in jobs]
-        for number, (worker, job) in enumerate(zip(workers, jobs, strict=True)):
+        workers = [stack.enter_context(Worker(job, "time")) for job in jobs]
+        for number, worker in enumerate(workers):
             progress("warm-up", number / len(jobs))
-            _ask(worker, job)
+            worker.answer()
         times: list[list[list[float]]] = [[] for _ in jobs]
         rounds = min(ROUNDS, settings.iterations)
         for turn in range(rounds):
             share = (turn + 1) * settings.iterations // rounds - turn * settings.iterations // rounds
-            for number, (worker, job) in enumerate(zip(workers, jobs, strict=True)):
+            for number, worker in enumerate(workers):
                 progress("time", (turn + number / len(jobs)) / rounds)
                 worker.send(share)
-                times[number].append(_ask(worker, job))
+                times[number].append(worker.answer())
         progress("time", 1.0)
 
     return [
@@ -298,21 +272,6 @@ def measure(
         )
         for number, (target, cost) in enumerate(zip(targets, costs, strict=True))
     ]
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a process needs to run a network: its graph, and where its tensors lie, not the backbone or its library.
-
-    Of another runtime's file it is not the graph but the name of the format.
-    """
-
-    title: str
-    settings: Settings
-    narrowed: Narrowed | str
-    origin: Origin
-    image: tuple[int, int, int]
-    file: Path
 
 
 @dataclass(frozen=True)
@@ -366,133 +325,3 @@ def _speedup(
     largest = max(same, key=lambda other: costs[other].params)
     pairs = zip(times[largest], times[number], strict=True)
     return statistics.median(statistics.median(theirs) / statistics.median(own) for theirs, own in pairs)
-
-
-@contextlib.contextmanager
-def _process(job: Job, what: str) -> Iterator[Connection]:
-    """A process that measures one thing of a network; it ends with the context, whatever happens."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_work, args=(there, what), daemon=True)
-    process.start()
-    there.close()
-    try:
-        with contextlib.suppress(BrokenPipeError):  # it is dead already: `_ask` says so
-            here.send(job)
-        yield here
-    finally:
-        here.close()
-        process.kill()
-        process.join()
-
-
-def _ask(worker: Connection, job: Job) -> Any:
-    """What a process answers next."""
-    try:
-        answer = worker.recv()
-    except (EOFError, ConnectionResetError):
-        raise DvnError(f"{job.title}: its process was killed, most likely for want of memory") from None
-    if isinstance(answer, str):
-        raise DvnError(f"{job.title} cannot run on {job.settings.device}: {answer}")
-    return answer
-
-
-# Within the process of a network
-
-
-def _work(parent: Connection, what: str) -> None:
-    """Answers its parent: with the peak of memory, or with an empty list once warm and then a list for each number."""
-    job: Job | None = None
-    try:
-        job = parent.recv()
-        assert job is not None
-        if job.settings.threads is not None:
-            torch.set_num_threads(job.settings.threads)
-        with torch.inference_mode():
-            if what == "memory":
-                parent.send(_peak_memory(job))
-                return
-            network, images = _load(job)
-            seconds(network, images, job.settings.warm)
-            parent.send([])
-            while True:
-                count = parent.recv()
-                seconds(network, images, 1)  # another network has had the caches since
-                parent.send(seconds(network, images, count))
-    except (EOFError, KeyboardInterrupt, BrokenPipeError):  # the parent has enough
-        return
-    except Exception as error:
-        size = job.settings.batch_size if job else 1
-        remedy = f"too little memory: give a smaller --batch-size than {size}" if size > 1 else "too little memory"
-        parent.send(remedy if is_out_of_memory(error) else next(iter(str(error).splitlines()), type(error).__name__))
-
-
-def seconds(network: Callable[[Tensor], Tensor], images: Tensor, count: int) -> list[float]:
-    """Seconds that each of `count` forward passes takes, one after the other."""
-    times = []
-    for _ in range(count):
-        if images.is_cuda:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            network(images)
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end) / 1000)
-        else:
-            begin = time.perf_counter()
-            network(images)
-            if images.device.type == "mps":
-                torch.mps.synchronize()
-            times.append(time.perf_counter() - begin)
-    return times
-
-
-def _load(job: Job) -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    """The network and a batch of random images, on the device."""
-    settings = job.settings
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(settings.batch_size, *job.image, generator=generator).to(settings.device)
-    if isinstance(job.narrowed, str):
-        with writing.quiet():
-            return find_format(job.narrowed).module.read(job.file, settings.threads), images
-    header = read_header(job.file)
-    assert isinstance(header.metadata, SliceMetadata)
-    network: nn.Module = VirtualNetwork(header.metadata, read_tensors(header), job.narrowed, job.origin)
-    network = network.to(settings.device)
-    if settings.channels_last:
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        images = images.contiguous(memory_format=torch.channels_last)
-    return network, images
-
-
-def _peak_memory(job: Job) -> int | None:
-    device = job.settings.device
-    if device.type == "cuda":
-        seconds(*_load(job), 3)  # the first thing on the device in this process: the peak needs no reset
-        return torch.cuda.max_memory_allocated(device)
-    zeros = torch.zeros(32)
-    features = nn.functional.conv2d(torch.zeros(1, 16, 16, 16), torch.zeros(32, 16, 3, 3))
-    features = nn.functional.batch_norm(features, zeros, zeros, zeros, zeros).relu_()
-    nn.functional.linear(features.mean((2, 3)), torch.zeros(8, 32))
-    if isinstance(job.narrowed, str):
-        with writing.quiet():
-            _ = find_format(job.narrowed).module  # its libraries
-    before = resident_peak(reset=True)
-    seconds(*_load(job), 3)
-    after = resident_peak()
-    return None if before is None or after is None or device.type != "cpu" else after - before
-
-
-def resident_peak(reset: bool = False) -> int | None:
-    """The most bytes of this process that were ever in memory, or are now where the mark can be reset."""
-    with contextlib.suppress(OSError):
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        status = Path("/proc/self/status").read_text()
-        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    try:
-        import resource
-    except ImportError:
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else 1024 * peak

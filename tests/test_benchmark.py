@@ -1,7 +1,8 @@
 """`dvn bench` as it is typed: what it reports, in JSON and in a table. No test asserts how fast a thing is."""
 
 import json
-import multiprocessing
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,10 +12,11 @@ import pytest
 import schema
 import torch
 
-from dvn_cli import benchmark
+from dvn_cli import benchmark, worker
 from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
 from dvn_cli.dividing import partition_backbone
+from dvn_cli.errors import DvnError
 from dvn_cli.loading import read_tensors
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.file import read_checkpoint, read_header
@@ -24,6 +26,31 @@ from dvn_cli.tasks import default_tasks
 
 KEYS = {"file", "task", "name", "level", "params", "density", "compression", "macs", "latency_ms", "images_per_s"}
 KEYS |= {"bytes", "peak_memory_bytes", "speedup", "format", "difference"}
+
+
+class Forked:
+    """A process as `subprocess.Popen` gives one, forked of this one: a new one imports torch, which takes seconds."""
+
+    def __init__(self, words: list[str], **_: object) -> None:
+        (told, tells), (heard, answers) = os.pipe(), os.pipe()
+        self.number = os.fork()
+        if not self.number:
+            try:
+                os.dup2(told, 0)
+                os.dup2(answers, 1)
+                sys.stdin = os.fdopen(0, closefd=False)
+                exec(words[-1], {})
+            finally:
+                os._exit(0)
+        os.close(told)
+        os.close(answers)
+        self.stdin, self.stdout = os.fdopen(tells, "wb"), os.fdopen(heard, "rb")
+
+    def kill(self) -> None:
+        os.kill(self.number, signal.SIGKILL)
+
+    def wait(self) -> int:
+        return os.waitstatus_to_exitcode(os.waitpid(self.number, 0)[1])
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +102,7 @@ def typed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs `dvn bench` in this process: its exit code and what it prints."""
-    fork = multiprocessing.get_context("fork")  # a new process imports torch, which takes seconds
-    monkeypatch.setattr(benchmark.multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr(worker.subprocess, "Popen", Forked)
     monkeypatch.chdir(folder)
 
     def run(*arguments: object) -> tuple[int, str, str]:
@@ -156,6 +182,23 @@ def test_a_network_that_fails_to_run_is_told_in_one_line(typed: Callable[..., tu
     assert err.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "was killed, most likely for want of memory"),
+        ("import sys; sys.stdout.buffer.write(b'\\x80'); sys.exit(3)", "ended with exit code 3"),
+    ],
+)
+def test_a_process_that_dies_is_told(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, why: str
+) -> None:
+    target = benchmark.Target(read_checkpoint(folder / "dvn.safetensors"), 2, 1)
+    job, _ = benchmark._prepare(target, tmp_path / "cut.safetensors", benchmark.Settings(torch.device("cpu")))
+    monkeypatch.setattr(worker, "_START", code)
+    with pytest.raises(DvnError, match=f"level 1 of '.*': its process {why}"), worker.Worker(job, "time") as dying:
+        dying.answer()
+
+
 def test_speed_ups_are_ratios_within_a_round(folder: Path) -> None:
     """The machine slows down tenfold between the rounds, and the ratio stays."""
     header = read_checkpoint(folder / "dvn.safetensors")
@@ -215,10 +258,10 @@ def test_a_task_of_its_own_size_is_measured_at_it(folder: Path, tmp_path: Path) 
     jobs = [benchmark._prepare(benchmark.Target(header, t, 1), tmp_path / f"{t}", settings)[0] for t in (1, 2)]
     shapes = []
     for job in jobs:
-        network, images = benchmark._load(job)
+        network, images = worker.load(job)
         with torch.inference_mode():
             shapes.append((tuple(images.shape), tuple(network(images).shape)))
-            assert len(benchmark.seconds(network, images, 2)) == 2
+            assert len(worker.seconds(network, images, 2)) == 2
     assert shapes == [((1, 3, 64, 64), (1, 3)), ((1, 3, 32, 32), (1, 2))]
 
 

@@ -15,7 +15,7 @@ ROWS = (
     {"dvn_cli", "__main__"},  # the public names
     {"cli"},
     {"paper"},
-    {"evaluation", "benchmark", "training"},
+    {"evaluation", "benchmark", "worker", "training"},
     {"dividing", "widening", "loading", "export", "runtime", "check", "calibration", "formats", "budget", "planning"},
     {"compensation"},
     {"undivided"},

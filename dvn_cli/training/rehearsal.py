@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dvn_cli.benchmark import resident_peak
 from dvn_cli.training.loop import Run
+from dvn_cli.worker import resident_peak
 
 
 @dataclass(frozen=True)

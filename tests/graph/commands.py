@@ -5,15 +5,13 @@
 For each model, in a folder of its own: `dvn partition NAME --units 2 --json`, `dvn slice --task 2 --level 1`, both
 files opened with `dvn_cli.load`, `dvn train` for one step of two tasks (one with fewer classes than the partition), and
 `dvn bench`. Commands run by `dvn_cli.cli.main` within one process for each model, of one thread, forked of one that has
-imported torch; so are the processes of `bench`. Rows are appended as they are done, and models that the table has are
-not run again.
+imported torch. Rows are appended as they are done, and models that the table has are not run again.
 """
 
 import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -241,9 +239,7 @@ def _train() -> None:
 
 def _bench() -> None:
     few = ("--num-warm-iter", 1, "--num-bench-iter", 2, "--threads", 1, "--device", "cpu")
-    fork = multiprocessing.get_context("fork")
-    with mock.patch("dvn_cli.benchmark.multiprocessing.get_context", return_value=fork):
-        document = json.loads(dvn("bench", "--task", 1, *few, "--json"))
+    document = json.loads(dvn("bench", "--task", 1, *few, "--json"))
     assert [result["level"] for result in document["results"]] == [1, 2], document["results"]
 
 
