@@ -88,8 +88,8 @@ def divide(
         divide: `all` coupled groups of channels, or `inner` ones alone, so that all units share the residual stream.
         assign: `even`: units get runs of channels; `importance`: equally strong ones; `sorted`: unit 1 gets the best.
         widths: `even`: units have as many channels of each group; `macs`, `params`: best first, and more of the groups
-            whose channels matter most to the logits for what they cost, so that units take equal parts of the
-            multiply-accumulates, or parameters. Asks for `assign="sorted"`, weights and `data`.
+            whose channels matter most to the logits for what they cost in the whole network; of its
+            multiply-accumulates, or parameters, units take equal parts. Asks for `assign="sorted"`, weights and `data`.
         round_to: what units' widths are multiples of, where there are enough channels.
         data: images to tell by which channels of the weights matter, and to make up for those that levels lack, as of
             `evaluate`; their labels are not read, and a folder may hold nothing but images. By default the norm of a

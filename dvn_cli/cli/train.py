@@ -12,7 +12,7 @@ def train_command(
     recipe: Annotated[
         str | None,
         typer.Argument(
-            metavar="RECIPE", help="A recipe's file, - for stdin, or the name of one that comes with dvn: digits."
+            metavar="RECIPE", help="A recipe's file, - for stdin, or the name of one that comes with dvn (see --list)."
         ),
     ] = None,
     overrides: Annotated[

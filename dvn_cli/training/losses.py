@@ -1,4 +1,4 @@
-"""What a network learns from besides labels: another network's output."""
+"""What a network learns from in place of labels: another network's output."""
 
 import torch
 import torch.nn.functional as F

@@ -62,8 +62,7 @@ class TaskKeys(Keys):
     data: DataSpec = Field(description="Where the task's images come from, and which of them it uses.")
     order: list[Count] | None = Field(
         default=None,
-        description="Order in which the task adds units, each of 1 to `units` once. By default the paper's rule "
-        "(section 3.2).",
+        description="Order in which the task adds units, each of 1 to `units` once. By default as `orders` says.",
     )
     levels: list[Count] | None = Field(
         default=None,
@@ -263,8 +262,8 @@ class Recipe(Keys):
         default="even",
         description="Channels that a unit gets of each coupled group. even: as many as the others. macs: more of the "
         "groups whose channels matter most to the logits of training images for the multiply-accumulates that go with "
-        "them, so that units take equal parts of these. params: likewise for parameters. Both ask for assign sorted "
-        "and for weights to start from.",
+        "them in the whole network, of which units take equal parts. params: likewise for parameters. Both ask for "
+        "assign sorted and for weights to start from.",
     )
     orders: Literal["paper", "shared", "learned"] = Field(
         default="paper",
