@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from dvn_cli.budget import known_levels
 from dvn_cli.errors import DvnError, InputError, did_you_mean
-from dvn_cli.files import atomic, check_folder_writable, reason
+from dvn_cli.files import LARGEST_RECORD, atomic, check_folder_writable, read_bytes, reason
 from dvn_cli.formats import DTYPES, Format, NotExpressible, find_format
 from dvn_cli.store.file import Header, TensorData, read_checkpoint
 from dvn_cli.store.lookup import find_task
 from dvn_cli.store.metadata import Calibration, CheckpointMetadata, TaskLevel, check_level
+from dvn_cli.store.schema import loads, parse
 from dvn_cli.store.slicing import BLOCK, check_output, slice_file
 
 if TYPE_CHECKING:
@@ -28,6 +29,28 @@ Fit = Callable[[int, int], tuple[Mapping[str, TensorData], Calibration] | None]
 
 MANIFEST = "manifest.json"
 """Beside the files of all networks: what they are."""
+
+
+@dataclass(frozen=True)
+class SliceSize:
+    """What a file of one network weighs, as the manifest of `dvn slice --all` has it."""
+
+    name: str
+    level: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of `dvn slice --all`: the files of a checkpoint's networks in one format."""
+
+    format: str
+    slices: tuple[SliceSize, ...]
+    dtype: str = "fp32"
+
+    def __str__(self) -> str:
+        return self.format if self.dtype == "fp32" else f"{self.format} {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -164,6 +187,11 @@ def slice_all(
     header, kind = read_checkpoint(checkpoint), find_format(form.format)
     folder = Path(f"{header.path.stem}-slices" if folder is None else folder)
     check_folder_writable(folder)
+    if os.path.lexists(folder / MANIFEST):
+        try:
+            read_manifest(folder / MANIFEST)
+        except InputError as error:
+            raise InputError(f"{error}; give another folder with -o") from None
     known = {
         (task, each.level): each.accuracy
         for task in header.metadata.numbered_tasks
@@ -195,6 +223,20 @@ def slice_all(
     manifest["slices"] = [_entry(cut) | {"top1": top1.get((cut.task, cut.level))} for cut in files]
     with atomic(folder / MANIFEST) as opened:
         opened.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Reads the manifest of `dvn slice --all`, given by its path or its folder's.
+
+    Raises:
+        InputError: it is missing, or no such document.
+    """
+    path = Path(path) / MANIFEST if os.path.isdir(path) else Path(path)
+    raw = read_bytes(path, LARGEST_RECORD)
+    try:
+        return parse(Manifest, loads(raw))
+    except (InputError, ValueError) as error:
+        raise InputError(f"'{path}' is no manifest of `dvn slice --all`: {error}") from None
 
 
 def without_manifests(files: Sequence[Path], note: Callable[[str], None]) -> list[Path]:

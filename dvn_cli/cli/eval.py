@@ -121,10 +121,10 @@ def eval_command(
 
         from dvn_cli import processes
         from dvn_cli.evaluation import ci, page, rendering
-        from dvn_cli.evaluation.costs import read, read_manifest
+        from dvn_cli.evaluation.costs import read
         from dvn_cli.evaluation.judge import Judge
         from dvn_cli.evaluation.measure import evaluate
-        from dvn_cli.export import without_manifests
+        from dvn_cli.export import read_manifest, without_manifests
 
         counts_as: Verdict = "undecided" if undecided is None else "passed" if undecided == "pass" else "failed"
         judge = Judge(floors, baseline, tolerance, counts_as, save_baseline, task, level, note)

@@ -3,12 +3,10 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from dvn_cli import report
 from dvn_cli.errors import DvnError, InputError
-from dvn_cli.export import MANIFEST
 from dvn_cli.files import LARGEST_RECORD, read_bytes
 from dvn_cli.store.schema import dumps, loads, parse
 
@@ -56,28 +54,6 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class SliceSize:
-    """What a file of one network weighs, as the manifest of `dvn slice --all` has it."""
-
-    name: str
-    level: int
-    params: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """The manifest of `dvn slice --all`: the files of a checkpoint's networks in one format."""
-
-    format: str
-    slices: tuple[SliceSize, ...]
-    dtype: str = "fp32"
-
-    def __str__(self) -> str:
-        return self.format if self.dtype == "fp32" else f"{self.format} {self.dtype}"
-
-
-@dataclass(frozen=True)
 class Comparison:
     """A network of the baseline, and what it costs now: None where it is gone.
 
@@ -118,20 +94,6 @@ def read(path: str | os.PathLike[str]) -> Costs:
         return parse(Costs, loads(raw))
     except (InputError, ValueError) as error:
         raise InputError(f"'{path}' is no document of `dvn bench --json` of this version: {error}") from None
-
-
-def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Reads the manifest of `dvn slice --all`, given by its path or its folder's.
-
-    Raises:
-        InputError: it is missing, or no such document.
-    """
-    path = Path(path) / MANIFEST if os.path.isdir(path) else Path(path)
-    raw = read_bytes(path, LARGEST_RECORD)
-    try:
-        return parse(Manifest, loads(raw))
-    except (InputError, ValueError) as error:
-        raise InputError(f"'{path}' is no manifest of `dvn slice --all`: {error}") from None
 
 
 def compare(before: Costs, document: Mapping[str, Any]) -> list[Comparison]:

@@ -15,8 +15,9 @@ from dvn_cli import report
 from dvn_cli.data import Split
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation import charts
-from dvn_cli.evaluation.costs import Costs, Manifest
+from dvn_cli.evaluation.costs import Costs
 from dvn_cli.evaluation.measure import Evaluation, Loaded
+from dvn_cli.export import Manifest
 from dvn_cli.files import LARGEST_RECORD, atomic, read_bytes
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import CheckpointMetadata, Task

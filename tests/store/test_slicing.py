@@ -133,6 +133,7 @@ def test_command_for_all_with_json(file):
         assert each["bytes"] == Path(each["file"]).stat().st_size
         assert each["params"] == count(read_header(each["file"])).params
     assert len(list(Path("dvn-slices").glob("*.safetensors"))) == 4
+    assert run("--all", "--json") == json.dumps(result, indent=2) + "\n"  # in the place of the older ones
     manifest = json.loads(Path("dvn-slices/manifest.json").read_text())
     assert [(each["task"], each["level"], each["bytes"]) for each in manifest["slices"]] == [
         (each["task"], each["level"], each["bytes"]) for each in result["slices"]
@@ -154,6 +155,9 @@ def test_command_for_all_with_json(file):
         (["no.safetensors", "--all"], "there is no checkpoint 'no.safetensors'"),
         (["--task", "1", "--level", "1", "-o", "dvn.safetensors"], "that is the checkpoint itself"),
         (["--all", "-o", "dvn.safetensors"], "cannot write to the folder 'dvn.safetensors': '"),
+        (["--all", "-o", "web"], "'web/manifest.json' is no manifest of `dvn slice --all`: 'format' is missing; give "),
+        (
+        ),
         (
             ["--task", "1", "--level", "1", "-o", "trained.safetensors"],
             "is a trained checkpoint (tasks: low digits, odd; 2 epochs, ",
@@ -163,11 +167,13 @@ def test_command_for_all_with_json(file):
 def test_command_with_bad_input(file, arguments, message):
     training = {"recipe": {}, "epochs": 2}
     write("trained.safetensors", tensors(), metadata(training=training))
-    before = {path.name: path.read_bytes() for path in file.parent.iterdir()}
+    Path("web").mkdir()
+    Path("web/manifest.json").write_text('{"name": "a page"}')
+    before = {path: path.read_bytes() for path in file.parent.rglob("*.*")}
     with pytest.raises(InputError) as caught:
         run(*arguments)
     assert message in str(caught.value)
-    assert {path.name: path.read_bytes() for path in file.parent.iterdir()} == before
+    assert {path: path.read_bytes() for path in file.parent.rglob("*.*")} == before
 
 
 def test_a_full_disk_leaves_no_folder(file, monkeypatch):
