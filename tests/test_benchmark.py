@@ -163,6 +163,9 @@ def test_formats_in_one_table(
         (["--formats", "pt"], "there is no format 'pt'; did you mean 'pt2'?"),
         (["--formats", "pt2", "--channels-last"], "formats are compared on the CPU"),
         (["--results-file", "none/r.json"], "cannot write 'none/r.json': there is no folder"),
+        (["--results-file", "dvn.safetensors"], "--results-file cannot be 'dvn.safetensors', which holds weights"),
+        (["--baseline", "b.json", "--results-file", "b.json"], "--results-file cannot be 'b.json', which this command"),
+        (["--training", "r.yaml", "--results-file", "r.yaml"], "--results-file cannot be 'r.yaml', which this command"),
         (["--scenario", "j1", "--plots", "dvn.safetensors"], "cannot write to the folder 'dvn.safetensors': '"),
     ],
 )

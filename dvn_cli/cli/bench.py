@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dvn_cli.cli.outputs import check_outputs
 from dvn_cli.errors import InputError
 from dvn_cli.export import without_manifests
-from dvn_cli.files import atomic, check_folder_writable, check_writable
+from dvn_cli.files import atomic, check_folder_writable
 from dvn_cli.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -93,8 +94,7 @@ def bench_command(
     if scenario is not None and baseline is not None:
         raise InputError("--baseline is of networks that are measured now: leave out --scenario")
 
-    if results_file is not None:
-        check_writable(results_file)
+    check_outputs({"--results-file": results_file}, [*(files or [Path("dvn.safetensors")]), baseline, training])
     if plots is not None:
         check_folder_writable(plots)
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from dvn_cli.cli.outputs import check_outputs
 from dvn_cli.errors import InputError
-from dvn_cli.files import check_writable
+from dvn_cli.export import MANIFEST, read_manifest, without_manifests
 
 if TYPE_CHECKING:
     from dvn_cli.evaluation.measure import Loaded
@@ -98,9 +99,16 @@ def eval_command(
     for option, given in (("--costs", costs), ("--slices", slices)):
         if given and report_file is None:
             raise InputError(f"{option} is of a report: give --report too")
-    for path in (results_file, save_baseline, junit, summary, report_file):
-        if path is not None:
-            check_writable(path)
+    files = files or [Path("dvn.safetensors")]
+    written = {
+        "--results-file": results_file,
+        "--save-baseline": save_baseline,
+        "--junit": junit,
+        "--summary": summary,
+        "--report": report_file,
+    }
+    manifests_of = [each / MANIFEST for each in slices or []]
+    check_outputs(written, [*files, *(data or []), baseline, gates, costs, *(slices or []), *manifests_of])
 
     import contextlib
     import json
@@ -124,7 +132,6 @@ def eval_command(
         from dvn_cli.evaluation.costs import read
         from dvn_cli.evaluation.judge import Judge
         from dvn_cli.evaluation.measure import evaluate
-        from dvn_cli.export import read_manifest, without_manifests
 
         counts_as: Verdict = "undecided" if undecided is None else "passed" if undecided == "pass" else "failed"
         judge = Judge(floors, baseline, tolerance, counts_as, save_baseline, task, level, note)
@@ -136,7 +143,7 @@ def eval_command(
                 page.check(loaded, manifests)
 
         rows = evaluate(
-            without_manifests(files or [Path("dvn.safetensors")], note),
+            without_manifests(files, note),
             task,
             level,
             data=data,

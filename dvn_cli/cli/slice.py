@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from dvn_cli import budget, export, planning
+from dvn_cli.cli.outputs import check_is_no_input
 from dvn_cli.errors import InputError
 from dvn_cli.formats import FORMATS, NotExpressible
 from dvn_cli.store.file import read_checkpoint
@@ -116,6 +117,8 @@ def slice_command(
         return
     if int8 and dtype not in ("fp32", "int8"):
         raise InputError("--int8 or --dtype, not both")
+    if output is not None and output.is_file():
+        check_is_no_input("--output", output, [*(results or []), *(data or []), *(calibrate or [])])
     int8 = int8 or dtype == "int8"
     ranges, calibrate = (calibrate, None) if int8 else (None, calibrate)
     form = export.Form(file_format, "int8" if int8 else dtype, fold_norms, data or None, ranges or None)

@@ -415,6 +415,18 @@ def is_trained(path: str | os.PathLike[str]) -> bool:
     return False
 
 
+def holds_weights(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a file is there that begins as safetensors do: of dvn or not, whole or not."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            lead = file.read(9)
+            return lead[8:] == b"{" and 8 + int.from_bytes(lead[:8], "little") <= os.fstat(file.fileno()).st_size
+    except OSError as error:
+        raise InputError(f"cannot read '{path}': {reason(error)}") from None
+
+
 def lost_with(path: Path) -> str | None:
     """Returns in words what would be lost if a file were replaced.
 

@@ -1,7 +1,9 @@
 """What `dvn eval` cannot run as asked."""
 
 import pytest
+import torch
 from pictures import MEAN, STD
+from safetensors.torch import save_file
 
 from dvn_cli.errors import InputError
 from dvn_cli.store.metadata import DataSource, Task
@@ -36,6 +38,44 @@ def test_bad_input_in_one_line(dvn, made, monkeypatch, arguments, message):
     assert (code, out) == (2, "")
     assert err.count("\n") == 1
     assert err.startswith(f"dvn: {message}")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--results-file", "slice.json"], "--results-file cannot be 'slice.json', which holds weights"),
+    (["--report", "s11.safetensors"], "--report cannot be 's11.safetensors', which holds weights"),
+    (["--summary", "fresh.safetensors"], "--summary cannot be 'fresh.safetensors', which holds weights"),
+    (["s11.safetensors", "--junit", "s11.safetensors"], "--junit cannot be 's11.safetensors', which holds weights"),
+    (["--save-baseline", "plain.safetensors"], "--save-baseline cannot be 'plain.safetensors', which holds weights"),
+    (["--results-file", "old.run.json"], "--results-file cannot be 'old.run.json', which is the record of a run"),
+    (["--baseline", "in.json", "--save-baseline", "./in.json"], "--save-baseline cannot be 'in.json', which this com"),
+    (["--gates", "gates.yaml", "--junit", "link.xml"], "--junit cannot be 'link.xml', which this command reads"),
+    (["--data", "gates.yaml", "--summary", "gates.yaml"], "--summary cannot be 'gates.yaml', which this command reads"),
+    (["--slices", "in", "--report", "in/manifest.json"], "--report cannot be 'in/manifest.json', which this command r"),
+    (["--results-file", "a.json", "--save-baseline", "a.json"], "--results-file and --save-baseline are both 'a.json'"),
+])  # fmt: skip
+def test_no_output_takes_the_place_of_what_is_worth_more(dvn, made, monkeypatch, arguments, message):
+    (made / "slice.json").write_bytes((made / "s11.safetensors").read_bytes())
+    (made / "old.run.json").write_text("{}")
+    (made / "in.json").write_text("{}")
+    (made / "gates.yaml").write_text("all: 0")
+    (made / "in").mkdir(exist_ok=True)
+    (made / "in" / "manifest.json").write_text("{}")
+    if not (made / "link.xml").exists():
+        (made / "link.xml").symlink_to("gates.yaml")
+    save_file({"weight": torch.ones(2)}, made / "plain.safetensors")
+    monkeypatch.setattr("dvn_cli.evaluation.measure.measure", lambda *_, **__: pytest.fail("computed"))
+    before = {path: path.read_bytes() for path in made.iterdir() if path.is_file()}
+    code, out, err = dvn(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"dvn: {message}")
+    assert {path: path.read_bytes() for path in made.iterdir() if path.is_file()} == before
+
+
+def test_an_older_output_is_replaced_and_a_summary_added_to(dvn, made):
+    for _ in range(2):
+        code, _, err = dvn("--results-file", "again.json", "--save-baseline", "again-base.json", "--summary", "s.md")
+        assert code == 0, err
+    assert (made / "s.md").read_text().count("### dvn eval: passed") == 2
 
 
 def test_images_that_have_gone(dvn, made):

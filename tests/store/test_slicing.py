@@ -157,6 +157,8 @@ def test_command_for_all_with_json(file):
         (["--all", "-o", "dvn.safetensors"], "cannot write to the folder 'dvn.safetensors': '"),
         (["--all", "-o", "web"], "'web/manifest.json' is no manifest of `dvn slice --all`: 'format' is missing; give "),
         (
+            ["--task", "1", "--level", "1", "--data", "a.yaml", "-o", "a.yaml"],
+            "--output cannot be 'a.yaml', which",
         ),
         (
             ["--task", "1", "--level", "1", "-o", "trained.safetensors"],
@@ -167,6 +169,7 @@ def test_command_for_all_with_json(file):
 def test_command_with_bad_input(file, arguments, message):
     training = {"recipe": {}, "epochs": 2}
     write("trained.safetensors", tensors(), metadata(training=training))
+    Path("a.yaml").write_text("source: digits")
     Path("web").mkdir()
     Path("web/manifest.json").write_text('{"name": "a page"}')
     before = {path: path.read_bytes() for path in file.parent.rglob("*.*")}
