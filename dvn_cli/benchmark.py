@@ -196,7 +196,7 @@ def targets_of(
         raise InputError(f"'{header.path}' is a slice, of one task and level; --task and --level are for checkpoints")
     networks = metadata.networks
     if isinstance(metadata, CheckpointMetadata):
-        numbers = list(metadata.numbered_tasks) if every else [find_task(metadata.tasks, task or 1)]
+        numbers = list(metadata.numbered_tasks) if every else [find_task(metadata.tasks, 1 if task is None else task)]
         if level is not None:
             for number in numbers:
                 check_level(metadata.tasks[number - 1], level)

@@ -156,6 +156,7 @@ def test_formats_in_one_table(
         (["none.safetensors"], "there is no checkpoint 'none.safetensors'"),
         (["--device", "tpu"], "unknown device 'tpu'"),
         (["--task", "3"], "3"),
+        (["--task", ""], "there is no task ''; the tasks are 1 'task1', 2 'task2'"),
         (["--level", "3"], "3"),
         (["--task", "1", "--all"], "not both"),
         (["task2-level1.safetensors", "--task", "2"], "is a slice"),

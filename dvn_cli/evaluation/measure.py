@@ -473,7 +473,7 @@ def _networks(header: AnyHeader, task: str | None, level: int | None) -> list[Ta
     if isinstance(metadata, SliceMetadata):
         asked = task is None or matching_tasks([(metadata.task_number, metadata.task.name)], task)
         return [network for network in metadata.networks if asked and level in (None, network.level)]
-    numbers = [find_task(metadata.tasks, task)] if task else list(metadata.numbered_tasks)
+    numbers = list(metadata.numbered_tasks) if task is None else [find_task(metadata.tasks, task)]
     if level is not None:
         check_level(max((metadata.tasks[number - 1] for number in numbers), key=lambda entry: len(entry.levels)), level)
     return [network for network in metadata.networks if network.task in numbers and level in (None, network.level)]

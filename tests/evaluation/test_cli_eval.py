@@ -17,6 +17,7 @@ from dvn_cli.store.metadata import DataSource, Task
     (["--results-file", "r.txt"], "--results-file ends with .csv or .json, not 'r.txt'"),
     (["--device", "gpu"], "unknown device 'gpu': give auto, cpu, cuda or mps"),
     (["--task", "colour"], "there is no task 'colour'; did you mean 'colours'?"),
+    (["--task", "", "--min-accuracy", "task=nosuch:99"], "there is no task ''; the tasks are 1 'colours', 2 'digits'"),
     (["--level", "3"], "there is no level 3; task 'colours' has levels 1 to 2"),
     (["--level", "2", "s11.safetensors"], "none of the slices is of level 2: 's11.safetensors' (task 'colo"),
     (["dvm.safetensors"], "there is no checkpoint 'dvm.safetensors'; did you mean 'dvn.safetensors'?"),
