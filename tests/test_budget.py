@@ -145,6 +145,11 @@ def test_a_manifest_among_files_is_passed_over() -> None:
         (["--min-accuracy", "1", "--results", "dvn.safetensors"], "holds no results"),
         (["--min-accuracy", "1", "--results", "strange.json"], "holds no results"),
         (["--min-accuracy", "1", "--results", "none.json"], "there is no file 'none.json'"),
+        (["--max-params", "1M", "--results", "none.json"], "there is no file 'none.json'"),
+        (["--level", "1", "--results", "none.json"], "--results is for choosing a level, or for a manifest: give"),
+        (["--min-accuracy", "0.75"], "--min-accuracy is in per cent: give 75 for 0.75"),
+        (["--min-accuracy", "150"], "--min-accuracy is in per cent, 0 to 100, not 150"),
+        (["--min-accuracy", "nan"], "--min-accuracy is in per cent, 0 to 100, not nan"),
     ],
 )
 def test_what_cannot_be_done_is_said(words: list[str], message: str) -> None:

@@ -124,6 +124,12 @@ def slice_command(
     form = export.Form(file_format, "int8" if int8 else dtype, fold_norms, data or None, ranges or None)
     given = {"bytes": max_bytes, "params": max_params, "macs": max_macs, "latency": max_latency}
     limits = {what: budget.amount(what, text, f"--max-{what}") for what, text in given.items() if text is not None}
+    if min_accuracy is not None:
+        from dvn_cli.evaluation.gates import accuracy_in_percent
+
+        accuracy_in_percent("--min-accuracy", min_accuracy)
+    if results and not (plan or every or limits or min_accuracy is not None):
+        raise InputError("--results is for choosing a level, or for a manifest: give a budget, --plan or --all too")
     choice, planned, networks = None, None, None
     if plan:
         if task is not None or level is not None or every or limits or min_accuracy is not None:

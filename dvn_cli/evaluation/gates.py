@@ -88,6 +88,16 @@ def _floor(where: str, selector: str, accuracy: Any) -> Floor:
     match = re.fullmatch(pattern, selector)
     if match is None:
         raise InputError(f"{where}: give task=T, level=L, task=T,level=L or all, not '{shortened(selector)}'")
+    percent = accuracy_in_percent(where, accuracy)
+    return Floor(percent, match["task"], int(match["level"]) if match["level"] else None)
+
+
+def accuracy_in_percent(where: str, accuracy: Any) -> float:
+    """Returns an accuracy in per cent, a number or its text; `where` it is given is for the message.
+
+    Raises:
+        InputError: it is none, or looks like a share of 1.
+    """
     try:
         percent = float(accuracy)
     except (TypeError, ValueError):
@@ -96,7 +106,7 @@ def _floor(where: str, selector: str, accuracy: Any) -> Floor:
         raise InputError(f"{where} is in per cent, 0 to 100, not {shortened(str(accuracy))}")
     if 0 < percent < 1:
         raise InputError(f"{where} is in per cent: give {100 * percent:g} for {percent:g}")
-    return Floor(percent, match["task"], int(match["level"]) if match["level"] else None)
+    return percent
 
 
 def choose_floors(
