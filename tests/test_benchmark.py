@@ -285,7 +285,7 @@ def test_against_a_baseline(
     for document in (json.loads(out), json.loads((folder / "before.json").read_text())):
         validator.validate(document)
         assert not any(map(validator.is_valid, (document | {"results": []}, document | {"schema_version": 2})))
-    same = {"name": "a", "format": None, "differences": {}, "latency_ratio": 1.0}
+    same = {"file": "dvn.safetensors", "name": "a", "format": None, "differences": {}, "latency_ratio": 1.0}
     assert json.loads(out)["baseline"] == [{"level": level, **same} for level in (1, 2)]
 
     before = json.loads((folder / "before.json").read_text())
@@ -304,3 +304,21 @@ def test_against_a_baseline(
     (folder / "before.json").write_text(json.dumps(before))
     message = "dvn: 'before.json' is no document of `dvn bench --json` of this version: 'host' is missing\n"
     assert typed("--baseline", "before.json") == (2, "", message)
+
+
+def test_files_tell_networks_apart_that_are_of_one_task_and_level(
+    typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = (
+        benchmark.Measurement(f"{file}.safetensors", 1, "a", 1, (1,), params, 40, 1.0, 7, (0.5,), None, None)
+        for file, params in (("m1", 20), ("m2", 10))
+    )
+    monkeypatch.setattr(benchmark, "bench", lambda files, *_, **__: [m for m in (one, two) if Path(m.file) in files])
+    assert typed("m1.safetensors", "m2.safetensors", "--results-file", "two.json")[0] == 0
+    code, out, err = typed("m2.safetensors", "m1.safetensors", "--baseline", "two.json")
+    assert (code, err) == (0, "")
+    assert [line.split()[:3] for line in out.splitlines()[-2:]] == [["m1", "a", "1"], ["m2", "a", "1"]]
+    gone = "dvn: task 'a', level 1 of 'm1.safetensors': it is gone (1 of 2 networks are not the baseline's)\n"
+    assert typed("m2.safetensors", "--baseline", "two.json")[::2] == (1, gone)
+    assert typed("m2.safetensors", "--results-file", "one.json")[0] == 0
+    assert typed("m1.safetensors", "--baseline", "one.json")[0] == 1  # one network each is compared whatever its file

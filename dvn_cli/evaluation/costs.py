@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from dvn_cli import report
@@ -20,6 +21,7 @@ EXACT = ("params", "bytes", "macs")
 class NetworkCost:
     """What one network costs, as `dvn bench --json` has it."""
 
+    file: str
     name: str
     level: int
     params: int
@@ -28,10 +30,9 @@ class NetworkCost:
     latency_ms: Mapping[str, float]
     format: str | None = None
 
-    @property
-    def key(self) -> tuple[str, int, str | None]:
+    def key(self, by_file: bool = False) -> tuple[str, int, str | None, str | None]:
         """What tells it from the others of its document."""
-        return self.name, self.level, self.format
+        return self.name, self.level, self.format, self.file if by_file else None
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,13 @@ class Comparison:
 
     Attributes:
         latency_ratio: now over then, of the medians; None on another machine or with other settings.
+        by_file: whether its file, too, tells it from others.
     """
 
     before: NetworkCost
     after: NetworkCost | None
     latency_ratio: float | None
+    by_file: bool = False
 
     @property
     def differences(self) -> dict[str, tuple[int, int]]:
@@ -74,13 +77,15 @@ class Comparison:
     def to_dict(self) -> dict[str, Any]:
         """As `dvn bench --json` shows it."""
         differences = {key: list(pair) for key, pair in self.differences.items()} if self.after else None
-        key = dict(zip(("name", "level", "format"), self.before.key, strict=True))
+        key = {key: getattr(self.before, key) for key in ("file", "name", "level", "format")}
         return {**key, "differences": differences, "latency_ratio": self.latency_ratio}
 
     def __str__(self) -> str:
-        told = ", ".join(f"{key} {then:,} -> {now:,}" for key, (then, now) in self.differences.items())
+        differences = ", ".join(f"{key} {then:,} -> {now:,}" for key, (then, now) in self.differences.items())
+        told = differences if self.after else "it is gone"
         form = f" as {self.before.format}" if self.before.format else ""
-        return f"task '{self.before.name}', level {self.before.level}{form}: {told if self.after else 'it is gone'}"
+        file = f" of '{self.before.file}'" if self.by_file else ""
+        return f"task '{self.before.name}', level {self.before.level}{form}{file}: {told}"
 
 
 def read(path: str | os.PathLike[str]) -> Costs:
@@ -97,15 +102,20 @@ def read(path: str | os.PathLike[str]) -> Costs:
 
 
 def compare(before: Costs, document: Mapping[str, Any]) -> list[Comparison]:
-    """Compares the networks of a baseline with those of a document of now, by their tasks, levels and formats."""
+    """Compares the networks of a baseline with those of a document of now, by their tasks, levels and formats.
+
+    Where these are not enough to tell the networks of either apart, as those of two checkpoints, so do their files.
+    """
     now = parse(Costs, loads(dumps(document)))
-    found = {network.key: network for network in now.results}
+    # Not always: the networks of a checkpoint are compared with its slices, too.
+    by_file = any(len({network.key() for network in each.results}) < len(each.results) for each in (before, now))
+    found = {network.key(by_file): network for network in now.results}
     comparisons = []
     for network in before.results:
-        after = found.get(network.key)
+        after = found.get(network.key(by_file))
         same = after is not None and now.machine == before.machine
         ratio = after.latency_ms["p50"] / network.latency_ms["p50"] if same and after else None
-        comparisons.append(Comparison(network, after, ratio))
+        comparisons.append(Comparison(network, after, ratio, by_file))
     return comparisons
 
 
@@ -120,7 +130,8 @@ def table(comparisons: Sequence[Comparison]) -> report.FittedTable:
         ]  # fmt: skip
         ratio = "-" if one.latency_ratio is None else f"{one.latency_ratio:.2f}"
         level = f"{one.before.level} {one.before.format or ''}".strip()
-        made.add_row(one.before.name, level, *cells, ratio)
+        name = f"{Path(one.before.file).stem} {one.before.name}" if one.by_file else one.before.name
+        made.add_row(name, level, *cells, ratio)
     return made
 
 

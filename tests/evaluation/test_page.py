@@ -43,7 +43,7 @@ class Page(HTMLParser):
 
 
 def test_a_checkpoint_as_a_page(dvn, made):
-    row = {"params": 1, "bytes": 1, "macs": 1}
+    row = {"file": "dvn.safetensors", "params": 1, "bytes": 1, "macs": 1}
     networks = [{"name": "digits", "level": level, "latency_ms": {"p50": level}, **row} for level in (1, 2)]
     machine = {"host": "", "device": "cpu", "device_name": "a <CPU>", "torch": "", "threads": 1, "batch_size": 1}
     (made / "costs.json").write_text(json.dumps({**machine, "channels_last": False, "results": networks}))
