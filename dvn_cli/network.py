@@ -136,12 +136,15 @@ class VirtualNetwork(nn.Module):
         return super().train(mode)
 
     def forward(self, images: Tensor) -> Tensor:
-        if is_of_other_size(images, self.task.input_size):
-            check_size(images, self._origin, self.training)
+        self._check_size(images)
         graph = self.train_graph if self.training else self.eval_graph
         assert graph is not None
         places = [self._places[name] for name in self._names[self.training]]
         return graph(images, *[getattr(module, key) for module, key in places])
+
+    def _check_size(self, images: Tensor) -> None:
+        if is_of_other_size(images, self.task.input_size):
+            check_size(images, self._origin, self.training)
 
     @property
     def features(self) -> Callable[[Tensor], Tensor]:
@@ -157,6 +160,7 @@ class VirtualNetwork(nn.Module):
         return part
 
     def _pre_logits(self, images: Tensor) -> Tensor:
+        self._check_size(images)
         graph, names = (self.train_graph, self.eval_graph)[not self.training], self._names[self.training]
         assert graph is not None
         if self._features[0] is not graph:
