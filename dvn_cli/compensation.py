@@ -58,15 +58,17 @@ def compensate(network: DeepVirtualNetwork, images: Mapping[int, Batches]) -> No
     """Sets what compensates, in the tensors that the networks have of their own.
 
     The bias of a layer takes the mean of the channels that are lacking, as the task's top level computes them, times
-    the weights that read them there. Running statistics are then estimated anew with the network's own images. Top
-    levels lack nothing, and stay what the backbone is.
+    the weights that read them there. Running statistics are then estimated anew with the network's own images. Levels
+    of all units lack nothing, and stay what the backbone is.
 
     Args:
         images: of each task, by its number from 1.
     """
     for number, batches in images.items():
         _fold(network, number, batches)
-        for level in range(1, len(network.tasks[number - 1].levels)):
+        for level, units in enumerate(network.tasks[number - 1].levels, 1):
+            if units == network.partition.units:
+                continue
             for name, value in estimated(network, number, level, batches).items():
                 network.file_tensors()[network.source(name, number, level)].copy_(value)
 

@@ -1,5 +1,6 @@
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -46,9 +47,12 @@ def images() -> list[Tensor]:
     return list(torch.randn(24, 3, 8, 8, generator=torch.Generator().manual_seed(1)).split(12))
 
 
-def compensated(module: nn.Module, images: list[Tensor], **rule: str) -> DeepVirtualNetwork:
+def compensated(
+    module: nn.Module, images: list[Tensor], levels: tuple[int, ...] = (1, 2), **rule: str
+) -> DeepVirtualNetwork:
     partition = partition_backbone(SPEC, 2, Rule("sorted", 1, **rule), module, images)
     tasks = default_tasks(2, 4, SPEC.input_size, (0.0,) * 3, (1.0,) * 3)
+    tasks = [replace(task, levels=levels) for task in tasks]
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks)
     own = [*compensation.statistics(partition), *compensation.biases(partition)]
     network.make_private(dict.fromkeys(own, "network"), keep_shared=True)
@@ -98,6 +102,15 @@ def test_a_norm_takes_the_statistics_of_its_own_network(images):
         for name in ("running_mean", "running_var"):
             torch.testing.assert_close(getattr(norm, name), getattr(trained.norm, name) / 0.1)
         assert torch.equal(network.virtual_network(task, 2).norm.running_mean, module.norm.running_mean)
+
+
+def test_a_top_level_that_lacks_units_is_made_up_for(images):
+    module = Block(True).eval()
+    alone, lowest = (
+        compensated(module, images, levels, divide="inner").virtual_network(1, 1) for levels in ((1,), (1, 2))
+    )
+    assert not torch.equal(lowest.norm.running_mean, module.norm.running_mean)
+    assert torch.equal(alone.norm.running_mean, lowest.norm.running_mean)
 
 
 def test_a_norm_makes_up_for_what_is_constant(images):
