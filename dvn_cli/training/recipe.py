@@ -319,8 +319,8 @@ class Recipe(Keys):
         min_length=1,
         description="What networks learn from instead of the labels, at temperature 1. top: the output of their task's "
         "top level in the same step; next: that of the next larger level; the top level itself has the labels. FILE: a "
-        "slice or checkpoint, whose largest network with the task's classes, by name, teaches all levels and stays as "
-        "it is. By default all have the labels.",
+        "slice or checkpoint, whose network of the most units with the task's classes, by name, teaches all levels "
+        "and stays as it is. By default all have the labels.",
     )
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=1, description="Share of each label that goes to all classes alike."

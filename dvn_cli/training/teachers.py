@@ -67,7 +67,7 @@ def teachers(
 def file_teachers(
     file: str, base: Path, network: DeepVirtualNetwork, numbers: Sequence[int], device: torch.device
 ) -> dict[int, FileTeacher]:
-    """Returns the network of a file that teaches each of some tasks, by number: the largest one that has its classes.
+    """Returns the network of a file that teaches each of some tasks, by number: with its classes, of the most units.
 
     Args:
         file: a slice or a checkpoint; a relative path starts from `base`.
@@ -83,9 +83,10 @@ def file_teachers(
     found = {}
     for number in numbers:
         task = network.tasks[number - 1]
-        place = next((place for place, of in enumerate(known, 1) if set(task.classes) <= set(of.classes)), None)
-        if place is None:
+        places = [place for place, of in enumerate(known, 1) if set(task.classes) <= set(of.classes)]
+        if not places:
             raise InputError(f"teacher '{file}' has no task with the classes of '{task.name}'")
+        place = max(places, key=lambda place: known[place - 1].levels[-1])  # of as many units the first one
         of_task = opened
         if isinstance(of_task, DeepVirtualNetwork):
             of_task = of_task.virtual_network(place, len(known[place - 1].levels))

@@ -65,6 +65,13 @@ def test_classes_are_found_by_their_names(taught: Path) -> None:
     assert torch.equal(teacher(images), teacher.network(seen)[:, 5:])
 
 
+def test_the_largest_network_teaches(tmp_path: Path) -> None:
+    small.trained(tmp_path, "epochs=1", "tasks.0.levels=[1]")
+    (tmp_path / "dvn.safetensors").rename(tmp_path / "uneven.safetensors")
+    run = small.session(tmp_path, "teacher=uneven.safetensors", force=True).run
+    assert [run.teachers[number].network.task.name for number in (1, 2)] == ["all", "all"]
+
+
 def test_no_teacher(taught: Path) -> None:
     groups = "tasks.1.data.groups={a: [1], b: [2]}"
     with pytest.raises(InputError, match=r"teacher 'all.safetensors' has no task with the classes of 'new'"):
