@@ -71,7 +71,12 @@ def speed(run: Run, warm: int, timed: int) -> Speed:
     """
     images, passes = images_of_step(run), run.recipe.accumulate
     networks, device = run.stage.trained, run.device
-    flops = sum(6 * run.network.macs(*network) * run.batch_sizes[network.task] * passes for network in networks)
+    newest = run.batch_sizes[
+        run.stage.tasks[-1]
+    ]  # of whose images those of earlier runs learn to agree with themselves
+    flops = sum(
+        6 * run.network.macs(*network) * run.batch_sizes.get(network.task, newest) * passes for network in networks
+    )
     taken = pace(run, warm, timed)
     seconds = sorted(each for each, _ in taken)
     median, peak = statistics.median(seconds), peak_memory(run)

@@ -41,6 +41,20 @@ def test_waiting_and_operations_are_counted(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == []
 
 
+def test_networks_that_are_held_take_the_images_of_the_new_task(tmp_path: Path) -> None:
+    """Those of a checkpoint that a recipe continues."""
+    small.trained(tmp_path, "epochs=1")
+    keys = {
+        "continues": str(tmp_path / "dvn.safetensors"),
+        "learning": "sequential",
+        "sequential": {"old": "distilled"},
+    }
+    recipe = {key: value for key, value in small.content(**keys).items() if key not in ("backbone", "units")}
+    recipe["tasks"] = [{"name": "new", "data": small.data(classes="5-9"), "batch_size": 8}]
+    speed, run = measure_speed(recipe, num_warm_iter=1, num_bench_iter=1)
+    assert speed.flops == 8 * 6 * sum(run.network.macs(*network) for network in run.network)
+
+
 def test_command(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(small.content()))
     words = ["bench", "--training", str(tmp_path / "small.yaml"), "levels=[2]", "--num-warm-iter", "1"]
