@@ -113,8 +113,8 @@ def _listing(request: Request, split: str, tars: list[Path], train: list[Path], 
 def _samples(request: Request, tars: tuple[Path, ...]) -> tuple[list[Member], list[str], Counter[str]]:
     """Each sample's image and the text of its label; and what lies in the tars and is not read."""
     images, values, left_out = [], [], Counter[str]()
-    suffix = f".{request.label or 'cls'}"
-    wanted = decode.suffixes() if request.image is None else {f".{request.image}"}
+    suffix = f".{request.label or 'cls'}".lower()  # as names in the tars are compared
+    wanted = decode.suffixes() if request.image is None else {f".{request.image}".lower()}
     for tar in tars:
         samples: dict[str, dict[str, Member]] = {}
         for member in _members(tar):

@@ -113,6 +113,14 @@ def test_a_folder_of_tars_is_evaluated_on(shards: Path) -> None:
     assert (len(split), classes) == (6, ("0", "1", "2"))
 
 
+def test_suffixes_are_named_as_they_are_written(tmp_path: Path) -> None:
+    files = {"1.PNG": png(1), "1.Label": b"1", "2.PNG": png(2), "2.Label": b"2"}
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}-0.tar", files)
+    data = load_task(DataSpec(source="webdataset", path=str(tmp_path), image="PNG", label="Label", validation=0))
+    assert data.classes == ("1", "2")
+
+
 @pytest.mark.parametrize(
     ("files", "mode", "keys", "said"),
     [
