@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dvn_cli.errors import DvnError, InputError
-from dvn_cli.files import LARGEST_RECORD, read_bytes
+from dvn_cli.files import LARGEST_RECORD, read_bytes, run_record
 from dvn_cli.report import limits, short
 from dvn_cli.store.file import Header
 from dvn_cli.store.metadata import CheckpointMetadata
@@ -111,7 +111,7 @@ def known_levels(
         InputError: a file cannot be read, or is of other networks.
     """
     entry, found = header.metadata.tasks[task - 1], []
-    record, rows = header.path.with_name(f"{header.path.stem}.run.json"), list[tuple[str, _Recorded]]()
+    record, rows = run_record(header.path), list[tuple[str, _Recorded]]()
     with contextlib.suppress(InputError):  # it may be of a run that has not ended, and nobody gave it
         rows += [(str(record), row) for row in _recorded(record)] if header.metadata.training is not None else []
     rows += [(str(path), row) for path in results for row in _recorded(path)]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvn_cli.budget import known_levels
 from dvn_cli.errors import DvnError, InputError, did_you_mean
-from dvn_cli.files import atomic, check_folder_writable, reason
+from dvn_cli.files import atomic, check_folder_writable, reason, stem
 from dvn_cli.formats import DTYPES, Format, NotExpressible, find_format
 from dvn_cli.store.file import Header, TensorData, read_checkpoint
 from dvn_cli.store.lookup import find_task
@@ -162,7 +162,7 @@ def slice_all(
         InputError, DvnError: as `slice`.
     """
     header, kind = read_checkpoint(checkpoint), find_format(form.format)
-    folder = Path(f"{header.path.stem}-slices" if folder is None else folder)
+    folder = Path(f"{stem(header.path)}-slices" if folder is None else folder)
     check_folder_writable(folder)
     known = {
         (task, each.level): each.accuracy
@@ -280,4 +280,4 @@ def _convert(cut: Path, file: Path, kind: Format, form: Form, note: Callable[[st
 
 
 def _name(header: Header[CheckpointMetadata], network: TaskLevel, kind: Format) -> str:
-    return f"{header.path.stem}-task{network.task}-level{network.level}{kind.ending}"
+    return f"{stem(header.path)}-task{network.task}-level{network.level}{kind.ending}"
