@@ -112,8 +112,9 @@ def slice(
         checkpoint: the file of all networks.
         task: by name or by number from 1.
         level: from 1.
-        output: a file or an existing folder; by default STEM-taskT-levelL with the format's ending in the working
-            directory, STEM being the checkpoint's name.
+        output: a file or an existing folder, which is replaced where a format of folders has written it before; by
+            default STEM-taskT-levelL with the format's ending in the working directory, STEM being the checkpoint's
+            name.
         calibrate: images to fit its layers to what they give in the task's top level, as of `evaluate`; their labels
             are not read, and a folder may hold nothing but images. By default they stay as they are.
         note: is told, in a line, what the images were taken for.
@@ -134,7 +135,8 @@ def slice(
     network = TaskLevel(number, check_level(tasks[number - 1], level))
     name = _name(header, network, kind)
     file = Path(name if output is None else output)
-    file = file / name if os.path.isdir(file) and not (kind.is_folder and output is None) else file
+    is_target = kind.is_written_to(file) or (kind.is_folder and output is None)  # which is replaced
+    file = file / name if os.path.isdir(file) and not is_target else file
     return _cut(header, network, file, _fit(header, calibrate, note), form, note)
 
 
