@@ -21,8 +21,9 @@ _UNITS = {"bytes": _BYTES, "params": _DECIMAL, "macs": _DECIMAL, "latency": {"ms
 
 _EXAMPLES = {"bytes": "2MB", "params": "1.5M", "macs": "300M", "latency": "5ms"}
 
-_ADVICE = "give --results FILE of `dvn {0} CHECKPOINT --results-file FILE`"
-_SOURCES = {"latency": _ADVICE.format("bench"), "accuracy": _ADVICE.format("eval")}
+_ADVICE = "give --results FILE of `dvn {0} CHECKPOINT{1} --results-file FILE`"
+_SOURCES = {"latency": _ADVICE.format("bench", " --all"), "accuracy": _ADVICE.format("eval", "")}
+"""What measures a figure of every task; `dvn bench` as it is takes the first one."""
 
 
 @dataclass(frozen=True)

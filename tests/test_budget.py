@@ -153,7 +153,7 @@ def test_a_manifest_among_files_is_passed_over() -> None:
         (["--max-bytes", "2 parsecs"], "--max-bytes is an amount such as 2MB, not '2 parsecs'"),
         (["--max-bytes", "0"], "--max-bytes is an amount"),
         (["--max-params", "1", "--level", "1"], "a budget chooses the level of a task"),
-        (["--max-latency", "1ms"], "no latency of task '.*' is recorded: give --results FILE of `dvn bench"),
+        (["--max-latency", "1ms"], "no latency of task '.*' is recorded: .* `dvn bench CHECKPOINT --all --res"),
         (["--min-accuracy", "1"], "no accuracy of task '.*' is recorded: give --results FILE of `dvn eval"),
         (["--min-accuracy", "1", "--results", "other.json"], "'other.json' is of other networks: level 1"),
         (["--min-accuracy", "1", "--results", "dvn.safetensors"], "holds no results"),
