@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvn_cli.budget import known_levels
 from dvn_cli.errors import DvnError, InputError, did_you_mean
-from dvn_cli.files import atomic, check_folder_writable, reason, stem
+from dvn_cli.files import atomic, check_folder_writable, encoded, reason, stem
 from dvn_cli.formats import DTYPES, Format, NotExpressible, find_format
 from dvn_cli.store.file import Header, TensorData, read_checkpoint
 from dvn_cli.store.lookup import find_task
@@ -196,7 +196,7 @@ def slice_all(
     top1 = {} if form.dtype == "int8" else known  # it is another network
     manifest["slices"] = [_entry(cut) | {"top1": top1.get((cut.task, cut.level))} for cut in files]
     with atomic(folder / MANIFEST) as opened:
-        opened.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+        opened.write(encoded(json.dumps(manifest, indent=2, ensure_ascii=False)) + b"\n")
 
 
 def without_manifests(files: Sequence[Path], note: Callable[[str], None]) -> list[Path]:

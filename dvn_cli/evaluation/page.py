@@ -17,7 +17,7 @@ from dvn_cli.errors import InputError
 from dvn_cli.evaluation import charts
 from dvn_cli.evaluation.costs import Costs, Manifest
 from dvn_cli.evaluation.measure import Evaluation, Loaded
-from dvn_cli.files import LARGEST_RECORD, atomic, read_bytes, run_record
+from dvn_cli.files import LARGEST_RECORD, atomic, encoded, read_bytes, run_record
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import CheckpointMetadata, Task
 from dvn_cli.store.schema import loads
@@ -118,7 +118,7 @@ def write(
 </main></body></html>
 """
     with atomic(path) as file:
-        file.write(page.encode())
+        file.write(encoded(page))
 
 
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
