@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from dvn_cli.errors import DvnError, InputError
-from dvn_cli.files import LARGEST_RECORD, read_bytes
+from dvn_cli.files import LARGEST_RECORD, read_bytes, run_record
 from dvn_cli.report import limits, short
 from dvn_cli.store.file import Header
 from dvn_cli.store.metadata import CheckpointMetadata
@@ -21,8 +21,9 @@ _UNITS = {"bytes": _BYTES, "params": _DECIMAL, "macs": _DECIMAL, "latency": {"ms
 
 _EXAMPLES = {"bytes": "2MB", "params": "1.5M", "macs": "300M", "latency": "5ms"}
 
-_ADVICE = "give --results FILE of `dvn {0} CHECKPOINT --results-file FILE`"
-_SOURCES = {"latency": _ADVICE.format("bench"), "accuracy": _ADVICE.format("eval")}
+_ADVICE = "give --results FILE of `dvn {0} CHECKPOINT{1} --results-file FILE`"
+_SOURCES = {"latency": _ADVICE.format("bench", " --all"), "accuracy": _ADVICE.format("eval", "")}
+"""What measures a figure of every task; `dvn bench` as it is takes the first one."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def known_levels(
         InputError: a file cannot be read, or is of other networks.
     """
     entry, found = header.metadata.tasks[task - 1], []
-    record, rows = header.path.with_name(f"{header.path.stem}.run.json"), list[tuple[str, _Recorded]]()
+    record, rows = run_record(header.path), list[tuple[str, _Recorded]]()
     with contextlib.suppress(InputError):  # it may be of a run that has not ended, and nobody gave it
         rows += [(str(record), row) for row in _recorded(record)] if header.metadata.training is not None else []
     rows += [(str(path), row) for path in results for row in _recorded(path)]

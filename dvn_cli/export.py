@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from dvn_cli.budget import known_levels
 from dvn_cli.errors import DvnError, InputError, did_you_mean
-from dvn_cli.files import LARGEST_RECORD, atomic, check_folder_writable, read_bytes, reason
+from dvn_cli.files import LARGEST_RECORD, atomic, check_folder_writable, encoded, read_bytes, reason, stem
 from dvn_cli.formats import DTYPES, Format, NotExpressible, find_format
 from dvn_cli.store.file import Header, TensorData, read_checkpoint
 from dvn_cli.store.lookup import find_task
@@ -135,8 +135,9 @@ def slice(
         checkpoint: the file of all networks.
         task: by name or by number from 1.
         level: from 1.
-        output: a file or an existing folder; by default STEM-taskT-levelL with the format's ending in the working
-            directory, STEM being the checkpoint's name.
+        output: a file or an existing folder, which is replaced where a format of folders has written it before; by
+            default STEM-taskT-levelL with the format's ending in the working directory, STEM being the checkpoint's
+            name.
         calibrate: images to fit its layers to what they give in the task's top level, as of `evaluate`; their labels
             are not read, and a folder may hold nothing but images. By default they stay as they are.
         note: is told, in a line, what the images were taken for.
@@ -157,7 +158,8 @@ def slice(
     network = TaskLevel(number, check_level(tasks[number - 1], level))
     name = _name(header, network, kind)
     file = Path(name if output is None else output)
-    file = file / name if os.path.isdir(file) and not (kind.is_folder and output is None) else file
+    is_target = kind.is_written_to(file) or (kind.is_folder and output is None)  # which is replaced
+    file = file / name if os.path.isdir(file) and not is_target else file
     return _cut(header, network, file, _fit(header, calibrate, note), form, note)
 
 
@@ -185,7 +187,7 @@ def slice_all(
         InputError, DvnError: as `slice`.
     """
     header, kind = read_checkpoint(checkpoint), find_format(form.format)
-    folder = Path(f"{header.path.stem}-slices" if folder is None else folder)
+    folder = Path(f"{stem(header.path)}-slices" if folder is None else folder)
     check_folder_writable(folder)
     if os.path.lexists(folder / MANIFEST):
         try:
@@ -222,7 +224,7 @@ def slice_all(
     top1 = {} if form.dtype == "int8" else known  # it is another network
     manifest["slices"] = [_entry(cut) | {"top1": top1.get((cut.task, cut.level))} for cut in files]
     with atomic(folder / MANIFEST) as opened:
-        opened.write(json.dumps(manifest, indent=2, ensure_ascii=False).encode() + b"\n")
+        opened.write(encoded(json.dumps(manifest, indent=2, ensure_ascii=False)) + b"\n")
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -322,4 +324,4 @@ def _convert(cut: Path, file: Path, kind: Format, form: Form, note: Callable[[st
 
 
 def _name(header: Header[CheckpointMetadata], network: TaskLevel, kind: Format) -> str:
-    return f"{header.path.stem}-task{network.task}-level{network.level}{kind.ending}"
+    return f"{stem(header.path)}-task{network.task}-level{network.level}{kind.ending}"

@@ -173,6 +173,21 @@ def put(source: Path, path: str | os.PathLike[str]) -> None:
         shutil.rmtree(beside, ignore_errors=True)
 
 
+def encoded(text: str) -> bytes:
+    r"""Returns a text in UTF-8; a byte of a file's name that is none becomes `\udcff`, as JSON writes it too."""
+    return text.encode(errors="backslashreplace")
+
+
+def stem(path: Path) -> str:
+    """Returns what files that come of a checkpoint are named after: `m.v1` of `m.v1.safetensors`, as of `m.v1`."""
+    return path.name.removesuffix(".safetensors")
+
+
+def run_record(checkpoint: Path) -> Path:
+    """Returns where the record of the run is that a checkpoint comes of."""
+    return checkpoint.with_name(f"{stem(checkpoint)}.run.json")
+
+
 def check_writable(path: str | os.PathLike[str]) -> None:
     """Raises what `atomic` would raise before anything is written, such as at the start of long work.
 

@@ -1,6 +1,8 @@
 """What all tests have in common."""
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Callable, Iterator
 
 import pytest
 import synthetic
@@ -29,3 +31,22 @@ def _one_thread() -> Iterator[None]:
 def data_sets(tmp_path_factory: pytest.TempPathFactory) -> synthetic.DataSets:
     """What stands for the data sets of the recipes that come with dvn."""
     return synthetic.data_sets(tmp_path_factory.mktemp("data_sets"))
+
+
+@pytest.fixture
+def unread(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], None]]:
+    """Makes stdout and stderr pipes whose reader has gone, as in `2>&1 | head`, until the test ends."""
+    opened = []
+
+    def break_pipes() -> None:
+        for name in ("stdout", "stderr"):
+            reading, writing = os.pipe()
+            os.close(reading)
+            opened.append(writing)
+            stream = os.fdopen(writing, "w", closefd=False)
+            monkeypatch.setattr(sys, name, stream)
+            monkeypatch.setattr(sys, f"__{name}__", stream)
+
+    yield break_pipes
+    for descriptor in opened:
+        os.close(descriptor)

@@ -17,6 +17,7 @@ from dvn_cli.errors import DvnError, InputError
 from dvn_cli.export import slice as slice_network
 from dvn_cli.export import slice_all
 from dvn_cli.store.file import read_checkpoint
+from dvn_cli.training.session import Files
 
 TRAINED = Path(__file__).parent / "pins/files/0.1.0/trained.safetensors.gz"
 
@@ -107,10 +108,23 @@ def test_recorded_figures_choose() -> None:
     assert error.value.exit_code == 1
 
 
-def test_the_record_of_the_run_gives_accuracies() -> None:
+@pytest.mark.parametrize("name", ["dvn.safetensors", "m.v1", "m.v1.safetensors"])
+def test_the_record_of_the_run_gives_accuracies(checkpoint: Path, name: str) -> None:
     document = json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())
-    Path("dvn.run.json").write_text(json.dumps({"test": document["results"]}))
-    assert run("--min-accuracy", "71")["slices"][0]["level"] == 2
+    checkpoint.rename(name)
+    record = Files.of(Path(name)).record
+    record.write_text(json.dumps({"test": document["results"]}))
+    [cut] = run(name, "--min-accuracy", "71")["slices"]
+    assert cut["level"] == 2
+    assert cut["file"] == record.name.replace(".run.json", "-task1-level2.safetensors")
+
+
+def test_names_with_dots_are_told_apart(checkpoint: Path) -> None:
+    names = ["m.v1", "m.v2"]
+    for name in names:
+        Path(name).write_bytes(checkpoint.read_bytes())
+    assert [run(name, "--level", "1")["slices"][0]["file"].partition("-")[0] for name in names] == names
+    assert [next(slice_all(name)).file.parent.name for name in names] == ["m.v1-slices", "m.v2-slices"]
 
 
 def test_the_manifest_has_recorded_accuracies() -> None:
@@ -139,7 +153,7 @@ def test_a_manifest_among_files_is_passed_over() -> None:
         (["--max-bytes", "2 parsecs"], "--max-bytes is an amount such as 2MB, not '2 parsecs'"),
         (["--max-bytes", "0"], "--max-bytes is an amount"),
         (["--max-params", "1", "--level", "1"], "a budget chooses the level of a task"),
-        (["--max-latency", "1ms"], "no latency of task '.*' is recorded: give --results FILE of `dvn bench"),
+        (["--max-latency", "1ms"], "no latency of task '.*' is recorded: .* `dvn bench CHECKPOINT --all --res"),
         (["--min-accuracy", "1"], "no accuracy of task '.*' is recorded: give --results FILE of `dvn eval"),
         (["--min-accuracy", "1", "--results", "other.json"], "'other.json' is of other networks: level 1"),
         (["--min-accuracy", "1", "--results", "dvn.safetensors"], "holds no results"),

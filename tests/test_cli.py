@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,24 @@ def test_a_stdout_that_is_full_or_closed(words: list[str]) -> None:
     assert (done.returncode, done.stderr) == (1, "dvn: cannot write to stdout: No space left on device\n")
     done = subprocess.run(["sh", "-c", '"$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_reader_who_has_had_enough_does_not_stop_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unread: Callable[[], None]
+) -> None:
+    """`| head` gets its lines, and all files are written; that not everything was read is the exit code."""
+    monkeypatch.chdir(tmp_path)
+    bench = ["bench", "--num-warm-iter", "0", "--num-bench-iter", "1", "--results-file", "bench.json"]
+    for words, files in (
+        (["partition", "wrn_10_1", "--units", "2", "--input-size", "8", "-o", "dvn.safetensors"], ["dvn.safetensors"]),
+        (["slice", "--task", "1", "--max-params", "1G"], ["dvn-task1-level2.safetensors"]),
+        (["slice", "--all"], [f"dvn-slices/dvn-task1-level{level}.safetensors" for level in (1, 2)]),
+        (["slice", "--all", "-o", "more"], ["more/manifest.json"]),
+        ([*bench, "dvn-task1-level2.safetensors"], ["bench.json"]),
+    ):
+        unread()
+        assert run(monkeypatch, *words) == 1
+        assert [name for name in files if not (tmp_path / name).exists()] == []
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: ...")])

@@ -445,18 +445,6 @@ def test_a_command_that_fails_leaves_what_was_there(
         Path("dvn.safetensors").unlink(missing_ok=True)
 
 
-def test_a_reader_who_has_had_enough_does_not_stop_the_work(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gone(*_: object, **__: object) -> None:
-        raise BrokenPipeError
-
-    monkeypatch.setattr("dvn_cli.cli.partition.typer.echo", gone)
-    with pytest.raises(BrokenPipeError):
-        partition_command("wrn_10_1", units=2, output=Path("dvn.safetensors"))
-    assert read_checkpoint("dvn.safetensors").metadata.units == 2
-
-
 def test_a_check_says_that_narrow_networks_are_masked_ones(capsys: pytest.CaptureFixture[str]) -> None:
     rule = ("--assign", "importance", "--round-to", 8)
     document = partition(capsys, "wrn_10_1", "--units", 3, *rule, "--check", "--input-size", 8)

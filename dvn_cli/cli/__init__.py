@@ -52,22 +52,40 @@ def _are_several() -> bool:
     return started and os.environ["WORLD_SIZE"] != "1"
 
 
-class _Stdout(io.FileIO):
-    """File descriptor 1, of which it is said once, and as any other failure, that it cannot be written."""
+class _Output(io.FileIO):
+    """A standard stream whose reader may have had enough, such as `head`: the work goes on, and writes its files."""
+
+    has_reader = True
 
     def write(self, data: Any) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
-            raise
+            self.has_reader = False
+            self.silence()
+            return memoryview(data).nbytes
+
+    def silence(self) -> None:
+        """Lets what is written from here on go nowhere."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self.fileno())
+        os.close(nowhere)
+
+
+class _Stdout(_Output):
+    """File descriptor 1, of which it is said once, and as any other failure, that it cannot be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
         except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            self.silence()
             raise DvnError(f"cannot write to stdout: {error.strerror}") from None
 
 
 def main() -> None:
     """Runs `dvn`: whatever goes wrong is one line on stderr and the exit code that says whose fault it was."""
-    _prepare_streams()
+    stdout = _prepare_streams()
     try:
         memory = enough_memory("this machine", "see what else runs on it, or set smaller images, batches or a backbone")
         with _stopped_by_signals(), _one_of_several(), memory:
@@ -75,13 +93,12 @@ def main() -> None:
             code = app(standalone_mode=False)
     except DvnError as error:
         code = _fail(str(error), error.exit_code)
-    except BrokenPipeError:  # whoever read stdout has gone; do not let the interpreter complain when it flushes
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
     except Exception as error:
         if not hasattr(error, "format_message"):  # wrong usage, as Typer's or click's own exceptions tell it
             raise
         code = _fail(error.format_message(), 2)
+    if stdout is not None and not stdout.has_reader:
+        code = code or 1  # the work is done, and not all of what it came to was read
     sys.exit(code)
 
 
@@ -133,15 +150,26 @@ def _check_working_directory() -> None:
         raise InputError(f"the working directory is gone ({error.strerror}): change to another one") from None
 
 
-def _prepare_streams() -> None:
-    """Lets no result be lost to a character that the terminal lacks, and none to a full disk behind stdout unsaid."""
-    out = sys.__stdout__
-    if out is not None and out is sys.stdout:
-        raw = io.BufferedWriter(_Stdout(out.fileno(), "wb", closefd=False))
-        sys.stdout = io.TextIOWrapper(raw, out.encoding, out.errors, line_buffering=out.line_buffering)
+def _prepare_streams() -> _Stdout | None:
+    """Lets no result be lost to a character that the terminal lacks, a reader who has gone or, unsaid, a full disk.
+
+    Returns:
+        What stdout is written through; None where it is closed, or not the process's own.
+    """
+    stdout = None
+    for name, kind in (("stdout", _Stdout), ("stderr", _Output)):
+        stream = getattr(sys, name)
+        if stream is not None and stream is getattr(sys, f"__{name}__"):
+            raw = kind(stream.fileno(), "wb", closefd=False)
+            stdout = raw if isinstance(raw, _Stdout) else stdout
+            wrapped = io.TextIOWrapper(
+                io.BufferedWriter(raw), stream.encoding, stream.errors, line_buffering=stream.line_buffering
+            )
+            setattr(sys, name, wrapped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="replace")
+    return stdout
 
 
 def _fail(message: str, code: int) -> int:

@@ -12,7 +12,7 @@ import typer
 from dvn_cli.cli.outputs import check_outputs
 from dvn_cli.errors import InputError
 from dvn_cli.export import without_manifests
-from dvn_cli.files import atomic, check_folder_writable
+from dvn_cli.files import atomic, check_folder_writable, stem
 from dvn_cli.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -293,8 +293,8 @@ def _scenario(
 
 def _name(result: "Measurement", files: int) -> str:
     """What tells a network's row from others: its task, of several files a slice's name, or a checkpoint's and task."""
-    stem = Path(result.file).stem
-    return result.name if files == 1 else stem if result.kind == "slice" else f"{stem} {result.name}"
+    file = stem(Path(result.file))
+    return result.name if files == 1 else file if result.kind == "slice" else f"{file} {result.name}"
 
 
 def _print_formats(document: dict[str, Any], names: list[str], more: Sequence["FittedTable"]) -> None:

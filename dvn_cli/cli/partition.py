@@ -190,16 +190,10 @@ def _print_and_save(text: str, network: "DeepVirtualNetwork", output: Path, diff
     Raises:
         DvnError: networks differ from what they should be, as `differs` says.
     """
-    gone = None
-    try:
-        typer.echo(text, nl=False)
-    except BrokenPipeError as error:  # whoever read the report has had enough of it, such as `head`
-        gone = error
+    typer.echo(text, nl=False)
     if differs:
         raise DvnError(differs)
     network.save(output)
-    if gone is not None:
-        raise gone
 
 
 def _numbers(what: str, text: str | None) -> list[float] | None:

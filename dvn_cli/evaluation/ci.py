@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 from dvn_cli import report
 from dvn_cli.evaluation.gates import Check, Gate, Named
 from dvn_cli.evaluation.measure import Evaluation
-from dvn_cli.files import atomic, read_bytes
+from dvn_cli.files import atomic, encoded, read_bytes
 
 _NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 does not have, escaped or not."""
@@ -103,7 +103,7 @@ def append(path: Path, text: str) -> None:
     """
     before = read_bytes(path, LARGEST_SUMMARY) if path.exists() else b""
     with atomic(path) as file:
-        file.write(before + text.encode())
+        file.write(before + encoded(text))
 
 
 def annotations(gate: Gate) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dvn_cli import report
 from dvn_cli.errors import DvnError, InputError
-from dvn_cli.files import LARGEST_RECORD, read_bytes
+from dvn_cli.files import LARGEST_RECORD, read_bytes, stem
 from dvn_cli.store.schema import dumps, loads, parse
 
 SCHEMA_VERSION = 1
@@ -130,7 +130,7 @@ def table(comparisons: Sequence[Comparison]) -> report.FittedTable:
         ]  # fmt: skip
         ratio = "-" if one.latency_ratio is None else f"{one.latency_ratio:.2f}"
         level = f"{one.before.level} {one.before.format or ''}".strip()
-        name = f"{Path(one.before.file).stem} {one.before.name}" if one.by_file else one.before.name
+        name = f"{stem(Path(one.before.file))} {one.before.name}" if one.by_file else one.before.name
         made.add_row(name, level, *cells, ratio)
     return made
 

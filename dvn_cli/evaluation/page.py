@@ -18,7 +18,7 @@ from dvn_cli.evaluation import charts
 from dvn_cli.evaluation.costs import Costs
 from dvn_cli.evaluation.measure import Evaluation, Loaded
 from dvn_cli.export import Manifest
-from dvn_cli.files import LARGEST_RECORD, atomic, read_bytes
+from dvn_cli.files import LARGEST_RECORD, atomic, encoded, read_bytes, run_record
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import CheckpointMetadata, Task
 from dvn_cli.store.schema import loads
@@ -119,7 +119,7 @@ def write(
 </main></body></html>
 """
     with atomic(path) as file:
-        file.write(page.encode())
+        file.write(encoded(page))
 
 
 def _table(caption: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -206,9 +206,8 @@ def _training(opened: Loaded) -> str:
     if not isinstance(metadata, CheckpointMetadata) or metadata.training is None:
         return "<h2>Training</h2><p>The networks are not trained.</p>"
     training, figures = metadata.training, []
-    path = opened.header.path
     try:
-        epochs = loads(read_bytes(path.with_name(f"{path.stem}.run.json"), LARGEST_RECORD))["epochs"]
+        epochs = loads(read_bytes(run_record(opened.header.path), LARGEST_RECORD))["epochs"]
         names = [task.name for task in metadata.tasks]
         for key, label in (("validation", "top-1 on validation images, %"), ("loss", "training loss")):
             svg = charts.over_epochs(epochs, names, key, label)

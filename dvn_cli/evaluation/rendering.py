@@ -11,7 +11,7 @@ from dvn_cli import report
 from dvn_cli.evaluation.gates import Gate
 from dvn_cli.evaluation.intervals import top1_interval
 from dvn_cli.evaluation.measure import Evaluation
-from dvn_cli.files import atomic
+from dvn_cli.files import atomic, encoded
 
 SCHEMA_VERSION = 1
 """Of the document of `dvn eval --json`, which `eval.schema.json` describes; it rises when a key goes or changes."""
@@ -60,7 +60,7 @@ def write(path: Path, document: Mapping[str, Any]) -> None:
         writer.writeheader()
         writer.writerows(rows)
     with atomic(path) as file:
-        file.write(text.getvalue().encode())
+        file.write(encoded(text.getvalue()))
 
 
 def class_tables(rows: Sequence[Evaluation]) -> list[report.FittedTable]:

@@ -7,8 +7,10 @@ images)` makes one that computes in 8-bit integers, whose ranges are those that 
 """
 
 import importlib
+import os
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 
 from dvn_cli.errors import InputError, did_you_mean
@@ -29,6 +31,7 @@ class Format:
         needs: modules that write it and read it back, beyond those that dvn always has.
         has_weights: it holds weights alone, whose runtime has the norms, so they cannot be folded.
         has_int8: its module has `write_int8`.
+        files: names of those in its folder; none where it is a file.
     """
 
     name: str
@@ -37,11 +40,16 @@ class Format:
     needs: tuple[str, ...] = ()
     has_weights: bool = False
     has_int8: bool = False
+    files: tuple[str, ...] = ()
 
     @property
     def is_folder(self) -> bool:
         """Whether it is a folder of several files."""
-        return self.ending.startswith("-")
+        return bool(self.files)
+
+    def is_written_to(self, path: Path) -> bool:
+        """Returns whether a path is a folder of this format, with nothing else in it."""
+        return self.is_folder and path.is_dir() and set(os.listdir(path)) == set(self.files)
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -58,11 +66,11 @@ FORMATS = {
     each.name: each
     for each in (
         Format("safetensors", ".safetensors", "dvn", has_weights=True),
-        Format("timm", "-timm", "timm alone", has_weights=True),
+        Format("timm", "-timm", "timm alone", has_weights=True, files=("config.json", "model.safetensors")),
         Format("pt2", ".pt2", "torch alone"),
         Format("onnx", ".onnx", "ONNX Runtime", ("onnx", "onnxscript", "onnxruntime"), has_int8=True),
         Format("executorch", ".pte", "ExecuTorch with XNNPACK", ("executorch",), has_int8=True),
-        Format("openvino", "-openvino", "OpenVINO", ("openvino",)),
+        Format("openvino", "-openvino", "OpenVINO", ("openvino",), files=("model.bin", "model.xml")),
         Format("litert", ".tflite", "LiteRT", ("litert_torch", "ai_edge_litert")),
     )
 }

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvn_cli.errors import InputError
-from dvn_cli.files import LARGEST_RECORD, read_bytes
+from dvn_cli.files import LARGEST_RECORD, read_bytes, run_record
 
 _APART = {"scenario", "scale", "setting", "method", "seed", "threads"}
 """Keys of a recipe in which runs that are compared may differ; besides these, where the images lie."""
@@ -127,8 +127,9 @@ def read(name: str, paths: Sequence[Path]) -> list[Run]:
 
 
 def _read(file: Path) -> Run:
-    given = file if file.suffix == ".safetensors" else None
-    path = file if given is None else file.with_name(f"{file.stem}.run.json")
+    beside = run_record(file)
+    given = file if file.suffix == ".safetensors" or beside.exists() else None  # a checkpoint may have any name
+    path = file if given is None else beside
     if not os.path.exists(file):
         raise InputError(f"there is no '{file}': give runs' records (NAME.run.json), checkpoints, or folders of them")
     if not os.path.exists(path):

@@ -72,5 +72,5 @@ def _type(entry: Mapping[str, Any]) -> str:
         return f"list of {_type(entry['items'])}"
     if isinstance(entry.get("additionalProperties"), dict):
         return f"mapping of str to {_type(entry['additionalProperties'])}"
-    bounds = ", ".join(f"{sign} {entry[bound]:.9g}" for bound, sign in BOUNDS.items() if bound in entry)
+    bounds = ", ".join(f"{sign} {entry[bound]:.16g}" for bound, sign in BOUNDS.items() if bound in entry)
     return f"{TYPES[entry['type']]} {bounds}".rstrip()

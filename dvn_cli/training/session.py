@@ -22,7 +22,7 @@ from dvn_cli.data.spec import MAY_DIFFER
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError, enough_memory
 from dvn_cli.evaluation.measure import Evaluation
-from dvn_cli.files import LARGEST_RECORD, atomic, read_bytes
+from dvn_cli.files import LARGEST_RECORD, atomic, read_bytes, run_record, stem
 from dvn_cli.loading import read_tensors
 from dvn_cli.network import to_data
 from dvn_cli.store.file import Header, is_trained, lost_with, read_checkpoint, write
@@ -53,8 +53,7 @@ class Files:
 
     @classmethod
     def of(cls, output: Path) -> "Files":
-        stem = output.name.removesuffix(".safetensors")
-        return cls(output, output.with_name(f"{stem}.run.json"), output.with_name(f"{stem}.state.safetensors"))
+        return cls(output, run_record(output), output.with_name(f"{stem(output)}.state.safetensors"))
 
 
 @dataclass

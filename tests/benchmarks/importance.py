@@ -4,9 +4,10 @@
 
 For each seed a plain classifier is trained on CIFAR-10 (a folder of Hugging Face's parquet files), then divided by each
 assignment. Top-1 accuracy in per cent on all test images: right after partition, where every level has the slices of
-the backbone's norms and running statistics that came out, of the levels and of each unit alone; and after one epoch of
-all levels of one task jointly (eq. 4). Nothing is chosen by these figures. Finished runs are kept under --out, and
-skipped when it is started again; --small is two minutes on a CPU, and says nothing about accuracy.
+the backbone's norms and running statistics that came out, of the levels and of each unit alone; with every level's own
+running statistics, estimated anew in one pass over the training images without a step; and after one epoch of all
+levels of one task jointly (eq. 4). Nothing is chosen by these figures. Finished runs are kept under --out, and skipped
+when it is started again; --small is two minutes on a CPU, and says nothing about accuracy.
 """
 
 import argparse

@@ -27,6 +27,12 @@ def checks(ran: tuple[int, str, str]) -> dict[tuple[str, int], dict]:
     return {(check["name"], check["level"]): check for check in json.loads(ran[1])["gate"]["checks"]}
 
 
+def test_it_is_saved_though_nobody_reads_on(dvn, made, unread):
+    unread()
+    assert dvn("--per-class", "--save-baseline", "unread.json")[0] == 1
+    assert baseline.read(made / "unread.json").tasks
+
+
 def test_a_bit_for_each_image(dvn, saved):
     read = baseline.read(saved)
     assert [(task.name, task.images, len(task.networks)) for task in read.tasks] == [

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 
 import pytest
 from pictures import DIGITS, KEYS, results
@@ -35,6 +36,20 @@ def test_a_wide_terminal_gets_all_columns(dvn, monkeypatch):
     columns = ["task", "level", "units", "params", "density", "top-1", "95", "%", "CI", "top-5", "loss", "images"]
     assert header == columns
     assert rows[3][3:5] == ["1", "2"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_name_that_is_no_text_is_filed(dvn, made, tmp_path):
+    name = str(tmp_path / os.fsdecode(b"m\xff.safetensors"))
+    shutil.copy(made / "dvn.safetensors", name)
+    outputs = {option: str(tmp_path / option[2:]) for option in ("--report", "--summary", "--junit")}
+    for ending in (".csv", ".json"):
+        words = [*outputs.items(), ("--results-file", str(tmp_path / f"results{ending}"))]
+        assert dvn(name, "--task", "2", "--min-accuracy", "0", *(word for pair in words for word in pair))[0] == 0
+    assert json.loads((tmp_path / "results.json").read_text())["results"][0]["file"] == name
+    rows = list(csv.DictReader((tmp_path / "results.csv").read_text(encoding="utf-8").splitlines()))
+    assert rows[0]["file"] == name.replace("\udcff", "\\udcff")
+    assert "m\\udcff.safetensors" in (tmp_path / "report").read_text(encoding="utf-8")
 
 
 def test_accuracy_of_each_class(dvn, made):

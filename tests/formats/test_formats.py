@@ -124,6 +124,18 @@ def test_timm_loads_its_folder(of_timm: Path) -> None:
     assert not Path("dvn-task1-level1-timm").exists()
 
 
+def test_a_folder_that_was_written_is_replaced(of_timm: Path) -> None:
+    level, form, old = 2, Form("timm"), Path("net/model.safetensors")
+    dvn_cli.slice(of_timm, 1, level, "net", form=form)
+    written = old.read_bytes()
+    old.write_bytes(b"old")
+    assert dvn_cli.slice(of_timm, 1, level, "net", form=form).file == Path("net")
+    assert old.read_bytes() == written
+    assert {path.name for path in Path("net").iterdir()} == {"config.json", "model.safetensors"}
+    Path("net/own.txt").touch()  # a folder with anything else in it is one for networks
+    assert dvn_cli.slice(of_timm, 1, level, "net", form=form).file == Path("net/dvn-task1-level2-timm")
+
+
 def test_timm_cannot_express_a_stem_of_another_stride(of_timm: Path) -> None:
     network = dvn_cli.load(of_timm)
     assert isinstance(network, DeepVirtualNetwork)
@@ -139,6 +151,7 @@ def test_other_runtimes(checkpoint: Path, name: str) -> None:
     if FORMATS[name].missing:
         pytest.skip(f"{FORMATS[name].missing} not installed")
     cut = dvn_cli.slice(checkpoint, 1, 1, form=Form(name))
+    assert FORMATS[name].is_written_to(cut.file) == cut.file.is_dir()
     run = FORMATS[name].module.read(cut.file, threads=1)
     logits = expected(checkpoint, 1)
     torch.testing.assert_close(run(random_images(3)), logits, rtol=0, atol=1e-4 * float(logits.abs().max()))

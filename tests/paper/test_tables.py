@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from runs import EVEN, OWN, PARAMS, record, row, table
 
+from dvn_cli.files import run_record
 from dvn_cli.paper import figures, records, tables
 from dvn_cli.paper.tables import Cell
 
@@ -115,9 +116,10 @@ def test_in_what_methods_differ_is_said(tmp_path: Path) -> None:
     assert table(tmp_path).differences == ("epochs: baseline 5, dvn 2", "optimizer.lr: baseline 0.2, dvn 0.1")
 
 
-def test_a_run_counts_once(tmp_path: Path) -> None:
-    path = record(tmp_path, "dvn")
-    file = tmp_path / "dvn-full-0.safetensors"
+@pytest.mark.parametrize("name", ["dvn.safetensors", "m.v1", "m.v1.safetensors"])
+def test_a_run_counts_once(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    path = record(tmp_path, "dvn").rename(run_record(file))
     file.touch()
     (only,) = records.read("j1", [path, file, tmp_path])
     assert only.checkpoint == file

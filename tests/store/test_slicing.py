@@ -179,6 +179,17 @@ def test_command_with_bad_input(file, arguments, message):
     assert {path: path.read_bytes() for path in file.parent.rglob("*.*")} == before
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_manifest_has_names_that_are_no_text(file):
+    name = os.fsdecode(b"m\xff.safetensors")
+    file.rename(name)
+    run(name, "--all", "-o", "a", "--json")
+    manifest = json.loads(Path("a/manifest.json").read_text(encoding="utf-8"))
+    assert manifest["checkpoint"] == name
+    written = {each["file"] for cut in manifest["slices"] for each in cut["files"]}
+    assert written == set(os.listdir("a")) - {"manifest.json"}
+
+
 def test_a_full_disk_leaves_no_folder(file, monkeypatch):
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

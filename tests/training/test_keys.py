@@ -26,6 +26,7 @@ def keys() -> dict[str, dict[str, Any]]:
     ("key", "type_", "required", "default"),
     [
         ("method", "str", False, "dvn"),
+        ("seed", "int >= 0, < 4294967296", False, 0),
         ("tasks", "list of keys", True, None),
         ("tasks.*.name", "str", True, None),
         ("tasks.*.order", "list of int > 0", False, None),
