@@ -2,10 +2,10 @@
 
     python tests/benchmarks/plain.py RECIPE [KEY=VALUE ...] [--seeds 0 1 2]
 
-The images, their order and augmentation, the number of steps, SGD and its schedule are those of the recipe, so the
-figures stand beside those of `dvn train RECIPE`'s top level. The classifier is the one that timm makes for so many
-classes (`reset_classifier`). Top-1 accuracy in per cent on the test images after the last epoch, mean ± standard
-deviation over the seeds; nothing is chosen by them.
+The images, their order and augmentation, the number of steps, SGD, its schedule and decay by layers are those of the
+recipe, so the figures stand beside those of `dvn train RECIPE`'s top level. The classifier is the one that timm makes
+for so many classes (`reset_classifier`). Top-1 accuracy in per cent on the test images after the last epoch, mean ±
+standard deviation over the seeds; nothing is chosen by them.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
 from dvn_cli.backbones import resolve
@@ -65,15 +66,17 @@ def pretrained(recipe: Recipe, base: Path, images: TaskData) -> nn.Module:
 
 def fine_tune(model: nn.Module, images: TaskData, recipe: Recipe, steps: int, generator: torch.Generator) -> None:
     keys, done = recipe.optimizer, 0
-    optimizer = torch.optim.SGD(
-        model.parameters(), keys.lr, keys.momentum, weight_decay=keys.weight_decay, nesterov=keys.nesterov
+    layers = param_groups_layer_decay(
+        model, keys.weight_decay, layer_decay=keys.layer_decay or 1.0, weight_decay_exclude_1d=False
     )
+    optimizer = torch.optim.SGD(layers, keys.lr, keys.momentum, nesterov=keys.nesterov)
     model.train()
     while done < steps:
         for inputs, labels in images.train_batches(recipe.batch_size, generator):
             if done == steps:
                 return
-            optimizer.param_groups[0]["lr"] = keys.lr * factor(recipe.schedule, done / steps)
+            for group in optimizer.param_groups:
+                group["lr"] = keys.lr * group["lr_scale"] * factor(recipe.schedule, done / steps)
             optimizer.zero_grad()
             F.cross_entropy(model(inputs), labels).backward()
             optimizer.step()
