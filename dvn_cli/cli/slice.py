@@ -1,6 +1,5 @@
 """`dvn slice`: standalone files of single networks; safetensors as they are take no torch."""
 
-import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -212,7 +211,7 @@ def _accuracies_of_files(
     from dvn_cli.data.words import parse_data
     from dvn_cli.evaluation.measure import measure_together, open_files
     from dvn_cli.formats import find_format
-    from dvn_cli.network import DeepVirtualNetwork
+    from dvn_cli.network import DeepVirtualNetwork, on_float32
 
     found = {}
     for task in dict.fromkeys(cut.task for cut in cuts):
@@ -223,7 +222,7 @@ def _accuracies_of_files(
             continue
         assert isinstance(loaded.module, DeepVirtualNetwork)
         for cut in (cut for cut in cuts if cut.task == task):
-            network = functools.partial(loaded.module, task=task, level=cut.level)
+            network = on_float32(loaded.module, task=task, level=cut.level)
             networks = [network, find_format(file_format).module.read(cut.file)]
             scores = measure_together(networks, loaded.splits[task], loaded.module.tasks[task - 1])
             found[task, cut.level] = scores[0].top1, scores[1].top1

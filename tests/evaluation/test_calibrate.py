@@ -99,6 +99,20 @@ def test_a_calibrated_slice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert Path("fitted.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_calibrated_slice_of_another_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    command = ("--task", 2, "--level", 1, "--json", "--dtype", dtype, "-o", "half.safetensors")
+    assert dvn(monkeypatch, *command, "--calibrate", "source=digits") == 0
+    (row,) = json.loads(capsys.readouterr().out)["slices"]
+    monkeypatch.setattr(sys, "argv", ["dvn", "eval", "half.safetensors", "--data", "source=digits", "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    out, err = capsys.readouterr()
+    assert json.loads(out)["results"][0]["top1"] == row["calibration"]["top1_after"], err
+
+
 def test_images_without_labels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """And the top levels, which lack nothing, are cut out as they are."""
     Path("photos").mkdir()
