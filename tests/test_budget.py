@@ -86,6 +86,13 @@ def test_bytes_are_those_of_the_file_that_is_written() -> None:
     ] == [1]
 
 
+def test_a_format_that_can_express_no_level_says_why() -> None:
+    with pytest.raises(
+        InputError, match=r"timm cannot express level 1 of task '.*': wrn_10_1 is not one of its models"
+    ):
+        run("--max-bytes", "1GB", "--format", "timm")
+
+
 def test_macs_are_counted() -> None:
     levels = run("--max-macs", "1G")["choice"]["levels"]
     assert 0 < levels[0]["macs"] < levels[1]["macs"]

@@ -262,17 +262,28 @@ def _choose(
     number = find_task(header.metadata.tasks, task)
     levels = budget.known_levels(header, number, results, {"bytes", *limits})
     if "bytes" in limits and not form.is_cut:  # what files of other formats weigh is known once they are written
-        levels = [replace(each, bytes=_written(checkpoint, number, each.level, form)) for each in levels]
+        levels = _with_bytes(checkpoint, number, levels, form)
     return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name)
 
 
-def _written(checkpoint: Path, task: int, level: int, form: export.Form) -> int | None:
-    """The bytes of a network's file in a format; None where the format cannot express it."""
-    with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
-        try:
-            return export.slice(checkpoint, f"number:{task}", level, folder, form=replace(form, data=None)).bytes
-        except NotExpressible:
-            return None
+def _with_bytes(
+    checkpoint: Path, task: int, levels: Sequence[budget.KnownLevel], form: export.Form
+) -> list[budget.KnownLevel]:
+    """Levels with the bytes of their files in a form, None of those that the format cannot express, if not all."""
+    refused, form = list[NotExpressible](), replace(form, data=None)
+
+    def size(level: int) -> int | None:
+        with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
+            try:
+                return export.slice(checkpoint, f"number:{task}", level, folder, form=form).bytes
+            except NotExpressible as error:
+                refused.append(error)
+                return None
+
+    found = [replace(each, bytes=size(each.level)) for each in levels]
+    if len(refused) == len(levels):
+        raise refused[0]
+    return found
 
 
 def _show_choice(choice: budget.Choice) -> None:
