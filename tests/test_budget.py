@@ -114,6 +114,24 @@ def test_recorded_figures_choose() -> None:
     assert error.value.exit_code == 1
 
 
+def test_latencies_are_those_of_the_format() -> None:
+    rows = [
+        row | {"format": form}
+        for form, (low, top) in {"safetensors": (2.0, 4.0), "pt2": (1.0, 2.0), "onnx": (0.1, 0.2)}.items()
+        for row in json.loads(recorded("one.json", latency_ms=[{"p50": low}, {"p50": top}]).read_text())["results"]
+    ]
+    Path("bench.json").write_text(json.dumps({"results": rows}))
+    limit = ("--max-latency", "2ms", "--results", "bench.json")
+    assert run(*limit)["slices"][0]["level"] == 1
+    found = run(*limit, "--format", "pt2")
+    assert found["slices"][0]["level"] == 2
+    assert [(level["latency"], level["bytes"]) for level in found["choice"]["levels"]] == [(1, None), (2, None)]
+    with pytest.raises(
+        InputError, match=r"as timm is recorded: .* `dvn bench CHECKPOINT --formats timm --results-file"
+    ):
+        run(*limit, "--format", "timm")
+
+
 def test_the_record_of_the_run_gives_accuracies() -> None:
     document = json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())
     Path("dvn.run.json").write_text(json.dumps({"test": document["results"]}))

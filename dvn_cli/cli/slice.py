@@ -260,10 +260,11 @@ def _choose(
 ) -> budget.Choice:
     header = read_checkpoint(checkpoint)
     number = find_task(header.metadata.tasks, task)
-    levels = budget.known_levels(header, number, results, {"bytes", *limits})
+    counted = {*limits} - {"bytes"} | ({"bytes"} if form.is_cut else set())
+    levels = budget.known_levels(header, number, results, counted, form.format)
     if "bytes" in limits and not form.is_cut:  # what files of other formats weigh is known once they are written
         levels = _with_bytes(checkpoint, number, levels, form)
-    return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name)
+    return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name, form.format)
 
 
 def _with_bytes(
