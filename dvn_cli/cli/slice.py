@@ -118,6 +118,11 @@ def slice_command(
     int8 = int8 or dtype == "int8"
     ranges, calibrate = (calibrate, None) if int8 else (None, calibrate)
     form = export.Form(file_format, "int8" if int8 else dtype, fold_norms, data or None, ranges or None)
+    if (calibrate or ranges) and (plan or min_accuracy is not None):
+        raise InputError(
+            "--min-accuracy and --plan go by recorded accuracies, and --calibrate and --int8 give other networks, of "
+            "which none is recorded: choose by --level or another budget"
+        )
     given = {"bytes": max_bytes, "params": max_params, "macs": max_macs, "latency": max_latency}
     limits = {what: budget.amount(what, text, f"--max-{what}") for what, text in given.items() if text is not None}
     choice, planned, networks = None, None, None
@@ -136,7 +141,7 @@ def slice_command(
     elif limits or min_accuracy is not None:
         if task is None or level is not None or every:
             raise InputError("a budget chooses the level of a task: give --task T, without --level and --all")
-        choice = _choose(checkpoint, task, limits, min_accuracy, results or [], form)
+        choice = _choose(checkpoint, task, limits, min_accuracy, results or [], form, calibrate or None)
         level = choice.level.level
         if not as_json:
             _show_choice(choice)
@@ -257,18 +262,20 @@ def _choose(
     least: float | None,
     results: Sequence[Path],
     form: export.Form,
+    calibrate: list[str] | None,
 ) -> budget.Choice:
     header = read_checkpoint(checkpoint)
     number = find_task(header.metadata.tasks, task)
-    counted = {*limits} - {"bytes"} | ({"bytes"} if form.is_cut else set())
+    is_cut = form.is_cut and calibrate is None
+    counted = {*limits} - {"bytes"} | ({"bytes"} if is_cut else set())
     levels = budget.known_levels(header, number, results, counted, form.format)
-    if "bytes" in limits and not form.is_cut:  # what files of other formats weigh is known once they are written
-        levels = _with_bytes(checkpoint, number, levels, form)
+    if "bytes" in limits and not is_cut:  # what other files weigh is known once they are written
+        levels = _with_bytes(checkpoint, number, levels, form, calibrate)
     return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name, form.format)
 
 
 def _with_bytes(
-    checkpoint: Path, task: int, levels: Sequence[budget.KnownLevel], form: export.Form
+    checkpoint: Path, task: int, levels: Sequence[budget.KnownLevel], form: export.Form, calibrate: list[str] | None
 ) -> list[budget.KnownLevel]:
     """Levels with the bytes of their files in a form, None of those that the format cannot express, if not all."""
     refused, form = list[NotExpressible](), replace(form, data=None)
@@ -276,7 +283,7 @@ def _with_bytes(
     def size(level: int) -> int | None:
         with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
             try:
-                return export.slice(checkpoint, f"number:{task}", level, folder, form=form).bytes
+                return export.slice(checkpoint, f"number:{task}", level, folder, calibrate, form=form).bytes
             except NotExpressible as error:
                 refused.append(error)
                 return None
