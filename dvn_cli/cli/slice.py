@@ -155,12 +155,10 @@ def slice_command(
     else:
         raise InputError("which network? Give `--task T --level L` for one of them, or `--all` for every one")
     accuracies: dict[tuple[int, int], tuple[float, float]] = {}
-    if calibrate:  # images are read once for all networks of a task
+    if fitted := calibrate or ranges:  # images are read once for all networks of a task
         files = list(files)
-        accuracies = _accuracies(checkpoint, [cut for cut in files if cut.calibration is not None], calibrate, note)
-    if ranges:
-        files = list(files)
-        accuracies = _accuracies_of_files(checkpoint, files, file_format, ranges, note)
+        changed = [cut for cut in files if ranges or cut.calibration is not None]
+        accuracies = _accuracies(checkpoint, changed, file_format, fitted, note)
     rows = []
     for cut in files:
         result = cut.to_dict()
@@ -189,11 +187,13 @@ def slice_command(
 
 
 def _accuracies(
-    checkpoint: Path, cuts: Sequence[export.SliceFile], data: list[str], note: Callable[[str], None]
+    checkpoint: Path, cuts: Sequence[export.SliceFile], file_format: str, data: list[str], note: Callable[[str], None]
 ) -> dict[tuple[int, int], tuple[float, float]]:
     """Top-1 in per cent on the test images, before and after, by task and level; not of tasks of other classes."""
     from dvn_cli.evaluation.measure import evaluate
 
+    if file_format != budget.PLAIN:
+        return _accuracies_of_files(checkpoint, cuts, file_format, data, note)
     found = {}
     for task in dict.fromkeys(cut.task for cut in cuts):
         own = [cut for cut in cuts if cut.task == task]
@@ -212,7 +212,7 @@ def _accuracies(
 def _accuracies_of_files(
     checkpoint: Path, cuts: Sequence[export.SliceFile], file_format: str, data: list[str], note: Callable[[str], None]
 ) -> dict[tuple[int, int], tuple[float, float]]:
-    """Top-1 in per cent on the test images, of networks and of their files, run; not of tasks of other classes."""
+    """As `_accuracies`, of files that another runtime runs, on the CPU."""
     from dvn_cli.data.words import parse_data
     from dvn_cli.evaluation.measure import measure_together, open_files
     from dvn_cli.formats import find_format

@@ -127,6 +127,20 @@ def test_images_without_labels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert Path("dvn-slices/dvn-task1-level2.safetensors").read_bytes() == Path("top.safetensors").read_bytes()
 
 
+def test_a_calibrated_file_of_another_format(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("--task", 2, "--level", 1, "--calibrate", "source=digits", "--json")
+    found = []
+    for form in ("safetensors", "pt2"):
+        assert dvn(monkeypatch, *command, "--format", form) == 0
+        out, err = capsys.readouterr()
+        assert "accuracy is not measured" not in err
+        found.append(json.loads(out)["slices"][0]["calibration"])
+    assert found[0] == found[1]
+    assert found[0]["top1_before"] != found[0]["top1_after"]
+
+
 def test_the_manifest_has_no_accuracy_of_what_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
     header = read_checkpoint("dvn.safetensors")
     rows = [
