@@ -47,7 +47,14 @@ class Page(HTMLParser):
 def test_a_checkpoint_as_a_page(dvn, made):
     header = read_checkpoint(made / "dvn.safetensors")
     networks = [
-        {"name": "digits", "level": level, "latency_ms": {"p50": time}, "bytes": 1, "macs": 1}
+        {
+            "file": "dvn.safetensors",
+            "name": "digits",
+            "level": level,
+            "latency_ms": {"p50": time},
+            "bytes": 1,
+            "macs": 1,
+        }
         | {"params": count(header, 2, level).params, **form}
         for form, time in (({}, 1), ({"format": "<pt2>"}, 9))
         for level in (1, 2)
@@ -123,7 +130,10 @@ def test_what_is_no_report(dvn, made, monkeypatch, arguments, message):
     network = {"name": "colours", "level": 1, "params": 1, "bytes": 1}
     (made / "other.json").write_text(json.dumps({"format": "onnx", "slices": [network]}))
     machine = {"host": "", "device": "cpu", "device_name": "", "torch": "", "threads": 1, "batch_size": 1}
-    costs = {"channels_last": False, "results": [network | {"macs": 1, "latency_ms": {"p50": 1}}]}
+    costs = {
+        "channels_last": False,
+        "results": [network | {"file": "other.safetensors", "macs": 1, "latency_ms": {"p50": 1}}],
+    }
     (made / "other_costs.json").write_text(json.dumps(machine | costs))
     code, out, err = dvn(*arguments)
     assert (code, out) == (2, "")
