@@ -21,8 +21,10 @@ _UNITS = {"bytes": _BYTES, "params": _DECIMAL, "macs": _DECIMAL, "latency": {"ms
 
 _EXAMPLES = {"bytes": "2MB", "params": "1.5M", "macs": "300M", "latency": "5ms"}
 
-_ADVICE = "give --results FILE of `dvn {0} CHECKPOINT{1} --results-file FILE`"
-_SOURCES = {"latency": _ADVICE.format("bench", " --all"), "accuracy": _ADVICE.format("eval", "")}
+PLAIN = "safetensors"
+"""The format whose files are cut and run by dvn itself; what names no format is of it."""
+
+_SOURCES = {"latency": "bench CHECKPOINT --all", "accuracy": "eval CHECKPOINT"}
 """What measures a figure of every task; `dvn bench` as it is takes the first one."""
 
 
@@ -99,6 +101,7 @@ def known_levels(
     task: int,
     results: Sequence[str | os.PathLike[str]] = (),
     counted: Collection[str] = (),
+    file_format: str = PLAIN,
 ) -> list[KnownLevel]:
     """Returns what is known of a task's levels.
 
@@ -107,6 +110,7 @@ def known_levels(
         task: from 1.
         results: files of what `dvn eval` and `dvn bench` found, as JSON; later ones count where several say it.
         counted: which of `bytes` (as safetensors) and `macs` to count; for the latter the backbone is built.
+        file_format: whose latencies are taken; rows that name no format are of safetensors.
 
     Raises:
         InputError: a file cannot be read, or is of other networks.
@@ -127,7 +131,8 @@ def known_levels(
                     f"'{path}' is of other networks: level {level} of task '{entry.name}' has {row.params:,} "
                     f"parameters there, {params:,} in '{header.path}'"
                 )
-            latency = (row.latency_ms or {}).get("p50", latency)
+            if (row.format or PLAIN) == file_format:
+                latency = (row.latency_ms or {}).get("p50", latency)
             if row.top1 is not None:
                 accuracy, interval = row.top1, row.top1_interval
         size = slice_size(header, task, level) if "bytes" in counted else None
@@ -136,9 +141,14 @@ def known_levels(
     return found
 
 
-def missing_record(what: str, task: str) -> InputError:
+def missing_record(what: str, task: str, file_format: str = PLAIN) -> InputError:
     """What to say where a figure of a task is wanted and none is recorded."""
-    return InputError(f"no {what} of task '{task}' is recorded: {_SOURCES[what]}")
+    other = what == "latency" and file_format != PLAIN
+    command = _SOURCES[what] + f" --formats {file_format}" * other
+    return InputError(
+        f"no {what} of task '{task}'{f' as {file_format}' * other} is recorded: give --results FILE of "
+        f"`dvn {command} --results-file FILE`"
+    )
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,7 @@ class _Recorded:
     top1: float | None = None
     top1_interval: tuple[float, float] | None = None
     latency_ms: Mapping[str, float] | None = None
+    format: str | None = None
 
 
 def _recorded(path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
@@ -176,7 +187,11 @@ def _macs(header: Header[CheckpointMetadata], task: int, level: int) -> int:
 
 
 def choose(
-    levels: Sequence[KnownLevel], limits: Mapping[str, float], least: float | None = None, name: str = ""
+    levels: Sequence[KnownLevel],
+    limits: Mapping[str, float],
+    least: float | None = None,
+    name: str = "",
+    file_format: str = PLAIN,
 ) -> Choice:
     """Chooses the largest level within limits; where only an accuracy is asked for, the smallest that has it.
 
@@ -185,6 +200,7 @@ def choose(
         limits: the most of `bytes`, `params`, `macs` or `latency`.
         least: accuracy in per cent.
         name: of the task.
+        file_format: that the files are of.
 
     Raises:
         InputError: what is limited is not known of any level.
@@ -193,7 +209,7 @@ def choose(
     wanted = [*limits, *(["accuracy"] if least is not None else [])]
     for what in wanted:
         if all(getattr(level, what) is None for level in levels):
-            raise missing_record(what, name)
+            raise missing_record(what, name, file_format)
     known = [level for level in levels if all(getattr(level, what) is not None for what in wanted)]
     asked = [f"at most {in_words(what, most)}" for what, most in limits.items()]
     asked += [f"at least {in_words('accuracy', least)}"] if least is not None else []

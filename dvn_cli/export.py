@@ -221,8 +221,10 @@ def slice_all(
         "dtype": form.dtype,
         "slices": [],
     }
-    top1 = {} if form.dtype == "int8" else known  # it is another network
-    manifest["slices"] = [_entry(cut) | {"top1": top1.get((cut.task, cut.level))} for cut in files]
+    manifest["slices"] = [
+        _entry(cut) | {"top1": None if cut.calibration or form.dtype == "int8" else known[cut.task, cut.level]}
+        for cut in files
+    ]  # of what is calibrated, or in int8, no accuracy is recorded: it is another network
     with atomic(folder / MANIFEST) as opened:
         opened.write(encoded(json.dumps(manifest, indent=2, ensure_ascii=False)) + b"\n")
 
@@ -251,7 +253,7 @@ def without_manifests(files: Sequence[Path], note: Callable[[str], None]) -> lis
 
 def _entry(cut: SliceFile) -> dict[str, Any]:
     """What a manifest says of a network, with the checksum of each of its files."""
-    known = {key: value for key, value in cut.to_dict().items() if key not in ("calibration", "check", "file")}
+    known = {key: value for key, value in cut.to_dict().items() if key not in ("check", "file")}
     paths = sorted(cut.file.iterdir()) if cut.file.is_dir() else [cut.file]
     files = []
     for path in paths:

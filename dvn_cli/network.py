@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from dvn_cli.graph.dtype import recast
+from dvn_cli.graph.dtype import TRACED, recast
 from dvn_cli.graph.folding import before, fold
 from dvn_cli.graph.narrow import Narrowed, on_device
 from dvn_cli.graph.synchronised import synchronised
@@ -63,6 +63,12 @@ def device_and_dtype(module: nn.Module) -> tuple[torch.device, torch.dtype]:
     return first.device, first.dtype
 
 
+def on_float32(network: nn.Module, **which: Any) -> Callable[[Tensor], Tensor]:
+    """Makes networks of any floating type take and give float32, as runtimes of files do; `which` goes to each call."""
+    dtype = device_and_dtype(network)[1]
+    return lambda images: network(images.to(dtype), **which).float()
+
+
 class VirtualNetwork(nn.Module):
     """One network cut out: an ordinary module with the backbone's own parameter names.
 
@@ -98,7 +104,6 @@ class VirtualNetwork(nn.Module):
             module, key = self._places[first]
             register(self, name, getattr(module, key), first in trainable)
         self._where = device_and_dtype(self)
-        self._dtype = self._where[1]  # which the graphs are made for
         self._names: dict[bool, tuple[str, ...]] = {}
         self.train_graph: fx.GraphModule | None = None
         self.eval_graph: fx.GraphModule | None = None
@@ -125,7 +130,7 @@ class VirtualNetwork(nn.Module):
         device, dtype = self._where
         with torch.inference_mode(False):
             graph = on_device(narrowed.module, device)  # a copy: its constants move and change their type with this one
-            recast(graph, self._dtype, dtype)
+            recast(graph, TRACED, dtype)
         self._names[training] = narrowed.names
         setattr(self, "train_graph" if training else "eval_graph", graph)
 

@@ -219,7 +219,8 @@ class Runtime:
 
     def _latency(self, key: TaskLevel) -> float:
         task = self.tasks[key.task - 1]
-        image = torch.randn(1, self._partition.spec.in_chans, *task.input_size)
+        weights = (tensor for tensor, _ in self._active[key].tensors.values() if tensor.is_floating_point())
+        image = torch.randn(1, self._partition.spec.in_chans, *task.input_size).to(next(weights).dtype)
         times = []
         with torch.inference_mode():
             for _ in range(WARM + TIMED):

@@ -20,7 +20,7 @@ from dvn_cli.errors import DvnError, is_out_of_memory
 from dvn_cli.formats import find_format, writing
 from dvn_cli.graph.narrow import Narrowed
 from dvn_cli.loading import read_tensors
-from dvn_cli.network import VirtualNetwork
+from dvn_cli.network import VirtualNetwork, device_and_dtype
 from dvn_cli.partition import Origin
 from dvn_cli.store.file import read_header
 from dvn_cli.store.metadata import SliceMetadata
@@ -193,7 +193,7 @@ def load(job: Job) -> tuple[Callable[[Tensor], Tensor], Tensor]:
     header = read_header(job.file)
     assert isinstance(header.metadata, SliceMetadata)
     network: nn.Module = VirtualNetwork(header.metadata, read_tensors(header), job.narrowed, job.origin)
-    network = network.to(settings.device)
+    network, images = network.to(settings.device), images.to(device_and_dtype(network)[1])
     if settings.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         images = images.contiguous(memory_format=torch.channels_last)

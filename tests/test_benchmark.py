@@ -12,11 +12,13 @@ import pytest
 import schema
 import torch
 
+import dvn_cli
 from dvn_cli import benchmark, worker
 from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
 from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import DvnError
+from dvn_cli.export import Form
 from dvn_cli.loading import read_tensors
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.file import read_checkpoint, read_header
@@ -129,6 +131,15 @@ def test_slices_in_a_table_of_80_columns(
     assert [row[-1] for row in rows] == ["memory", "MB", "MB", "speed-up", "-", "-"]
     for title in ("params", "density", "compression", "MACs", "peak memory", "p50 ms", "p99 ms", "speed-up"):
         assert title in out
+
+
+def test_a_slice_of_another_type(folder: Path, typed: Callable[..., tuple[int, str, str]]) -> None:
+    dvn_cli.slice(folder / "dvn.safetensors", 2, 1, folder / "half.safetensors", form=Form(dtype="bf16"))
+    code, out, err = typed("half.safetensors", "--num-warm-iter", 0, "--num-bench-iter", 1, "--device", "cpu", "--json")
+    assert code == 0, err
+    [row] = json.loads(out)["results"]
+    assert row["bytes"] < 3 * row["params"]
+    assert row["latency_ms"]["p50"] > 0
 
 
 def test_formats_in_one_table(

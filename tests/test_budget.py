@@ -87,6 +87,13 @@ def test_bytes_are_those_of_the_file_that_is_written() -> None:
     ] == [1]
 
 
+def test_a_format_that_can_express_no_level_says_why() -> None:
+    with pytest.raises(
+        InputError, match=r"timm cannot express level 1 of task '.*': wrn_10_1 is not one of its models"
+    ):
+        run("--max-bytes", "1GB", "--format", "timm")
+
+
 def test_macs_are_counted() -> None:
     levels = run("--max-macs", "1G")["choice"]["levels"]
     assert 0 < levels[0]["macs"] < levels[1]["macs"]
@@ -106,6 +113,24 @@ def test_recorded_figures_choose() -> None:
     ) as error:
         run("--min-accuracy", "85", "--max-latency", "2ms", *both)
     assert error.value.exit_code == 1
+
+
+def test_latencies_are_those_of_the_format() -> None:
+    rows = [
+        row | {"format": form}
+        for form, (low, top) in {"safetensors": (2.0, 4.0), "pt2": (1.0, 2.0), "onnx": (0.1, 0.2)}.items()
+        for row in json.loads(recorded("one.json", latency_ms=[{"p50": low}, {"p50": top}]).read_text())["results"]
+    ]
+    Path("bench.json").write_text(json.dumps({"results": rows}))
+    limit = ("--max-latency", "2ms", "--results", "bench.json")
+    assert run(*limit)["slices"][0]["level"] == 1
+    found = run(*limit, "--format", "pt2")
+    assert found["slices"][0]["level"] == 2
+    assert [(level["latency"], level["bytes"]) for level in found["choice"]["levels"]] == [(1, None), (2, None)]
+    with pytest.raises(
+        InputError, match=r"as timm is recorded: .* `dvn bench CHECKPOINT --all --formats timm --results-file"
+    ):
+        run(*limit, "--format", "timm")
 
 
 @pytest.mark.parametrize("name", ["dvn.safetensors", "m.v1", "m.v1.safetensors"])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dvn_cli
 from dvn_cli import DvnError, InputError, Runtime
+from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.file import read_header
 
 UNITS = 3
@@ -238,6 +239,17 @@ def test_fitting_a_budget(file: Path) -> None:
     runtime.set(1)
     assert runtime.fit(1, budget_bytes=both) == 3, "most of it is there for the other task"
     assert runtime.active == [(1, 3), (2, 3)]
+
+
+def test_weights_of_another_type(file: Path, tmp_path: Path) -> None:
+    network = dvn_cli.load(file)
+    assert isinstance(network, DeepVirtualNetwork)
+    network.bfloat16().save(tmp_path / "half.safetensors")
+    runtime, image = Runtime(tmp_path / "half.safetensors"), torch.zeros(1, 1, 8, 8, dtype=torch.bfloat16)
+    assert runtime.fit(1, latency_ms=1e6) == UNITS
+    cut = dvn_cli.load(dvn_cli.slice(tmp_path / "half.safetensors", 1, UNITS, tmp_path / "cut.safetensors").file)
+    with torch.no_grad():
+        torch.testing.assert_close(runtime(image), cut(image), rtol=0, atol=0)
 
 
 def test_fitting_a_latency(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,9 @@ import dvn_cli
 from dvn_cli.backbones import BackboneSpec, resolve
 from dvn_cli.dividing import partition_backbone
 from dvn_cli.errors import InputError
-from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, to_data
 from dvn_cli.store.file import Header, read_checkpoint, read_header
+from dvn_cli.store.file import write as write_file
 from dvn_cli.store.slicing import count, slice_file
 from dvn_cli.tasks import default_tasks
 
@@ -308,6 +309,17 @@ def test_casts_follow_the_weights(dtypes: list[torch.dtype]) -> None:
         limit = 0.02 if dtype.itemsize == 2 else 1e-5
         assert float((result - expected).abs().max() / expected.abs().max()) < limit
         assert gradients(network, network, x).keys() == gradients(module, module, x).keys()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_casts_follow_the_weights_of_a_file(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    whole = networks_apart(Casting().eval(), BackboneSpec("timm", "casting", CLASSES, 3, (8, 8)))
+    whole.save(tmp_path / "dvn.safetensors")
+    network = loaded(dvn_cli.slice(tmp_path / "dvn.safetensors", 1, 2, tmp_path / "cut.safetensors").file).to(dtype)
+    x = random_images(4, 8).to(dtype)
+    write_file(tmp_path / "cut.safetensors", to_data(network.state_dict()), network.metadata)
+    torch.testing.assert_close(logits(loaded(tmp_path / "cut.safetensors"), x), logits(network, x), rtol=0, atol=0)
 
 
 # What a backbone keeps out of autocast

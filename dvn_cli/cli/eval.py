@@ -140,7 +140,7 @@ def eval_command(
         def opened(loaded: "Sequence[Loaded]") -> None:
             judge.opens(loaded)
             if report_file is not None:
-                page.check(loaded, manifests)
+                page.check(loaded, measured, manifests)
 
         rows = evaluate(
             without_manifests(files, note),

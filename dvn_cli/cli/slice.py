@@ -1,6 +1,5 @@
 """`dvn slice`: standalone files of single networks; safetensors as they are take no torch."""
 
-import functools
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
@@ -122,6 +121,11 @@ def slice_command(
     int8 = int8 or dtype == "int8"
     ranges, calibrate = (calibrate, None) if int8 else (None, calibrate)
     form = export.Form(file_format, "int8" if int8 else dtype, fold_norms, data or None, ranges or None)
+    if (calibrate or ranges) and (plan or min_accuracy is not None):
+        raise InputError(
+            "--min-accuracy and --plan go by recorded accuracies, and --calibrate and --int8 give other networks, of "
+            "which none is recorded: choose by --level or another budget"
+        )
     given = {"bytes": max_bytes, "params": max_params, "macs": max_macs, "latency": max_latency}
     limits = {what: budget.amount(what, text, f"--max-{what}") for what, text in given.items() if text is not None}
     if min_accuracy is not None:
@@ -146,7 +150,7 @@ def slice_command(
     elif limits or min_accuracy is not None:
         if task is None or level is not None or every:
             raise InputError("a budget chooses the level of a task: give --task T, without --level and --all")
-        choice = _choose(checkpoint, task, limits, min_accuracy, results or [], form)
+        choice = _choose(checkpoint, task, limits, min_accuracy, results or [], form, calibrate or None)
         level = choice.level.level
         if not as_json:
             _show_choice(choice)
@@ -160,12 +164,10 @@ def slice_command(
     else:
         raise InputError("which network? Give `--task T --level L` for one of them, or `--all` for every one")
     accuracies: dict[tuple[int, int], tuple[float, float]] = {}
-    if calibrate:  # images are read once for all networks of a task
+    if fitted := calibrate or ranges:  # images are read once for all networks of a task
         files = list(files)
-        accuracies = _accuracies(checkpoint, [cut for cut in files if cut.calibration is not None], calibrate, note)
-    if ranges:
-        files = list(files)
-        accuracies = _accuracies_of_files(checkpoint, files, file_format, ranges, note)
+        changed = [cut for cut in files if ranges or cut.calibration is not None]
+        accuracies = _accuracies(checkpoint, changed, file_format, fitted, note)
     rows = []
     for cut in files:
         result = cut.to_dict()
@@ -194,11 +196,13 @@ def slice_command(
 
 
 def _accuracies(
-    checkpoint: Path, cuts: Sequence[export.SliceFile], data: list[str], note: Callable[[str], None]
+    checkpoint: Path, cuts: Sequence[export.SliceFile], file_format: str, data: list[str], note: Callable[[str], None]
 ) -> dict[tuple[int, int], tuple[float, float]]:
     """Top-1 in per cent on the test images, before and after, by task and level; not of tasks of other classes."""
     from dvn_cli.evaluation.measure import evaluate
 
+    if file_format != budget.PLAIN:
+        return _accuracies_of_files(checkpoint, cuts, file_format, data, note)
     found = {}
     for task in dict.fromkeys(cut.task for cut in cuts):
         own = [cut for cut in cuts if cut.task == task]
@@ -217,11 +221,11 @@ def _accuracies(
 def _accuracies_of_files(
     checkpoint: Path, cuts: Sequence[export.SliceFile], file_format: str, data: list[str], note: Callable[[str], None]
 ) -> dict[tuple[int, int], tuple[float, float]]:
-    """Top-1 in per cent on the test images, of networks and of their files, run; not of tasks of other classes."""
+    """As `_accuracies`, of files that another runtime runs, on the CPU."""
     from dvn_cli.data.words import parse_data
     from dvn_cli.evaluation.measure import measure_together, open_files
     from dvn_cli.formats import find_format
-    from dvn_cli.network import DeepVirtualNetwork
+    from dvn_cli.network import DeepVirtualNetwork, on_float32
 
     found = {}
     for task in dict.fromkeys(cut.task for cut in cuts):
@@ -232,7 +236,7 @@ def _accuracies_of_files(
             continue
         assert isinstance(loaded.module, DeepVirtualNetwork)
         for cut in (cut for cut in cuts if cut.task == task):
-            network = functools.partial(loaded.module, task=task, level=cut.level)
+            network = on_float32(loaded.module, task=task, level=cut.level)
             networks = [network, find_format(file_format).module.read(cut.file)]
             scores = measure_together(networks, loaded.splits[task], loaded.module.tasks[task - 1])
             found[task, cut.level] = scores[0].top1, scores[1].top1
@@ -267,22 +271,36 @@ def _choose(
     least: float | None,
     results: Sequence[Path],
     form: export.Form,
+    calibrate: list[str] | None,
 ) -> budget.Choice:
     header = read_checkpoint(checkpoint)
     number = find_task(header.metadata.tasks, task)
-    levels = budget.known_levels(header, number, results, {"bytes", *limits})
-    if "bytes" in limits and not form.is_cut:  # what files of other formats weigh is known once they are written
-        levels = [replace(each, bytes=_written(checkpoint, number, each.level, form)) for each in levels]
-    return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name)
+    is_cut = form.is_cut and calibrate is None
+    counted = {*limits} - {"bytes"} | ({"bytes"} if is_cut else set())
+    levels = budget.known_levels(header, number, results, counted, form.format)
+    if "bytes" in limits and not is_cut:  # what other files weigh is known once they are written
+        levels = _with_bytes(checkpoint, number, levels, form, calibrate)
+    return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name, form.format)
 
 
-def _written(checkpoint: Path, task: int, level: int, form: export.Form) -> int | None:
-    """The bytes of a network's file in a format; None where the format cannot express it."""
-    with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
-        try:
-            return export.slice(checkpoint, f"number:{task}", level, folder, form=replace(form, data=None)).bytes
-        except NotExpressible:
-            return None
+def _with_bytes(
+    checkpoint: Path, task: int, levels: Sequence[budget.KnownLevel], form: export.Form, calibrate: list[str] | None
+) -> list[budget.KnownLevel]:
+    """Levels with the bytes of their files in a form, None of those that the format cannot express, if not all."""
+    refused, form = list[NotExpressible](), replace(form, data=None)
+
+    def size(level: int) -> int | None:
+        with tempfile.TemporaryDirectory(prefix="dvn-slice-") as folder:
+            try:
+                return export.slice(checkpoint, f"number:{task}", level, folder, calibrate, form=form).bytes
+            except NotExpressible as error:
+                refused.append(error)
+                return None
+
+    found = [replace(each, bytes=size(each.level)) for each in levels]
+    if len(refused) == len(levels):
+        raise refused[0]
+    return found
 
 
 def _show_choice(choice: budget.Choice) -> None:

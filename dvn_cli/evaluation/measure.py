@@ -1,6 +1,5 @@
 """Accuracy and loss of networks on test images."""
 
-import functools
 import hashlib
 import itertools
 import math
@@ -23,7 +22,7 @@ from dvn_cli.errors import InputError, enough_memory
 from dvn_cli.evaluation.images import choose_images, named
 from dvn_cli.evaluation.intervals import top1_interval
 from dvn_cli.loading import from_file
-from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, on_float32
 from dvn_cli.store.file import AnyHeader, read_header
 from dvn_cli.store.lookup import find_task, matching_tasks
 from dvn_cli.store.metadata import SliceMetadata, Task, TaskLevel, check_level
@@ -248,7 +247,7 @@ def evaluate_all(
                 same = [other for other in splits if splits[other].pool is splits[number].pool]
                 on_device = dict(zip(same, to_device((splits[other] for other in same), device), strict=True))
             of_task = [one for one in chosen if one.task == number]
-            forwards = [functools.partial(network, task=number, level=level) for _, level in of_task]
+            forwards = [on_float32(network, task=number, level=level) for _, level in of_task]
             task, images = network.tasks[number - 1], on_device[number]
             made = measure_together(
                 forwards, images, task, batch_size=batch_size, device=device, progress=progress, shared=shared
@@ -381,7 +380,13 @@ class Loaded:
             split, training = self.splits[number].to(device), module.training
             try:
                 scores = measure(
-                    module.eval(), split, task, batch_size=batch_size, device=device, progress=progress, shared=True
+                    on_float32(module.eval()),
+                    split,
+                    task,
+                    batch_size=batch_size,
+                    device=device,
+                    progress=progress,
+                    shared=True,
                 )
             finally:
                 module.train(training)

@@ -15,9 +15,9 @@ from dvn_cli import report
 from dvn_cli.data import Split
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation import charts
-from dvn_cli.evaluation.costs import Costs
+from dvn_cli.evaluation.costs import Costs, NetworkCost
 from dvn_cli.evaluation.measure import Evaluation, Loaded
-from dvn_cli.export import Manifest
+from dvn_cli.export import Manifest, SliceSize
 from dvn_cli.files import LARGEST_RECORD, atomic, encoded, read_bytes, run_record
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import CheckpointMetadata, Task
@@ -59,8 +59,8 @@ pre { overflow-x: auto; border: 1px solid var(--line); padding: .5rem; }
 """
 
 
-def check(loaded: Sequence[Loaded], manifests: Sequence[Manifest] = ()) -> None:
-    """Raises InputError unless what was opened is one checkpoint, which manifests are of, and matplotlib is there."""
+def check(loaded: Sequence[Loaded], costs: Costs | None, manifests: Sequence[Manifest] = ()) -> None:
+    """Raises InputError unless what was opened is one checkpoint, which all else is of, and matplotlib is there."""
     if len(loaded) != 1 or not isinstance(loaded[0].module, DeepVirtualNetwork) or loaded[0].file is None:
         raise InputError("--report is of one checkpoint: give one, and no slices")
     if importlib.util.find_spec("matplotlib") is None:
@@ -70,10 +70,12 @@ def check(loaded: Sequence[Loaded], manifests: Sequence[Manifest] = ()) -> None:
         (header.metadata.numbered_tasks[task].name, level): count(header, task, level).params  # type: ignore[arg-type]
         for task, level in header.metadata.networks
     }
-    for each in (each for manifest in manifests for each in manifest.slices):
+    given: list[tuple[str, NetworkCost | SliceSize]] = [("--costs", each) for each in (costs.results if costs else ())]
+    given += [("--slices", each) for manifest in manifests for each in manifest.slices]
+    for option, each in given:
         if params.get((each.name, each.level)) != each.params:
             raise InputError(
-                f"--slices is of another checkpoint: its task '{each.name}', level {each.level} is not here"
+                f"{option} is of another checkpoint: its task '{each.name}', level {each.level} is not here"
             )
 
 
@@ -194,9 +196,11 @@ def _costs(rows: Sequence[Evaluation], costs: Costs | None) -> str:
     params = {(row.name, row.level): float(row.params) for row in rows}
     figures = [_figure(charts.over_costs(rows, params, "parameters"), caption.format("parameters"))]
     if costs is not None:
-        latency = {(each.name, each.level): each.latency_ms["p50"] for each in costs.results}
-        label = f"milliseconds, batch of {costs.batch_size}, {costs.device_name}"
-        figures.append(_figure(charts.over_costs(rows, latency, label), caption.format("latency")))
+        for form in dict.fromkeys(each.format for each in costs.results):  # what runs a network decides how fast it is
+            latency = {(each.name, each.level): each.latency_ms["p50"] for each in costs.results if each.format == form}
+            as_form = f" as {form}" if form else ""
+            label = f"milliseconds{as_form}, batch of {costs.batch_size}, {costs.device_name}"
+            figures.append(_figure(charts.over_costs(rows, latency, label), caption.format(f"latency{as_form}")))
     return f'<h2>What accuracy costs</h2><div class="charts">{"".join(figures)}</div>'
 
 

@@ -22,4 +22,5 @@ def write(network: VirtualNetwork, path: Path, fold_norms: bool) -> None:
 
 def read(path: Path, threads: int | None = None) -> Callable[[Tensor], Tensor]:
     """Opens a file; torch's number of threads is the process's."""
-    return torch.export.load(path).module()
+    module = torch.export.load(path).module()
+    return lambda images: module(images)  # the module says that it trains, which an exported one cannot

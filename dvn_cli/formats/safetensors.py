@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dvn_cli.loading import load
-from dvn_cli.network import VirtualNetwork, device_and_dtype, to_data
+from dvn_cli.network import VirtualNetwork, on_float32, to_data
 from dvn_cli.store.file import write as write_file
 
 
@@ -18,6 +18,4 @@ def write(network: VirtualNetwork, path: Path, fold_norms: bool) -> None:
 
 def read(path: str | os.PathLike[str], threads: int | None = None) -> Callable[[Tensor], Tensor]:
     """Opens a file with dvn; torch's number of threads is the process's."""
-    network = load(path)
-    assert isinstance(network, VirtualNetwork)
-    return lambda images: network(images.to(device_and_dtype(network)[1])).float()
+    return on_float32(load(path))

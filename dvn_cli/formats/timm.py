@@ -6,7 +6,7 @@ from pathlib import Path
 
 import safetensors.torch
 import timm
-from timm.models import model_entrypoint
+from timm.models import is_model, model_entrypoint
 from torch import Tensor
 
 from dvn_cli.backbones import BackboneSpec
@@ -25,7 +25,8 @@ def write(network: VirtualNetwork, path: Path, fold_norms: bool) -> None:
     """
     task, backbone = network.task, network.metadata.backbone
     refused = f"timm cannot express level {network.level} of task '{task.name}': "
-    if backbone.source != "timm" or not model_entrypoint(backbone.name).__module__.startswith("timm."):
+    known = backbone.source == "timm" and is_model(backbone.name)  # dvn's own are registered once they are built
+    if not known or not model_entrypoint(backbone.name).__module__.startswith("timm."):
         raise NotExpressible(f"{refused}{backbone.name} is not one of its models")
     if backbone.hidden_layers:
         raise NotExpressible(f"{refused}its classifiers have no hidden layers")

@@ -21,7 +21,7 @@ from dvn_cli.dividing import partition_backbone
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.file import read_checkpoint
 from dvn_cli.store.metadata import Rule
-from dvn_cli.store.slicing import slice_file
+from dvn_cli.store.slicing import count, slice_file, slice_size
 from dvn_cli.tasks import default_tasks
 
 
@@ -99,6 +99,20 @@ def test_a_calibrated_slice(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     assert Path("fitted.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_a_calibrated_slice_of_another_type(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    command = ("--task", 2, "--level", 1, "--json", "--dtype", dtype, "-o", "half.safetensors")
+    assert dvn(monkeypatch, *command, "--calibrate", "source=digits") == 0
+    (row,) = json.loads(capsys.readouterr().out)["slices"]
+    monkeypatch.setattr(sys, "argv", ["dvn", "eval", "half.safetensors", "--data", "source=digits", "--json"])
+    with pytest.raises(SystemExit):
+        main()
+    out, err = capsys.readouterr()
+    assert json.loads(out)["results"][0]["top1"] == row["calibration"]["top1_after"], err
+
+
 def test_images_without_labels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """And the top levels, which lack nothing, are cut out as they are."""
     Path("photos").mkdir()
@@ -111,6 +125,60 @@ def test_images_without_labels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert err.count("accuracy is not measured: ") == 2
     slice_file(read_checkpoint("dvn.safetensors"), 1, 2, "top.safetensors")
     assert Path("dvn-slices/dvn-task1-level2.safetensors").read_bytes() == Path("top.safetensors").read_bytes()
+
+
+def test_a_calibrated_file_of_another_format(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("--task", 2, "--level", 1, "--calibrate", "source=digits", "--json")
+    found = []
+    for form in ("safetensors", "pt2"):
+        assert dvn(monkeypatch, *command, "--format", form) == 0
+        out, err = capsys.readouterr()
+        assert "accuracy is not measured" not in err
+        found.append(json.loads(out)["slices"][0]["calibration"])
+    assert found[0] == found[1]
+    assert found[0]["top1_before"] != found[0]["top1_after"]
+
+
+def test_the_manifest_has_no_accuracy_of_what_is_calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    header = read_checkpoint("dvn.safetensors")
+    rows = [
+        {"task": task, "name": f"task{task}", "level": level, "params": count(header, task, level).params, "top1": 50.0}
+        for task, level in header.metadata.networks
+    ]
+    Path("eval.json").write_text(json.dumps({"results": rows}))
+    assert dvn(monkeypatch, "--all", "--calibrate", "source=digits", "--results", "eval.json") == 0
+    slices = json.loads(Path("dvn-slices/manifest.json").read_text())["slices"]
+    told = [(entry["top1"], entry["calibration"]) for entry in slices]
+    assert told == 2 * [(None, {"images": 128, "ridge": 1e-3}), (50, None)]
+
+
+def test_bytes_are_those_of_the_calibrated_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calibrate = ("--calibrate", "source=digits", "--json")
+    assert dvn(monkeypatch, "--task", 1, "--level", 1, *calibrate, "-o", "fitted.safetensors") == 0
+    size = Path("fitted.safetensors").stat().st_size
+    assert slice_size(read_checkpoint("dvn.safetensors"), 1, 1) < size
+    assert dvn(monkeypatch, "--task", 1, "--max-bytes", size, *calibrate) == 0
+    assert Path("dvn-task1-level1.safetensors").stat().st_size == size
+    capsys.readouterr()
+    assert dvn(monkeypatch, "--task", 1, "--max-bytes", size - 1, *calibrate) == 1
+    assert "the nearest is level 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("chosen", [("--task", 1, "--min-accuracy", 1), ("--plan", "--budget", "1MB")])
+@pytest.mark.parametrize("changed", [(), ("--int8", "--format", "onnx")])
+def test_recorded_accuracies_are_not_of_calibrated_networks(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    chosen: tuple[object, ...],
+    changed: tuple[object, ...],
+) -> None:
+    assert dvn(monkeypatch, *chosen, "--calibrate", "source=digits", *changed) == 2
+    assert capsys.readouterr().err.startswith("dvn: --min-accuracy and --plan go by recorded accuracies")
+    assert [path.name for path in Path().iterdir()] == ["dvn.safetensors"]
 
 
 def test_what_cannot_be_done_leaves_nothing(

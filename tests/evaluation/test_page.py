@@ -9,6 +9,8 @@ from pictures import COLOURS, results
 
 from dvn_cli.evaluation import charts
 from dvn_cli.export import slice_all
+from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.slicing import count
 
 
 class Page(HTMLParser):
@@ -43,8 +45,20 @@ class Page(HTMLParser):
 
 
 def test_a_checkpoint_as_a_page(dvn, made):
-    row = {"file": "dvn.safetensors", "params": 1, "bytes": 1, "macs": 1}
-    networks = [{"name": "digits", "level": level, "latency_ms": {"p50": level}, **row} for level in (1, 2)]
+    header = read_checkpoint(made / "dvn.safetensors")
+    networks = [
+        {
+            "file": "dvn.safetensors",
+            "name": "digits",
+            "level": level,
+            "latency_ms": {"p50": time},
+            "bytes": 1,
+            "macs": 1,
+        }
+        | {"params": count(header, 2, level).params, **form}
+        for form, time in (({}, 1), ({"format": "<pt2>"}, 9))
+        for level in (1, 2)
+    ]
     machine = {"host": "", "device": "cpu", "device_name": "a <CPU>", "torch": "", "threads": 1, "batch_size": 1}
     (made / "costs.json").write_text(json.dumps({**machine, "channels_last": False, "results": networks}))
     (slice_,) = list(slice_all(made / "dvn.safetensors", made / "slices"))[:1]
@@ -72,8 +86,9 @@ def test_a_checkpoint_as_a_page(dvn, made):
         (str(row["level"]), str(row["params"]), f"{row['top1']:.2f}") for row in rows
     ]
     figures = [attributes for tag, attributes in page.attributes if tag == "figure" and "role" in attributes]
-    assert ["parameters" in str(figure["aria-label"]) for figure in figures] == [True, False]
-    assert "a <CPU>" in page.text
+    labels = [str(figure["aria-label"]).partition(" over ")[2].partition(";")[0] for figure in figures]
+    assert labels == ["parameters", "latency", "latency as <pt2>"]
+    assert "milliseconds as <pt2>, batch of 1, a <CPU>" in page.text
     assert (
         sum(attributes.get("scope") == "row" for _, attributes in page.attributes) == len(page.rows) - 2
     )  # but for headers
@@ -106,12 +121,20 @@ def test_the_weakest_classes_are_counted(dvn, made):
     (["--slices", "s11.safetensors", "--report", "p.html"], "'s11.safetensors' is no manifest of `dvn slice --all`"),
     (["fresh.safetensors", "--data", "recipes/pictures", "--slices", "other.json", "--report", "p.html"],
      "--slices is of another checkpoint: its task 'colours', level 1 is not here"),
+    (["--costs", "other_costs.json", "--report", "p.html"],
+     "--costs is of another checkpoint: its task 'colours', level 1 is not here"),
     (["--report", "no/p.html"], "cannot write 'no/p.html': there is no folder '"),
 ])  # fmt: skip
 def test_what_is_no_report(dvn, made, monkeypatch, arguments, message):
     monkeypatch.setattr("dvn_cli.evaluation.measure.measure_together", lambda *_, **__: pytest.fail("computed"))
     network = {"name": "colours", "level": 1, "params": 1, "bytes": 1}
     (made / "other.json").write_text(json.dumps({"format": "onnx", "slices": [network]}))
+    machine = {"host": "", "device": "cpu", "device_name": "", "torch": "", "threads": 1, "batch_size": 1}
+    costs = {
+        "channels_last": False,
+        "results": [network | {"file": "other.safetensors", "macs": 1, "latency_ms": {"p50": 1}}],
+    }
+    (made / "other_costs.json").write_text(json.dumps(machine | costs))
     code, out, err = dvn(*arguments)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"dvn: {message}")

@@ -146,6 +146,17 @@ def test_timm_cannot_express_a_stem_of_another_stride(of_timm: Path) -> None:
         dvn_cli.slice("sizes.safetensors", 1, 2, form=Form("timm"))
 
 
+def test_timm_cannot_express_a_backbone_that_it_has_not_heard_of(checkpoint: Path) -> None:
+    """In a process of its own, where nothing has built the backbone, which would register it."""
+    command = [sys.executable, "-m", "dvn_cli", "slice", str(checkpoint), "--all", "--format", "timm", "-o", "folders"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    lines = done.stderr.splitlines()
+    assert lines[0] == "timm cannot express level 1 of task 'task1': wrn_10_1 is not one of its models"
+    assert len(lines) == 4
+    assert json.loads(Path("folders/manifest.json").read_text())["slices"] == []
+
+
 @pytest.mark.parametrize("name", ["onnx", "executorch", "openvino", "litert"])
 def test_other_runtimes(checkpoint: Path, name: str) -> None:
     if FORMATS[name].missing:
