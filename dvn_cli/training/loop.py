@@ -20,7 +20,6 @@ from dvn_cli.data import Split, TaskData, some, to_device
 from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.evaluation.measure import evaluate_all
-from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import StateMetadata, TaskLevel
 from dvn_cli.training.freezing import Freezing, statistics
@@ -117,31 +116,6 @@ class Run:
         """By number of task that is learnt."""
         tasks = zip(self.data, self.recipe.tasks, strict=True)
         return {number: keys.batch_size or self.recipe.batch_size for number, keys in tasks}
-
-    def check_batches(self) -> None:
-        """Raises InputError where processes cannot share a batch evenly, or what a norm gets has no variance.
-
-        Such is a single value: of one image at 1x1 pixels.
-        """
-        for number, split in self.train.items():
-            batch, of = min(len(split), self.batch_sizes[number]), processes.count()
-            if batch % of:
-                raise InputError(
-                    f"{of} processes cannot share the {batch} images evenly that task "
-                    f"'{self.network.tasks[number - 1].name}' has in a batch: set its batch_size to a multiple of {of}"
-                )
-            networks = [network for stage in self.stages for network in stage.learn if network.task == number]
-            if (batch if self.recipe.sync_bn else batch // of) > 1 or not networks:
-                continue
-            tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
-            graph = self.network.narrowed(*networks[0], training=True)
-            norm = norm_of_a_single_value(graph, tensors, split.shape)
-            if norm is not None:
-                remedy = f"batch_size {2 * of} or more" if len(split) > 1 else "the task 2 training images or more"
-                raise InputError(
-                    f"task '{self.network.tasks[number - 1].name}' is trained on one image at a time, of which "
-                    f"'{norm}' has one value for each channel, and so no variance: give {remedy}"
-                )
 
     def scalars(self, entry: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Returns the figures of an epoch by name, such as `loss/low/1` for a task and level, as loggers want them.

@@ -24,6 +24,7 @@ from dvn_cli.data import Split, batches
 from dvn_cli.data.augment import Mixing
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation.measure import evaluate
+from dvn_cli.training.sharing import check_batches
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,7 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path: Path, monkeyp
     session = small.session(tmp_path)
     monkeypatch.setattr(processes, "count", lambda: 3)
     with pytest.raises(InputError, match=r"^3 processes cannot share the 16 images .* multiple of 3$"):
-        session.run.check_batches()
+        check_batches(session.run)
 
 
 def torchrun(folder: Path, *words: str) -> subprocess.Popen[str]:
