@@ -208,9 +208,8 @@ class Run:
         self._begin()
         for number, generator in self.generators.items():
             generator.manual_seed((self.recipe.seed * 1000 + number - 1) + (epochs_done << 44))
-        if self.recipe.keeps_best and self.history:
-            self.best = max(_mean(numbers(entry["validation"] or [])) for entry in self.history)
-            self.best_tensors = self._copied()
+        if self.recipe.keeps_best and (scores := self._scores()):
+            self.best, self.best_tensors = max(scores), self._copied()
 
     def _class_weights(self) -> dict[int, Tensor]:
         tasks = zip(self.data.items(), self.recipe.tasks, strict=True)
@@ -279,7 +278,7 @@ class Run:
             }
             self.history.append(entry)
             if self.recipe.keeps_best:
-                self._keep_best(entry["validation"])
+                self._keep_best()
             ended = self.epochs_done == self._start + self.stage.epochs or self.patience_is_over
             if ended and (self.best_tensors or self.average is not None):
                 self._put(self.network, self.best_tensors or self._copied())
@@ -295,8 +294,24 @@ class Run:
         """Whether the last epochs, as many as the recipe waits for, were none of them better than one before."""
         if self.recipe.patience is None or not self.history:
             return False
-        scores = [_mean(numbers(entry["validation"])) for entry in self.history]
-        return len(scores) - 1 - scores.index(max(scores)) >= self.recipe.patience
+        scores = self._scores()
+        return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= self.recipe.patience
+
+    def _scores(self) -> list[float]:
+        """Mean validation accuracy of those epochs of this stage of which the best is kept, from first to last.
+
+        Where levels are unlocked one by one, these are the epochs since all of them are trained: what is kept of an
+        earlier one would hold networks that have learnt nothing.
+        """
+        stage = self.stages.index(self.stage) + 1
+        untrained = set() if self.recipe.unlock is None else set(self.stage.learn)
+        scores = []
+        for entry in self.history:
+            if entry["stage"] == stage:
+                untrained -= {network for network in untrained if _of(entry["loss"], network) is not None}
+                if not untrained:
+                    scores.append(_mean(numbers(entry["validation"] or [])))
+        return scores
 
     def _epoch(self, after_step: Callable[["Run", int], None]) -> list[list[float | None]]:
         """One pass over the stage's largest task. Returns the mean loss of every network, by task and level."""
@@ -436,10 +451,10 @@ class Run:
         rows = evaluate_all(self._kept, splits, networks=networks, device=self.device, shared=True)
         return self._by_level({TaskLevel(row.task, row.level): row.top1 for row in rows})
 
-    def _keep_best(self, validation: list[list[float | None]] | None) -> None:
-        score = _mean(numbers(validation or []))
-        if score > self.best:
-            self.best = score
+    def _keep_best(self) -> None:
+        scores = self._scores()
+        if scores and scores[-1] > self.best:
+            self.best = scores[-1]
             self.best_tensors = self._copied()
 
     @property
@@ -459,6 +474,10 @@ def json_number(value: float) -> float | None:
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of some tensors whose names have a prefix, by what follows it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _of(by_level: Sequence[Sequence[float | None]], network: TaskLevel) -> float | None:
+    return by_level[network.task - 1][network.level - 1]
 
 
 def _mean(values: Sequence[float]) -> float:

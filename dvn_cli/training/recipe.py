@@ -335,7 +335,8 @@ class Recipe(Keys):
         gt=0,
         le=1,
         description="Share of the run after which all levels are trained: the top one from the start, the next ones at "
-        "even intervals, the lowest one last. By default all are from the start.",
+        "even intervals, the lowest one last. Epochs before that are not kept as the best, nor does `patience` count "
+        "them. By default all are from the start.",
     )
     ema: float | None = Field(
         default=None,

@@ -73,3 +73,20 @@ def test_patience(tmp_path: Path) -> None:
         assert torch.equal(tensor, kept[best][name]), name
     more = small.trained(tmp_path, "patience=4", "epochs=30", "optimizer.lr=0.000001", resume=True).run
     assert run.epochs_done < more.epochs_done <= 30, "more patience trains it on"
+
+
+@pytest.mark.parametrize("key", ["patience=1", "select=best"])
+def test_epochs_before_all_levels_are_trained_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """They neither use up patience nor are kept as the best."""
+    validation = iter((5.0, 4.0, 3.0, 2.0, 1.0, 1.0))
+    monkeypatch.setattr(Run, "_validate", lambda run: run._by_level(dict.fromkeys(run.stage.learn, next(validation))))
+    session = small.session(tmp_path, key, "unlock=0.5", "epochs=6")
+    kept: list[dict[str, torch.Tensor]] = []
+    session.train(lambda run: kept.append(small.copied(run.network)), small.nothing)
+    run = session.run
+    assert [None in [*entry["loss"][0], *entry["loss"][1]] for entry in run.history[:4]] == [True, True, True, False]
+    assert run.epochs_done == (5 if key == "patience=1" else 6)
+    for name, tensor in run.network.file_tensors().items():
+        assert torch.equal(tensor, kept[3][name]), name
