@@ -47,7 +47,8 @@ class Run:
         epochs_done: how many epochs it has behind it, of all stages.
         steps_done: how many steps of the epoch that it is in.
         history: for each epoch what it gave: learning rate, loss and validation accuracy by task and level, None for
-            networks that were not trained or have no such images.
+            networks that were not trained or have no such images. `gone` are those whose weights nothing has kept when
+            a run that kept its last ones was given `patience`.
         best: of the epochs so far of this stage, the validation accuracy (mean of its networks, per cent) of the best.
         stages: the parts of the run.
         stage: the one that it is in.
@@ -186,7 +187,9 @@ class Run:
         if self.device.type == "cuda" and "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
 
-    def extend(self, tensors: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]], epochs_done: int) -> None:
+    def extend(
+        self, tensors: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]], epochs_done: int, has_best: bool
+    ) -> None:
         """Goes on from the networks that a shorter run of the recipe left, at its place in this one's schedule.
 
         The optimizer starts anew, and so do the random numbers, from the seed and the number of epochs.
@@ -195,6 +198,7 @@ class Run:
             tensors: of the checkpoint, by their names in it.
             history: of that run; empty where it is lost.
             epochs_done: of that run.
+            has_best: whether the checkpoint is that of its best epoch, not of the last.
 
         Raises:
             InputError: the run has stages, of which the first ones would need more epochs.
@@ -206,6 +210,9 @@ class Run:
         self._put(self.network, tensors)
         self.epochs_done, self.history = epochs_done, [dict(entry) for entry in history]
         self._begin()
+        if self.recipe.keeps_best and not has_best:
+            for entry in self.history[:-1]:
+                entry["gone"] = True
         for number, generator in self.generators.items():
             generator.manual_seed((self.recipe.seed * 1000 + number - 1) + (epochs_done << 44))
         if self.recipe.keeps_best and (scores := self._scores()):
@@ -300,8 +307,8 @@ class Run:
     def _scores(self) -> list[float]:
         """Mean validation accuracy of those epochs of this stage of which the best is kept, from first to last.
 
-        Where levels are unlocked one by one, these are the epochs since all of them are trained: what is kept of an
-        earlier one would hold networks that have learnt nothing.
+        Not those whose weights are gone. Where levels are unlocked one by one, those since all of them are trained:
+        what is kept of an earlier one would hold networks that have learnt nothing.
         """
         stage = self.stages.index(self.stage) + 1
         untrained = set() if self.recipe.unlock is None else set(self.stage.learn)
@@ -309,7 +316,7 @@ class Run:
         for entry in self.history:
             if entry["stage"] == stage:
                 untrained -= {network for network in untrained if _of(entry["loss"], network) is not None}
-                if not untrained:
+                if not untrained and not entry.get("gone"):
                     scores.append(_mean(numbers(entry["validation"] or [])))
         return scores
 

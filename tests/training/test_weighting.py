@@ -7,6 +7,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from dvn_cli.training.loop import Run, numbers
 from dvn_cli.training.losses import balancing
@@ -90,3 +91,34 @@ def test_epochs_before_all_levels_are_trained_do_not_count(
     assert run.epochs_done == (5 if key == "patience=1" else 6)
     for name, tensor in run.network.file_tensors().items():
         assert torch.equal(tensor, kept[3][name]), name
+
+
+def test_patience_for_a_run_that_kept_its_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best epoch of before is gone: what is better than the last one is kept, interrupted or trained on again."""
+    accuracies = [9.0, 3.0, 4.0, 6.0, 5.0, 7.0, 2.0]
+
+    def validate(run: Run) -> list[list[float | None]]:
+        return run._by_level(dict.fromkeys(run.stage.learn, accuracies[run.epochs_done - 1]))
+
+    monkeypatch.setattr(Run, "_validate", validate)
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(run: Run) -> None:
+        kept[run.epochs_done] = small.copied(run.network)
+
+    def has_kept(epoch: int) -> bool:
+        tensors = load_file(tmp_path / "dvn.safetensors")
+        return all(torch.equal(tensor, tensors[name]) for name, tensor in kept[epoch].items())
+
+    small.trained(tmp_path)
+    with pytest.raises(small.Stopped):
+        small.session(tmp_path, "patience=1", "epochs=5", resume=True).train(*small.stop_after(2, 1))
+    resumed = small.session(tmp_path, "patience=1", "epochs=5", resume=True)
+    resumed.train(keep, small.nothing)
+    resumed.finish([])
+    assert sorted(kept) == [3, 4, 5]
+    assert has_kept(4)
+    more = small.session(tmp_path, "patience=2", "epochs=7", resume=True)
+    more.train(keep, small.nothing)
+    assert sorted(kept) == [3, 4, 5, 6, 7]
+    assert has_kept(6)
