@@ -11,13 +11,14 @@ def check_batches(run: Run) -> None:
 
     Such is a single value: of one image at 1x1 pixels.
     """
+    of, replay = processes.count(), run.recipe.sequential.replay
+    held = {student.task for stage in run.stages for student, _ in stage.distilled} if replay else set()
     for number, split in run.train.items():
-        batch, of = min(len(split), run.batch_sizes[number]), processes.count()
+        batch = min(len(split), run.batch_sizes[number])
         if batch % of:
-            raise InputError(
-                f"{of} processes cannot share the {batch} images evenly that task "
-                f"'{run.network.tasks[number - 1].name}' has in a batch: set its batch_size to a multiple of {of}"
-            )
+            raise _uneven(run, number, batch, f"set its batch_size to a multiple of {of}")
+        if number in held and (replayed := min(batch, replay)) % of:
+            raise _uneven(run, number, replayed, f"set sequential.replay to a multiple of {of}", " when it is replayed")
         networks = [network for stage in run.stages for network in stage.learn if network.task == number]
         if (batch if run.recipe.sync_bn else batch // of) > 1 or not networks:
             continue
@@ -30,3 +31,10 @@ def check_batches(run: Run) -> None:
                 f"task '{run.network.tasks[number - 1].name}' is trained on one image at a time, of which "
                 f"'{norm}' has one value for each channel, and so no variance: give {remedy}"
             )
+
+
+def _uneven(run: Run, number: int, batch: int, remedy: str, when: str = "") -> InputError:
+    return InputError(
+        f"{processes.count()} processes cannot share the {batch} images evenly that task "
+        f"'{run.network.tasks[number - 1].name}' has in a batch{when}: {remedy}"
+    )
