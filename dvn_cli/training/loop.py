@@ -340,7 +340,7 @@ class Run:
             careful = stage.distilled and stage.trainable == "all"
             for group in self.optimizer.param_groups:
                 group["lr"] = rate * group["lr_scale"] * (recipe.sequential.lr_factor if careful else 1.0)
-            networks = networks_of_step(stage, recipe, done, self.epochs_done * steps + number)
+            networks = networks_of_step(stage, recipe, done, before + 1)
             counts.update(networks * recipe.accumulate)
             if number <= resumed:
                 continue
