@@ -46,9 +46,9 @@ class Run:
         teachers: by number of task, the networks of files that teach.
         epochs_done: how many epochs it has behind it, of all stages.
         steps_done: how many steps of the epoch that it is in.
-        history: for each epoch what it gave: learning rate, loss and validation accuracy by task and level, None for
-            networks that were not trained or have no such images. `gone` are those whose weights nothing has kept when
-            a run that kept its last ones was given `patience`.
+        history: for each epoch what it gave: learning rate (its last, without factors of single tensors), loss and
+            validation accuracy by task and level, None for networks that were not trained or have no such images.
+            `gone` are those whose weights nothing had kept when the run of before was given `patience`.
         best: of the epochs so far of this stage, the validation accuracy (mean of its networks, per cent) of the best.
         stages: the parts of the run.
         stage: the one that it is in.
@@ -278,7 +278,7 @@ class Run:
             entry = {
                 "epoch": self.epochs_done,
                 "stage": self.stages.index(self.stage) + 1,
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": self._rate,
                 "loss": losses,
                 "validation": self._validate(),
                 "seconds": round(time.perf_counter() - start, 3),
@@ -337,9 +337,10 @@ class Run:
             before = (self.epochs_done - self._start) * steps + number - 1  # steps of this stage
             done = before / (stage.epochs * steps)
             rate = recipe.optimizer.lr * (1.0 if stage.warmup else factor(recipe.schedule, done))
-            careful = stage.distilled and stage.trainable == "all"
+            careful = recipe.sequential.lr_factor if stage.distilled and stage.trainable == "all" else 1.0
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"] * (recipe.sequential.lr_factor if careful else 1.0)
+                group["lr"] = rate * group["lr_scale"] * careful
+            self._rate = rate * careful
             networks = networks_of_step(stage, recipe, done, before + 1)
             counts.update(networks * recipe.accumulate)
             if number <= resumed:

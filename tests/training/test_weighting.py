@@ -59,6 +59,17 @@ def test_balancing() -> None:
     torch.testing.assert_close(balancing(torch.tensor([0, 0, 0, 1]), 3), torch.tensor([4 / 9, 4 / 3, 4 / 3]))
 
 
+def test_the_recorded_rate_is_the_recipes(tmp_path: Path) -> None:
+    """Whatever factors on it norms and layers have."""
+    plain, scaled = (
+        small.trained(tmp_path, *words).run
+        for words in ((), ("optimizer.norm_lr_factor=10", "optimizer.layer_decay=0.5"))
+    )
+    assert scaled.optimizer.param_groups[0]["lr"] != plain.optimizer.param_groups[0]["lr"]
+    rates = [entry["lr"] for entry in scaled.history]
+    assert rates == [entry["lr"] for entry in plain.history] == pytest.approx([0.05, 0.01])
+
+
 def test_patience(tmp_path: Path) -> None:
     """It stops where validation has not been better for so long, keeps the best, and has nothing left to do."""
     told: list[str] = []
