@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from dvn_cli import processes
 from dvn_cli.errors import DvnError
 from dvn_cli.training.loop import Run
+from dvn_cli.training.sharing import check_batches
 
 STEPS = 32
 """Of the short run: with four units as much work as 17 steps of training, which trains smaller levels too."""
@@ -23,10 +24,10 @@ def affinity(run: Run) -> list[list[float]]:
         run: of one network a task; it is of no use afterwards.
 
     Raises:
-        InputError: as `Run.check_batches`.
+        InputError: as `check_batches`.
         DvnError: a gradient is not a number.
     """
-    run.check_batches()
+    check_batches(run)
     tensors = run.network.file_tensors()
     shared = [tensor for name, tensor in tensors.items() if name.startswith("shared/") and tensor.requires_grad]
     wanted = torch.zeros(len(run.network.tasks), sum(tensor.numel() for tensor in shared), device=run.device)

@@ -36,6 +36,7 @@ from dvn_cli.training.session import (
     interrupted_run,
     refuse_to_lose,
 )
+from dvn_cli.training.sharing import check_batches
 from dvn_cli.training.speed import Speed, speed
 from dvn_cli.training.teachers import file_teachers
 
@@ -256,7 +257,7 @@ def prepare(
         if recipe.taught_by not in (None, "top", "next"):
             teachers = file_teachers(recipe.taught_by, base, network, list(learnt), device)
         run = Run(recipe, network, learnt, device, before, teachers)
-    run.check_batches()
+    check_batches(run)
     held = {student.task for stage in run.stages for student, _ in stage.distilled}
     for number in sorted(held - run.data.keys()) if recipe.sequential.replay else ():
         note(f"no images of task '{run.network.tasks[number - 1].name}' are replayed: the recipe has none")

@@ -16,7 +16,8 @@ def networks_of_step(stage: Stage, recipe: Recipe, done: float, number: int) -> 
         stage: the part of the run.
         recipe: says how many levels are trained, and from when on.
         done: the share of the stage that is behind it, in 0..1.
-        number: of the step in the run, by which levels are drawn: for all tasks alike, so that there are few choices.
+        number: of the step in the stage, from 1, by which levels are drawn: for all tasks alike, so that there are few
+            choices.
     """
     draw = random.Random(f"{recipe.seed} {number}").random()
     chosen: set[TaskLevel] = set()

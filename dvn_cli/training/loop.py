@@ -20,7 +20,6 @@ from dvn_cli.data import Split, TaskData, some, to_device
 from dvn_cli.data.batches import batch_count
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.evaluation.measure import evaluate_all
-from dvn_cli.graph.statistics import norm_of_a_single_value
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import StateMetadata, TaskLevel
 from dvn_cli.training.freezing import Freezing, statistics
@@ -47,8 +46,9 @@ class Run:
         teachers: by number of task, the networks of files that teach.
         epochs_done: how many epochs it has behind it, of all stages.
         steps_done: how many steps of the epoch that it is in.
-        history: for each epoch what it gave: learning rate, loss and validation accuracy by task and level, None for
-            networks that were not trained or have no such images.
+        history: for each epoch what it gave: learning rate (its last, without factors of single tensors), loss and
+            validation accuracy by task and level, None for networks that were not trained or have no such images.
+            `gone` are those whose weights nothing had kept when the run of before was given `patience`.
         best: of the epochs so far of this stage, the validation accuracy (mean of its networks, per cent) of the best.
         stages: the parts of the run.
         stage: the one that it is in.
@@ -117,31 +117,6 @@ class Run:
         """By number of task that is learnt."""
         tasks = zip(self.data, self.recipe.tasks, strict=True)
         return {number: keys.batch_size or self.recipe.batch_size for number, keys in tasks}
-
-    def check_batches(self) -> None:
-        """Raises InputError where processes cannot share a batch evenly, or what a norm gets has no variance.
-
-        Such is a single value: of one image at 1x1 pixels.
-        """
-        for number, split in self.train.items():
-            batch, of = min(len(split), self.batch_sizes[number]), processes.count()
-            if batch % of:
-                raise InputError(
-                    f"{of} processes cannot share the {batch} images evenly that task "
-                    f"'{self.network.tasks[number - 1].name}' has in a batch: set its batch_size to a multiple of {of}"
-                )
-            networks = [network for stage in self.stages for network in stage.learn if network.task == number]
-            if (batch if self.recipe.sync_bn else batch // of) > 1 or not networks:
-                continue
-            tensors = {name: (tuple(t.shape), t.dtype) for name, t in self.network.tensors(*networks[0]).items()}
-            graph = self.network.narrowed(*networks[0], training=True)
-            norm = norm_of_a_single_value(graph, tensors, split.shape)
-            if norm is not None:
-                remedy = f"batch_size {2 * of} or more" if len(split) > 1 else "the task 2 training images or more"
-                raise InputError(
-                    f"task '{self.network.tasks[number - 1].name}' is trained on one image at a time, of which "
-                    f"'{norm}' has one value for each channel, and so no variance: give {remedy}"
-                )
 
     def scalars(self, entry: Mapping[str, Any] | None = None) -> dict[str, float]:
         """Returns the figures of an epoch by name, such as `loss/low/1` for a task and level, as loggers want them.
@@ -212,7 +187,9 @@ class Run:
         if self.device.type == "cuda" and "random_cuda" in tensors:
             torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
 
-    def extend(self, tensors: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]], epochs_done: int) -> None:
+    def extend(
+        self, tensors: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]], epochs_done: int, has_best: bool
+    ) -> None:
         """Goes on from the networks that a shorter run of the recipe left, at its place in this one's schedule.
 
         The optimizer starts anew, and so do the random numbers, from the seed and the number of epochs.
@@ -221,6 +198,7 @@ class Run:
             tensors: of the checkpoint, by their names in it.
             history: of that run; empty where it is lost.
             epochs_done: of that run.
+            has_best: whether the checkpoint is that of its best epoch, not of the last.
 
         Raises:
             InputError: the run has stages, of which the first ones would need more epochs.
@@ -232,11 +210,13 @@ class Run:
         self._put(self.network, tensors)
         self.epochs_done, self.history = epochs_done, [dict(entry) for entry in history]
         self._begin()
+        if self.recipe.keeps_best and not has_best:
+            for entry in self.history[:-1]:
+                entry["gone"] = True
         for number, generator in self.generators.items():
             generator.manual_seed((self.recipe.seed * 1000 + number - 1) + (epochs_done << 44))
-        if self.recipe.keeps_best and self.history:
-            self.best = max(_mean(numbers(entry["validation"] or [])) for entry in self.history)
-            self.best_tensors = self._copied()
+        if self.recipe.keeps_best and (scores := self._scores()):
+            self.best, self.best_tensors = max(scores), self._copied()
 
     def _class_weights(self) -> dict[int, Tensor]:
         tasks = zip(self.data.items(), self.recipe.tasks, strict=True)
@@ -298,14 +278,14 @@ class Run:
             entry = {
                 "epoch": self.epochs_done,
                 "stage": self.stages.index(self.stage) + 1,
-                "lr": self.optimizer.param_groups[0]["lr"],
+                "lr": self._rate,
                 "loss": losses,
                 "validation": self._validate(),
                 "seconds": round(time.perf_counter() - start, 3),
             }
             self.history.append(entry)
             if self.recipe.keeps_best:
-                self._keep_best(entry["validation"])
+                self._keep_best()
             ended = self.epochs_done == self._start + self.stage.epochs or self.patience_is_over
             if ended and (self.best_tensors or self.average is not None):
                 self._put(self.network, self.best_tensors or self._copied())
@@ -321,8 +301,24 @@ class Run:
         """Whether the last epochs, as many as the recipe waits for, were none of them better than one before."""
         if self.recipe.patience is None or not self.history:
             return False
-        scores = [_mean(numbers(entry["validation"])) for entry in self.history]
-        return len(scores) - 1 - scores.index(max(scores)) >= self.recipe.patience
+        scores = self._scores()
+        return bool(scores) and len(scores) - 1 - scores.index(max(scores)) >= self.recipe.patience
+
+    def _scores(self) -> list[float]:
+        """Mean validation accuracy of those epochs of this stage of which the best is kept, from first to last.
+
+        Not those whose weights are gone. Where levels are unlocked one by one, those since all of them are trained:
+        what is kept of an earlier one would hold networks that have learnt nothing.
+        """
+        stage = self.stages.index(self.stage) + 1
+        untrained = set() if self.recipe.unlock is None else set(self.stage.learn)
+        scores = []
+        for entry in self.history:
+            if entry["stage"] == stage:
+                untrained -= {network for network in untrained if _of(entry["loss"], network) is not None}
+                if not untrained and not entry.get("gone"):
+                    scores.append(_mean(numbers(entry["validation"] or [])))
+        return scores
 
     def _epoch(self, after_step: Callable[["Run", int], None]) -> list[list[float | None]]:
         """One pass over the stage's largest task. Returns the mean loss of every network, by task and level."""
@@ -341,10 +337,11 @@ class Run:
             before = (self.epochs_done - self._start) * steps + number - 1  # steps of this stage
             done = before / (stage.epochs * steps)
             rate = recipe.optimizer.lr * (1.0 if stage.warmup else factor(recipe.schedule, done))
-            careful = stage.distilled and stage.trainable == "all"
+            careful = recipe.sequential.lr_factor if stage.distilled and stage.trainable == "all" else 1.0
             for group in self.optimizer.param_groups:
-                group["lr"] = rate * group["lr_scale"] * (recipe.sequential.lr_factor if careful else 1.0)
-            networks = networks_of_step(stage, recipe, done, self.epochs_done * steps + number)
+                group["lr"] = rate * group["lr_scale"] * careful
+            self._rate = rate * careful
+            networks = networks_of_step(stage, recipe, done, before + 1)
             counts.update(networks * recipe.accumulate)
             if number <= resumed:
                 continue
@@ -462,10 +459,10 @@ class Run:
         rows = evaluate_all(self._kept, splits, networks=networks, device=self.device, shared=True)
         return self._by_level({TaskLevel(row.task, row.level): row.top1 for row in rows})
 
-    def _keep_best(self, validation: list[list[float | None]] | None) -> None:
-        score = _mean(numbers(validation or []))
-        if score > self.best:
-            self.best = score
+    def _keep_best(self) -> None:
+        scores = self._scores()
+        if scores and scores[-1] > self.best:
+            self.best = scores[-1]
             self.best_tensors = self._copied()
 
     @property
@@ -485,6 +482,10 @@ def json_number(value: float) -> float | None:
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Those of some tensors whose names have a prefix, by what follows it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _of(by_level: Sequence[Sequence[float | None]], network: TaskLevel) -> float | None:
+    return by_level[network.task - 1][network.level - 1]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -75,7 +75,8 @@ class TaskKeys(Keys):
     class_weights: Literal["none", "balanced"] = Field(
         default="none",
         description="balanced: the loss of an image counts by how rare its class is among the training images, so that "
-        "all classes count alike; images are drawn as they are.",
+        "all classes count alike; images are drawn as they are. It acts on networks that learn from labels: with "
+        "`teacher: top` or `next` on top levels alone, and with `teacher: FILE` on none, and is refused.",
     )
 
 
@@ -323,7 +324,11 @@ class Recipe(Keys):
         "and stays as it is. By default all have the labels.",
     )
     label_smoothing: float = Field(
-        default=0.0, ge=0, lt=1, description="Share of each label that goes to all classes alike."
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of each label that goes to all classes alike. It acts on networks that learn from labels: "
+        "with `teacher: top` or `next` on top levels alone, and with `teacher: FILE` on none, and is refused.",
     )
     levels_per_step: Literal["all", "sandwich"] = Field(
         default="all",
@@ -335,7 +340,8 @@ class Recipe(Keys):
         gt=0,
         le=1,
         description="Share of the run after which all levels are trained: the top one from the start, the next ones at "
-        "even intervals, the lowest one last. By default all are from the start.",
+        "even intervals, the lowest one last. Epochs before that are not kept as the best, nor does `patience` count "
+        "them. By default all are from the start.",
     )
     ema: float | None = Field(
         default=None,
@@ -423,6 +429,12 @@ class Recipe(Keys):
         if self.keeps_best and any(task.data.validation == 0 for task in self.tasks):
             key = "select best" if self.patience is None else "patience"
             raise ValueError(f"{key} needs validation images in every task: test images choose nothing")
+        if self.taught_by not in (None, "top", "next"):
+            is_balanced = any(task.class_weights != "none" for task in self.tasks)
+            if key := "label_smoothing" if self.label_smoothing > 0 else "class_weights" if is_balanced else "":
+                raise ValueError(
+                    f"{key} acts on labels: with teacher '{self.teacher}' all learn from that file instead"
+                )
         if self.sync_bn and self.compile:
             raise ValueError("sync_bn and compile do not go together: what processes tell each other is not compiled")
         if self.patience is not None and not is_joint:

@@ -34,7 +34,7 @@ class _Enough(Exception):
 
 
 def pace(run: Run, warm: int, timed: int) -> list[tuple[float, float]]:
-    """Takes steps of a run, which is of no use afterwards.
+    """Takes steps of a run, which is of no use afterwards, with all levels where the first steps would have few.
 
     Args:
         warm: steps before those that are timed; fewer where the run ends.
@@ -61,6 +61,7 @@ def pace(run: Run, warm: int, timed: int) -> list[tuple[float, float]]:
             raise _Enough
         begin(run)
 
+    run.recipe = run.recipe.model_copy(update={"unlock": None})  # the most that a step takes, and most steps do
     with contextlib.suppress(_Enough):
         run.run(begin, after_step)
     return taken[warm:] or taken[-1:]
@@ -68,7 +69,7 @@ def pace(run: Run, warm: int, timed: int) -> list[tuple[float, float]]:
 
 def images_of_step(run: Run) -> int:
     """Returns how many images of all tasks a step takes."""
-    return sum(run.batch_sizes[task] for task in run.stage.tasks) * run.recipe.accumulate
+    return sum(min(run.batch_sizes[task], len(run.train[task])) for task in run.stage.tasks) * run.recipe.accumulate
 
 
 def peak_memory(run: Run) -> int | None:

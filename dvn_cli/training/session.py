@@ -123,7 +123,7 @@ class Session:
         _check_data(finished.header.metadata.tasks, self.run.network.tasks)
         tensors = read_tensors(finished.header)
         with self._fitting(self.files.checkpoint, "give another output with -o"):
-            self.run.extend(tensors, finished.history, finished.epochs)
+            self.run.extend(tensors, finished.history, finished.epochs, finished.keeps_best)
         self.restarts = list(finished.training.restarts)
         what = "measuring it"
         if finished.epochs < self.run.total_epochs:
@@ -325,6 +325,11 @@ class Finished:
         """Of all stages."""
         assert self.training.epochs is not None
         return self.training.epochs
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the checkpoint is that of its best epoch."""
+        return Recipe.model_validate(self.training.recipe).keeps_best
 
     @property
     def history(self) -> list[dict[str, Any]]:

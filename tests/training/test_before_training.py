@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from dvn_cli import cli
 from dvn_cli.training import recipes
 from dvn_cli.training.experiment import dry_run
+from dvn_cli.training.step import Step
 
 
 def dvn(*words: str) -> str:
@@ -43,6 +44,17 @@ def test_show_is_a_recipe(tmp_path: Path, words: list[str]) -> None:
     assert recipes.read(tmp_path / "shown.yaml") == whole.model_copy(update={"scale": "full", "setting": "paper"})
     assert yaml.safe_load(text)["optimizer"]["momentum"] == 0.9
     assert json.loads(dvn("--show", "j1", *words, "--json")) == yaml.safe_load(text)
+
+
+def test_a_dry_run_takes_steps_of_all_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the lower ones come later; of a task that has fewer images than a batch it counts these."""
+    monkeypatch.chdir(tmp_path)
+    steps: list[int] = []
+    run = Step._run
+    monkeypatch.setattr(Step, "_run", lambda self, given, these: (steps.append(len(these)), run(self, given, these))[1])
+    told = dry_run(small.content(), overrides=["unlock=1", "batch_size=128"])
+    assert steps == [4, 4]
+    assert told.images_per_s * told.seconds_per_step == pytest.approx(32 + 32)
 
 
 def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,16 @@ def test_as_if_both_tasks_had_been_there(tmp_path: Path, words: list[str], of_th
     assert [entry["loss"] for entry in run.history] == last
 
 
+def test_a_sandwich_is_drawn_as_if_both_tasks_had_been_there(tmp_path: Path) -> None:
+    """To the bit: which levels a step of a task trains depends on no task before it."""
+    words = (SEQUENTIAL, "sequential.old=distilled", "levels_per_step=sandwich")
+    whole = small.trained(tmp_path, *words, tasks=[LOW, HIGH], units=4, epochs=3).run
+    path = first(tmp_path / "first", *words, units=4, epochs=3)
+    session = added(tmp_path / "second", path, *words, "epochs=3")
+    session.train(small.nothing, small.nothing)
+    assert [entry["loss"] for entry in session.run.history] == [entry["loss"] for entry in whole.history[3:]]
+
+
 def test_one_unit_with_each_run(tmp_path: Path) -> None:
     """Three tasks in three runs; no run leaves a network that was not trained."""
     whole = small.trained(tmp_path, SEQUENTIAL, GROW, units=3, tasks=[LOW, HIGH, MIDDLE]).run

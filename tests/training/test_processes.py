@@ -24,6 +24,8 @@ from dvn_cli.data import Split, batches
 from dvn_cli.data.augment import Mixing
 from dvn_cli.errors import InputError
 from dvn_cli.evaluation.measure import evaluate
+from dvn_cli.training.loop import Run
+from dvn_cli.training.sharing import check_batches
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +109,26 @@ def test_a_batch_that_cannot_be_shared_evenly_is_refused(tmp_path: Path, monkeyp
     session = small.session(tmp_path)
     monkeypatch.setattr(processes, "count", lambda: 3)
     with pytest.raises(InputError, match=r"^3 processes cannot share the 16 images .* multiple of 3$"):
-        session.run.check_batches()
+        check_batches(session.run)
+
+
+@pytest.mark.parametrize("replay", [1, 15])
+def test_replayed_images_that_cannot_be_shared_evenly_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replay: int
+) -> None:
+    """Before anything is trained, and only where they are replayed."""
+
+    def run(old: str, count: int) -> Run:
+        words = (f"sequential.old={old}", f"sequential.replay={count}")
+        return small.session(tmp_path, "learning=sequential", *words).run
+
+    refused, taken = run("distilled", replay), [run("frozen", replay), run("distilled", 2), run("distilled", 17)]
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    for each in taken:  # a batch has 16 of the 17
+        check_batches(each)
+    told = rf"^2 processes cannot share the {replay} images evenly that task 'low' .*replay to a multiple of 2$"
+    with pytest.raises(InputError, match=told):
+        check_batches(refused)
 
 
 def torchrun(folder: Path, *words: str) -> subprocess.Popen[str]:

@@ -254,6 +254,12 @@ def test_what_excludes_each_other(dvn: Callable[..., str]) -> None:
     assert "task 'low' has no level within 1 of the 2 units" in dvn("small.yaml", *growing, "levels=[2]")
     for key in ("select=best", "patience=3"):
         assert "test images choose nothing" in dvn("small.yaml", key, "tasks.1.data.validation=0")
+    taught, told = (
+        "teacher=x.safetensors",
+        "acts on labels: with teacher 'x.safetensors' all learn from that file instead",
+    )
+    for key in ("label_smoothing=0.1", "tasks.1.class_weights=balanced"):
+        assert f"{key.partition('=')[0].rpartition('.')[2]} {told}" in dvn("small.yaml", taught, key)
     assert "patience is for tasks that are learnt together" in dvn("small.yaml", "patience=3", "method=packnet")
 
 

@@ -7,6 +7,7 @@ import pytest
 import small
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 from dvn_cli.training.loop import Run, numbers
 from dvn_cli.training.losses import balancing
@@ -58,6 +59,17 @@ def test_balancing() -> None:
     torch.testing.assert_close(balancing(torch.tensor([0, 0, 0, 1]), 3), torch.tensor([4 / 9, 4 / 3, 4 / 3]))
 
 
+def test_the_recorded_rate_is_the_recipes(tmp_path: Path) -> None:
+    """Whatever factors on it norms and layers have."""
+    plain, scaled = (
+        small.trained(tmp_path, *words).run
+        for words in ((), ("optimizer.norm_lr_factor=10", "optimizer.layer_decay=0.5"))
+    )
+    assert scaled.optimizer.param_groups[0]["lr"] != plain.optimizer.param_groups[0]["lr"]
+    rates = [entry["lr"] for entry in scaled.history]
+    assert rates == [entry["lr"] for entry in plain.history] == pytest.approx([0.05, 0.01])
+
+
 def test_patience(tmp_path: Path) -> None:
     """It stops where validation has not been better for so long, keeps the best, and has nothing left to do."""
     told: list[str] = []
@@ -73,3 +85,51 @@ def test_patience(tmp_path: Path) -> None:
         assert torch.equal(tensor, kept[best][name]), name
     more = small.trained(tmp_path, "patience=4", "epochs=30", "optimizer.lr=0.000001", resume=True).run
     assert run.epochs_done < more.epochs_done <= 30, "more patience trains it on"
+
+
+@pytest.mark.parametrize("key", ["patience=1", "select=best"])
+def test_epochs_before_all_levels_are_trained_do_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    """They neither use up patience nor are kept as the best."""
+    validation = iter((5.0, 4.0, 3.0, 2.0, 1.0, 1.0))
+    monkeypatch.setattr(Run, "_validate", lambda run: run._by_level(dict.fromkeys(run.stage.learn, next(validation))))
+    session = small.session(tmp_path, key, "unlock=0.5", "epochs=6")
+    kept: list[dict[str, torch.Tensor]] = []
+    session.train(lambda run: kept.append(small.copied(run.network)), small.nothing)
+    run = session.run
+    assert [None in [*entry["loss"][0], *entry["loss"][1]] for entry in run.history[:4]] == [True, True, True, False]
+    assert run.epochs_done == (5 if key == "patience=1" else 6)
+    for name, tensor in run.network.file_tensors().items():
+        assert torch.equal(tensor, kept[3][name]), name
+
+
+def test_patience_for_a_run_that_kept_its_last_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best epoch of before is gone: what is better than the last one is kept, interrupted or trained on again."""
+    accuracies = [9.0, 3.0, 4.0, 6.0, 5.0, 7.0, 2.0]
+
+    def validate(run: Run) -> list[list[float | None]]:
+        return run._by_level(dict.fromkeys(run.stage.learn, accuracies[run.epochs_done - 1]))
+
+    monkeypatch.setattr(Run, "_validate", validate)
+    kept: dict[int, dict[str, torch.Tensor]] = {}
+
+    def keep(run: Run) -> None:
+        kept[run.epochs_done] = small.copied(run.network)
+
+    def has_kept(epoch: int) -> bool:
+        tensors = load_file(tmp_path / "dvn.safetensors")
+        return all(torch.equal(tensor, tensors[name]) for name, tensor in kept[epoch].items())
+
+    small.trained(tmp_path)
+    with pytest.raises(small.Stopped):
+        small.session(tmp_path, "patience=1", "epochs=5", resume=True).train(*small.stop_after(2, 1))
+    resumed = small.session(tmp_path, "patience=1", "epochs=5", resume=True)
+    resumed.train(keep, small.nothing)
+    resumed.finish([])
+    assert sorted(kept) == [3, 4, 5]
+    assert has_kept(4)
+    more = small.session(tmp_path, "patience=2", "epochs=7", resume=True)
+    more.train(keep, small.nothing)
+    assert sorted(kept) == [3, 4, 5, 6, 7]
+    assert has_kept(6)
