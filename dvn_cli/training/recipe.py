@@ -338,7 +338,7 @@ class Recipe(Keys):
     unlock: float | None = Field(
         default=None,
         gt=0,
-        le=1,
+        lt=1,
         description="Share of the run after which all levels are trained: the top one from the start, the next ones at "
         "even intervals, the lowest one last. Epochs before that are not kept as the best, nor does `patience` count "
         "them. By default all are from the start.",

@@ -52,7 +52,7 @@ def test_a_dry_run_takes_steps_of_all_levels(tmp_path: Path, monkeypatch: pytest
     steps: list[int] = []
     run = Step._run
     monkeypatch.setattr(Step, "_run", lambda self, given, these: (steps.append(len(these)), run(self, given, these))[1])
-    told = dry_run(small.content(), overrides=["unlock=1", "batch_size=128"])
+    told = dry_run(small.content(), overrides=["unlock=0.99", "batch_size=128"])
     assert steps == [4, 4]
     assert told.images_per_s * told.seconds_per_step == pytest.approx(32 + 32)
 

@@ -16,7 +16,7 @@ from dvn_cli.errors import DvnError, InputError
 from dvn_cli.training.logs import log
 from dvn_cli.training.loop import Run
 
-WORDS = ["epochs=3", "unlock=1", "tasks.0.data.validation=0"]  # with epochs and networks that lack some figures
+WORDS = ["epochs=3", "unlock=0.99", "tasks.0.data.validation=0"]  # with epochs and networks that lack some figures
 
 
 class Kill(dvn_cli.Observer):
