@@ -184,7 +184,7 @@ def slice_all(
         networks: the only ones; all by default.
 
     Raises:
-        InputError, DvnError: as `slice`.
+        InputError, DvnError: as `slice`; all networks are left out.
     """
     header, kind = read_checkpoint(checkpoint), find_format(form.format)
     folder = Path(f"{stem(header.path)}-slices" if folder is None else folder)
@@ -211,10 +211,12 @@ def slice_all(
             note(str(error))
             continue
         except DvnError:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+            _remove_empty(folder)
             raise
         yield files[-1]
+    if not files:
+        _remove_empty(folder)
+        raise InputError(f"{form.format} can express no network of '{header.path}': nothing is written")
     manifest: dict[str, Any] = {
         "checkpoint": header.path.name,
         "format": form.format,
@@ -227,6 +229,11 @@ def slice_all(
     ]  # of what is calibrated, or in int8, no accuracy is recorded: it is another network
     with atomic(folder / MANIFEST) as opened:
         opened.write(encoded(json.dumps(manifest, indent=2, ensure_ascii=False)) + b"\n")
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):  # it is not empty
+        folder.rmdir()
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:

@@ -150,11 +150,12 @@ def test_timm_cannot_express_a_backbone_that_it_has_not_heard_of(checkpoint: Pat
     """In a process of its own, where nothing has built the backbone, which would register it."""
     command = [sys.executable, "-m", "dvn_cli", "slice", str(checkpoint), "--all", "--format", "timm", "-o", "folders"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
-    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
     lines = done.stderr.splitlines()
     assert lines[0] == "timm cannot express level 1 of task 'task1': wrn_10_1 is not one of its models"
-    assert len(lines) == 4
-    assert json.loads(Path("folders/manifest.json").read_text())["slices"] == []
+    assert len(lines) == 5
+    assert lines[-1] == f"dvn: timm can express no network of '{checkpoint}': nothing is written"
+    assert not Path("folders").exists()
 
 
 @pytest.mark.parametrize("name", ["onnx", "executorch", "openvino", "litert"])
