@@ -16,6 +16,7 @@ from dvn_cli.training.experiment import Observer, Trained
 from dvn_cli.training.loop import Run
 from dvn_cli.training.methods import used_units
 from dvn_cli.training.outlook import outlook
+from dvn_cli.training.rehearsal import images_of_step
 from dvn_cli.training.session import Session
 
 
@@ -88,8 +89,7 @@ class Terminal(Observer):
         self.bars.update(self.bar, completed=run.epochs_done + step / run.steps, description=text)
 
     def _images_per_s(self, run: Run) -> float:
-        images = sum(run.batch_sizes[task] for task in run.stage.tasks) * run.recipe.accumulate
-        return self.steps * images / (time.perf_counter() - self.since)
+        return self.steps * images_of_step(run) / (time.perf_counter() - self.since)
 
     def epoch(self, run: Run) -> None:
         last = run.history[-1]

@@ -71,12 +71,9 @@ def speed(run: Run, warm: int, timed: int) -> Speed:
     """
     images, passes = images_of_step(run), run.recipe.accumulate
     networks, device = run.stage.trained, run.device
-    newest = run.batch_sizes[
-        run.stage.tasks[-1]
-    ]  # of whose images those of earlier runs learn to agree with themselves
-    flops = sum(
-        6 * run.network.macs(*network) * run.batch_sizes.get(network.task, newest) * passes for network in networks
-    )
+    in_batch = {task: min(run.batch_sizes[task], len(run.train[task])) for task in run.stage.tasks}
+    of_new = in_batch[run.stage.tasks[-1]]  # on these, those that are held learn to agree with what they said before
+    flops = sum(6 * run.network.macs(*network) * in_batch.get(network.task, of_new) * passes for network in networks)
     taken = pace(run, warm, timed)
     seconds = sorted(each for each, _ in taken)
     median, peak = statistics.median(seconds), peak_memory(run)
