@@ -82,9 +82,7 @@ class Worker:
 
     def __init__(self, job: Job, what: What) -> None:
         self.job = job
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=-1
-        )
+        self._process = subprocess.Popen([sys.executable, "-c", _START], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.send((sys.path, what, pickle.dumps(job)))  # the job as bytes: it is read before torch is imported
 
     def __enter__(self) -> "Worker":
