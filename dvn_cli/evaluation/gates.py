@@ -112,7 +112,7 @@ def accuracy_in_percent(where: str, accuracy: Any) -> float:
 def choose_floors(
     floors: Sequence[Floor], networks: Sequence[Named], partial: bool = False
 ) -> tuple[list[Floor | None], list[str]]:
-    """Returns the floor of each network, and in lines which networks have none although there are floors.
+    """Returns the floor of each network, and in lines which networks have none and which floors are of none.
 
     The floor of a task and level goes before that of a task or of a level, and these before that of all; of two alike,
     the later one counts.
@@ -123,20 +123,25 @@ def choose_floors(
         partial: there are others that are not.
 
     Raises:
-        InputError: a floor is of no network, unless `partial`, or its task means two.
+        InputError: a floor is of no network, or if `partial`, all of them are; or its task means two.
     """
     tasks = {network[:2] for network in networks}
     of_network: list[Floor | None] = [None] * len(networks)
+    of_none = []
     for floor in sorted(floors, key=lambda floor: (floor.task is not None) + (floor.level is not None)):
         places = [place for place, network in enumerate(networks) if floor.applies(network, tasks)]
         if not places and not partial:
             near = did_you_mean(floor.task, [name for _, name in tasks]) if floor.task else ""
             raise InputError(f"there is a floor for {floor.selector}, and no such network{near}")
+        of_none += [] if places else [floor.selector]
         for place in places:
             of_network[place] = floor
+    words = f"no network of {'; '.join(of_none)} is evaluated"
+    if of_none and len(of_none) == len(floors):
+        raise InputError(f"{words}: none of the floors would be checked")
     lacking = [network for network, floor in zip(networks, of_network, strict=True) if floor is None]
     lines = [f"task '{network.name}', level {network.level} has no floor" for network in lacking if floors]
-    return of_network, lines
+    return of_network, lines + ([f"{words}: what is asked of it is not checked"] if of_none else [])
 
 
 # Verdicts

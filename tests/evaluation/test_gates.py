@@ -51,8 +51,12 @@ def test_every_network_has_its_floor(dvn, made):
     assert (code, [line for line in err.splitlines() if "has no floor" in line]) == (0, err.splitlines())
     assert err.splitlines()[1] == "task 'colours', level 2 has no floor"
     assert "gate: passed" in out
-    code, out, _ = dvn("--gates", "gates.yaml", "--task", "digits", "--level", "2", "--json")
+    code, out, err = dvn("--gates", "gates.yaml", "--task", "digits", "--level", "2", "--json")
     assert [check["min_accuracy"] for check in json.loads(out)["gate"]["checks"]] == [3]
+    assert err == "no network of task=colours,level=2 is evaluated: what is asked of it is not checked\n"
+    code, out, err = dvn("--task", "digits", "--min-accuracy", "task=colours:1", "--min-accuracy", "task=digit:99")
+    assert (code, out) == (2, "")
+    assert err == "dvn: no network of task=colours; task=digit is evaluated: none of the floors would be checked\n"
 
 
 def test_what_is_said_of_fewer_networks_goes_before_and_of_two_alike_the_later():
@@ -63,7 +67,7 @@ def test_what_is_said_of_fewer_networks_goes_before_and_of_two_alike_the_later()
     assert lines == []
     with pytest.raises(InputError, match=r"there is a floor for task=aa, and no such network; did you mean 'a'\?"):
         choose_floors([Floor(5, "aa")], networks)
-    assert choose_floors([Floor(5, "aa")], networks, partial=True)[0] == [None] * 3
+    assert choose_floors([Floor(5, "aa"), Floor(6)], networks, partial=True)[0] == [Floor(6)] * 3
 
 
 @pytest.mark.parametrize(("content", "message"), [
