@@ -131,6 +131,9 @@ def test_latencies_are_those_of_the_format() -> None:
         InputError, match=r"as timm is recorded: .* `dvn bench CHECKPOINT --all --formats timm --results-file"
     ):
         run(*limit, "--format", "timm")
+    result = CliRunner().invoke(app, ["slice", "--task", "1", *limit, "--dtype", "fp16", "--json"])
+    assert (result.exit_code, json.loads(result.stdout)["slices"][0]["level"]) == (0, 1)
+    assert result.stderr == "latencies are recorded of files in fp32: one in fp16 may have another\n"
 
 
 @pytest.mark.parametrize("name", ["dvn.safetensors", "m.v1", "m.v1.safetensors"])

@@ -152,6 +152,8 @@ def slice_command(
             raise InputError("a budget chooses the level of a task: give --task T, without --level and --all")
         choice = _choose(checkpoint, task, limits, min_accuracy, results or [], form, calibrate or None)
         level = choice.level.level
+        if "latency" in limits and form.dtype != "fp32":
+            note(f"latencies are recorded of files in fp32: one in {form.dtype} may have another")
         if not as_json:
             _show_choice(choice)
     files: Iterable[export.SliceFile]
