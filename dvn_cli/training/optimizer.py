@@ -7,6 +7,7 @@ import timm.optim
 import torch
 from torch import Tensor, nn
 
+from dvn_cli.errors import InputError
 from dvn_cli.graph.empty_init import empty_init
 from dvn_cli.graph.statistics import norm_parameters
 from dvn_cli.network import DeepVirtualNetwork
@@ -41,19 +42,28 @@ def _by_layer(keys: OptimizerKeys, partition: Partition) -> tuple[Mapping[str, f
     """The factor on the learning rate of the backbone's tensors, and which have weight decay, as timm has them.
 
     Layers are those of timm's `group_matcher`; of a backbone that has none they are twelve tensors each, as in timm.
+
+    Raises:
+        InputError: what the backbone says of that is not as timm has it.
     """
     if keys.layer_decay is None and keys.decay_norms:
         return {}, {}
     module: Any = empty_init(partition.spec.build)
     if not hasattr(module, "group_matcher"):
         module.pretrained_cfg = {"classifier": tuple(name.rpartition(".")[0] for name in partition.head)}
-    groups = timm.optim.param_groups_layer_decay(
-        module,
-        weight_decay=1.0,
-        no_weight_decay_list=() if keys.decay_norms else getattr(module, "no_weight_decay", tuple)(),
-        weight_decay_exclude_1d=not keys.decay_norms,
-        layer_decay=keys.layer_decay or 1.0,
-    )
+    given = () if keys.decay_norms else getattr(module, "no_weight_decay", ())
+    try:
+        groups = timm.optim.param_groups_layer_decay(
+            module,
+            weight_decay=1.0,
+            no_weight_decay_list=tuple(given() if callable(given) else given),
+            weight_decay_exclude_1d=not keys.decay_norms,
+            layer_decay=keys.layer_decay or 1.0,
+        )
+    except Exception as error:  # code of one's own
+        raise InputError(
+            f"{partition.spec.name}: group_matcher or no_weight_decay is not as timm has it: {error}"
+        ) from None
     names = {id(parameter): name for name, parameter in module.named_parameters()}
     each = [(names[id(parameter)], group) for group in groups for parameter in group["params"]]
     return {n: group["lr_scale"] for n, group in each}, {n: group["weight_decay"] > 0 for n, group in each}

@@ -6,8 +6,10 @@ import pytest
 import timm.optim
 import torch
 from pydantic import ValidationError
+from torch import nn
 
 import dvn_cli
+from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training.optimizer import load_state, make_optimizer, state_tensors
 from dvn_cli.training.recipe import OptimizerKeys
@@ -55,6 +57,32 @@ def test_layers_of_a_backbone_that_timm_has_not(wrn: DeepVirtualNetwork) -> None
     assert scales["fc.weight"] == scales["fc.bias"] == 1
     assert scales["conv1.weight"] == min(scales.values())
     assert len(set(scales.values())) > 2
+
+
+class Named(nn.Sequential):
+    """A backbone of one's own that names its tensors in its own ways."""
+
+    no_weight_decay = ("0.weight",)
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes)
+        )
+
+
+class Matched(Named):
+    def group_matcher(self) -> dict[str, str]:
+        return {}
+
+
+def test_what_a_backbone_of_ones_own_says_of_its_tensors() -> None:
+    """Names without decay may be an attribute; layers are said as timm has them, or that is one line."""
+    network = dvn_cli.divide("test_optimizer:Named", 2, num_classes=5, input_size=8)
+    decays = {name: decay for name, (_, decay) in groups_of(network, decay_norms=False).items()}
+    assert decays == {"0.weight": 0, "0.bias": 0, "4.weight": 0.3, "4.bias": 0}
+    network = dvn_cli.divide("test_optimizer:Matched", 2, num_classes=5, input_size=8)
+    with pytest.raises(InputError, match=r"test_optimizer:Matched: group_matcher or no_weight_decay .*: .* 'coarse'"):
+        groups_of(network, layer_decay=0.5)
 
 
 def test_norms_have_a_rate_of_their_own(vit: DeepVirtualNetwork, wrn: DeepVirtualNetwork) -> None:
