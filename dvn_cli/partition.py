@@ -199,6 +199,12 @@ class Partition:
         inside = tuple(f"{path}." for path in head(self.spec))
         return {name for name in self.shapes if name.startswith(inside)}
 
+    @functools.cached_property
+    def frozen(self) -> set[str]:
+        """Names of the parameters that the backbone's own code keeps as they are: its `requires_grad` is False."""
+        named = empty_init(self.spec.build).named_parameters(remove_duplicate=False)
+        return {name for name, parameter in named if not parameter.requires_grad} & self.parameters
+
     def graph(self, train: bool) -> Labelled:
         """The whole backbone's graph in one mode.
 

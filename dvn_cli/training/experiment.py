@@ -258,6 +258,9 @@ def prepare(
             teachers = file_teachers(recipe.taught_by, base, network, list(learnt), device)
         run = Run(recipe, network, learnt, device, before, teachers)
     check_batches(run)
+    if frozen := sorted(network.partition.frozen):
+        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
+        note(f"not trained, since the backbone's code has requires_grad=False on them: {', '.join(frozen[:3])}{more}")
     held = {student.task for stage in run.stages for student, _ in stage.distilled}
     for number in sorted(held - run.data.keys()) if recipe.sequential.replay else ():
         note(f"no images of task '{run.network.tasks[number - 1].name}' are replayed: the recipe has none")

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dvn_cli.errors import InputError
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.store.metadata import TaskLevel
 from dvn_cli.training.methods import Stage
@@ -47,7 +48,11 @@ class Freezing:
     """
 
     def __init__(self, network: DeepVirtualNetwork, stage: Stage) -> None:
-        """Sets `requires_grad` of every parameter."""
+        """Sets `requires_grad` of every parameter.
+
+        Raises:
+            InputError: the backbone's own code freezes all that the stage would train.
+        """
         used, before = elements(network, stage.trained), elements(network, stage.before)
         self.train_mode = {each for each in stage.trained if statistics(network, *each).isdisjoint(before)}
         self._frozen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -57,9 +62,19 @@ class Freezing:
             trainable = used.get(name, torch.zeros(tensor.shape, dtype=torch.bool))
             if stage.trainable == "new" and name in before:
                 trainable &= ~before[name]
+            if name.rpartition("/")[2] in network.partition.frozen:
+                trainable.zero_()
             tensor.requires_grad_(bool(trainable.any()))
             if trainable.any() and not trainable.all():
                 self._frozen.append((tensor, trainable.to(tensor.device), tensor.detach().clone()))
+        if not any(parameter.requires_grad for parameter in network.parameters()):
+            raise InputError(f"{network.partition.spec.name} has requires_grad=False on all that is to be trained")
+
+    def mask_gradients(self) -> None:
+        """Takes frozen elements out of gradients: norms of a tensor, or of all together, are of what is trained."""
+        for tensor, trainable, _ in self._frozen:
+            if tensor.grad is not None:
+                tensor.grad.mul_(trainable)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -239,6 +239,8 @@ class Run:
         self.stage = self.stages[place]
         self._start = ends[place] - self.stage.epochs
         self.network.zero_grad(set_to_none=True)
+        if self.stage.before:  # what a later stage draws depends on no earlier one, since that may be of another run
+            torch.manual_seed(self.recipe.seed + (2 * self.stage.tasks[0] + self.stage.warmup << 40))
         self.teacher = self._frozen_copy() if self.stage.distilled else None
         is_new = self.epochs_done == self._start and not self.steps_done
         if is_new and not (place and self.stages[place - 1].warmup):
@@ -321,7 +323,7 @@ class Run:
         return scores
 
     def _epoch(self, after_step: Callable[["Run", int], None]) -> list[list[float | None]]:
-        """One pass over the stage's largest task. Returns the mean loss of every network, by task and level."""
+        """One pass over the stage's task of most batches. Returns the mean loss of every network, by task and level."""
         recipe, stage, step = self.recipe, self.stage, self.step
         self.network.train()
         self._drawn = self._states_of_generators()
@@ -356,6 +358,7 @@ class Run:
             if number % check_every == 0 or number == steps:
                 self._check(step.totals, step.networks, number)
                 self.stop.agreed = bool(some_stop)
+            self.freezing.mask_gradients()
             if recipe.optimizer.clip_grad is not None:
                 torch.nn.utils.clip_grad_norm_(step.parameters, recipe.optimizer.clip_grad)
             self.optimizer.step()

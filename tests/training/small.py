@@ -114,3 +114,24 @@ def gathered(network: DeepVirtualNetwork, copies: Mapping[tuple[int, int], nn.Mo
                 place = torch.meshgrid(*indices(network, name, task, level), indexing="ij")
                 gradients[source][place] += parameter.grad
     return gradients
+
+
+class Dropping(nn.Sequential):
+    """A backbone of one's own, `small:Dropping`, that draws random numbers."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        layers = nn.Conv2d(in_chans, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Dropout(0.3)
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))
+
+
+class Frozen(Dropping):
+    """Its first layer and norm stay as they are."""
+
+    def __init__(self, num_classes: int, in_chans: int) -> None:
+        super().__init__(num_classes, in_chans)
+        for layer in (self[0], self[1]):
+            layer.requires_grad_(False)
+
+
+def all_frozen(num_classes: int, in_chans: int) -> nn.Module:
+    return Frozen(num_classes, in_chans).requires_grad_(False)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from dvn_cli.errors import InputError
 from dvn_cli.training.loop import Run, numbers
 from dvn_cli.training.losses import balancing
 
@@ -53,6 +54,38 @@ def test_gradients_are_accumulated_and_weighted(tmp_path: Path, monkeypatch: pyt
     expected = small.gathered(run.network, students)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_what_is_frozen_is_not_clipped_with(tmp_path: Path) -> None:
+    """A step of SGD at a rate of 1, clipped, moves what it trains by the largest norm of gradients, all together."""
+    words = ("optimizer={lr: 1, momentum: 0, weight_decay: 0, clip_grad: 0.01}", "schedule.name=constant")
+    run = small.session(tmp_path, "learning=sequential", "sequential.grow=true", "epochs=1", *words).run
+    seen: list[dict[str, torch.Tensor]] = []
+    run.run(small.nothing, lambda run, _: seen.append(small.copied(run.network)) if run.stage.before else None)
+    first, second = seen[:2]
+    parameters = [name for name in first if name.rpartition("/")[2] in run.network.partition.parameters]
+    moved = torch.stack([(second[name] - first[name]).norm() for name in parameters]).norm()
+    assert float(moved) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_what_the_backbones_code_freezes_is_not_trained(tmp_path: Path) -> None:
+    told: list[str] = []
+    session = small.session(tmp_path, "backbone.name=small:Frozen", note=told.append)
+    before = small.copied(session.run.network)
+    session.train(small.nothing, small.nothing)
+    parameters = session.run.network.partition.parameters
+    moved = {
+        name.rpartition("/")[2]
+        for name, tensor in session.run.network.file_tensors().items()
+        if not torch.equal(tensor, before[name])
+    }
+    assert parameters - moved == {"0.weight", "0.bias", "1.weight", "1.bias"}
+    assert (
+        "not trained, since the backbone's code has requires_grad=False on them: 0.bias, 0.weight, 1.bias and 1 more"
+        in told
+    )
+    with pytest.raises(InputError, match=r"small:all_frozen has requires_grad=False on all that is to be trained"):
+        small.session(tmp_path, "backbone.name=small:all_frozen", force=True)
 
 
 def test_balancing() -> None:
