@@ -58,7 +58,7 @@ class Stage:
         distilled: old tasks' networks, each with the network of before the stage whose outputs it learns to give.
         before: networks that were trained in an earlier stage.
         trainable: `all` that the trained networks have; or only what is `new`, in no network of before.
-        epochs: passes over the largest of the tasks.
+        epochs: passes over the task that has the most batches.
         warmup: whether it only prepares the next stage, at an even learning rate.
     """
 

@@ -71,7 +71,9 @@ class TaskKeys(Keys):
     batch_size: Annotated[Count, Field(le=10**6)] | None = Field(
         default=None, description="Images of this task in every step. By default the recipe's `batch_size`."
     )
-    weight: float = Field(default=1.0, gt=0, le=1e30, description="Factor on the losses of this task's networks.")
+    weight: float = Field(
+        default=1.0, gt=0, le=1e30, description="Factor on the losses that this task's networks learn it by."
+    )
     class_weights: Literal["none", "balanced"] = Field(
         default="none",
         description="balanced: the loss of an image counts by how rare its class is among the training images, so that "
@@ -292,8 +294,8 @@ class Recipe(Keys):
     )
     epochs: Count = Field(
         default=200,
-        description="Passes over the training images of the task that has the most; with sequential learning, over "
-        "each task's own.",
+        description="Passes over the training images of the task that has the most batches; with sequential learning, "
+        "over each task's own.",
     )
     batch_size: Count = Field(
         default=128, le=10**6, description="Images of each task in every batch, of all processes."

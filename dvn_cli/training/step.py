@@ -157,6 +157,7 @@ class Step:
                 if teacher is not None and teacher not in soft_targets:
                     with torch.no_grad():
                         soft_targets[teacher] = self._outputs(teacher, images).float()
+            own = self.task_weights.get(student.task, 1.0)
             if teacher is None:
                 loss = F.cross_entropy(
                     logits,
@@ -164,15 +165,15 @@ class Step:
                     self.class_weights.get(student.task),
                     label_smoothing=recipe.label_smoothing,
                 )
-                loss = weighted = loss * given.shares.get(student.task, 1.0)
+                weighted = own * (loss := loss * given.shares.get(student.task, 1.0))
             elif student in distilled:
                 keys = recipe.sequential
                 loss = distillation(logits, soft_targets[teacher], keys.temperature, keys.squared_temperature)
                 weighted = keys.weight * loss
             else:
-                loss = weighted = distillation(logits, soft_targets[teacher], 1.0)
+                weighted = own * (loss := distillation(logits, soft_targets[teacher], 1.0))
             # Backward at once: no more than one network's activations are ever held.
-            (weight * self.task_weights.get(student.task, 1.0) * weighted).backward()
+            (weight * weighted).backward()
             self.totals[self.networks.index(student)] += loss.detach()
             if student not in distilled:
                 soft_targets[student] = logits.detach()

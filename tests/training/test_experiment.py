@@ -21,7 +21,7 @@ from dvn_cli.store.slicing import slice_file
 from dvn_cli.training.experiment import prepare
 from dvn_cli.training.session import Session
 
-LOW = {"name": "low", "data": small.data(classes="0-4", augment="crop", pad=1)}
+LOW = {"name": "low", "weight": 3, "data": small.data(classes="0-4", augment="crop", pad=1)}
 HIGH = {"name": "high", "data": small.data(classes="5-9", augment="crop", pad=1)}
 MIDDLE = {"name": "middle", "data": small.data(classes="3-7")}
 ALL = {"name": "all", "data": small.data()}
@@ -71,15 +71,16 @@ GROW = "sequential={old: distilled, grow: true, warmup_epochs: 1}"
         (["method=lwf"], []),
         (["method=feature_extraction"], []),
         (["method=da_cnn"], []),
+        ([SEQUENTIAL, GROW, "backbone.name=small:Dropping"], ["levels=[1]"]),
     ],
-    ids=["dvn", "growing", "frozen", "nestednet", "packnet", "lwf", "feature_extraction", "da_cnn"],
+    ids=["dvn", "growing", "frozen", "nestednet", "packnet", "lwf", "feature_extraction", "da_cnn", "dropout"],
 )
 def test_as_if_both_tasks_had_been_there(tmp_path: Path, words: list[str], of_the_first: list[str]) -> None:
     """To the bit, the losses too; the file that it started from is what it was."""
     whole = small.trained(tmp_path, *words, tasks=[LOW, HIGH]).run
     path = first(tmp_path / "first", *words, *of_the_first)
     before = path.read_bytes()
-    session = added(tmp_path / "second", path, *words)
+    session = added(tmp_path / "second", path, *(word for word in words if not word.startswith("backbone")))
     session.train(small.nothing, small.nothing)
     run = session.run
     assert path.read_bytes() == before

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dvn_cli.network import VirtualNetwork
 from dvn_cli.store.metadata import TaskLevel
+from dvn_cli.training.freezing import elements
 from dvn_cli.training.loop import Run
 
 GROW = ["learning=sequential", "sequential={old: distilled, grow: true}"]
@@ -85,7 +86,7 @@ class SecondStep:
             {(1, 1): (1, 1), (1, 2): (1, 2)},
         ),
         (
-            ["learning=sequential", "sequential.replay=8"],
+            ["learning=sequential", "sequential.replay=8", "tasks.0.weight=5"],
             2,
             {(2, 1), (2, 2)},
             {},
@@ -137,6 +138,9 @@ def test_gradients(
             loss = F.cross_entropy(logits, small.labels_of(images[network], run.data[network[0]]))
         (weight * loss).backward()
     expected = small.gathered(run.network, {network: students[network] for network in trained})
+    if run.stage.trainable == "new":  # what an old network has too is frozen
+        for name, old in elements(run.network, run.stage.before).items():
+            expected[name] = expected[name] * ~old if name in expected else expected.get(name)
     for name, gradient in seen.gradients.items():
         assert gradient.abs().max() > 0, name
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6, msg=name)
