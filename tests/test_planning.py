@@ -184,6 +184,8 @@ def test_the_plan_is_printed_and_with_an_output_written() -> None:
     assert [(cut["task"], cut["level"], cut["top1"]) for cut in manifest["slices"]] == [(1, 1, 50), (2, 2, 80)]
     shown = CliRunner().invoke(app, ["slice", "--plan", "--budget", "1MB", "--results", "eval.json"]).stdout
     assert "nothing is written" in shown
+    told = CliRunner().invoke(app, ["slice", "--plan", "--budget", "1MB", "--results", "eval.json", "--dtype", "bf16"])
+    assert told.stderr == "the plan counts what networks weigh in fp32: files in bf16 are smaller\n"
     assert "85.0 %" in shown
     assert "90.0 % (89.0-91.0)" in shown
 

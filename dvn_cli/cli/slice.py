@@ -141,6 +141,8 @@ def slice_command(
         if budget_bytes is None:
             raise InputError("--plan needs --budget, such as 20MB")
         most = budget.amount("bytes", budget_bytes, "--budget")
+        if form.dtype != "fp32":
+            note(f"the plan counts what networks weigh in fp32: files in {form.dtype} are smaller")
         planned = planning.plan(read_checkpoint(checkpoint), most, _weights(weights or []), results or [])
         if not as_json:
             _show_plan(checkpoint, planned, most, written=output is not None)
@@ -201,16 +203,20 @@ def _accuracies(
     checkpoint: Path, cuts: Sequence[export.SliceFile], file_format: str, data: list[str], note: Callable[[str], None]
 ) -> dict[tuple[int, int], tuple[float, float]]:
     """Top-1 in per cent on the test images, before and after, by task and level; not of tasks of other classes."""
-    from dvn_cli.evaluation.measure import evaluate
+    from dvn_cli.data.words import parse_data
+    from dvn_cli.device import choose
+    from dvn_cli.evaluation.measure import open_files
 
     if file_format != budget.PLAIN:
         return _accuracies_of_files(checkpoint, cuts, file_format, data, note)
     found = {}
+    images = parse_data(data, flat=True)
     for task in dict.fromkeys(cut.task for cut in cuts):
         own = [cut for cut in cuts if cut.task == task]
         level = own[0].level if len(own) == 1 else None
         try:
-            rows = evaluate([checkpoint, *(cut.file for cut in own)], f"number:{task}", level, data=data)
+            loaded = open_files([checkpoint, *(cut.file for cut in own)], f"number:{task}", level, *images)
+            rows = [row for each in loaded for row in each.evaluate(256, choose("auto"))]
         except InputError as error:
             note(f"accuracy is not measured: {error}")
             continue
@@ -232,7 +238,7 @@ def _accuracies_of_files(
     found = {}
     for task in dict.fromkeys(cut.task for cut in cuts):
         try:
-            [loaded] = open_files([checkpoint], f"number:{task}", None, *parse_data(data, note), note)
+            [loaded] = open_files([checkpoint], f"number:{task}", None, *parse_data(data, flat=True))
         except InputError as error:
             note(f"accuracy is not measured: {error}")
             continue

@@ -59,7 +59,7 @@ def folder(request: Request, part: Part) -> Listing | None:
         return _files_by_class(root, ".", _class_folders(root), part)
     if part == "validation" and not set(request.splits(part)) & set(folders):
         return None
-    if part != "validation" and request.test_split is None and _is_flat(root, folders):
+    if part != "validation" and request.test_split is None and is_flat(root):
         return _flat_folder(root, part)
     train_split = next((name for name in TRAIN_SPLITS if name in folders), None)  # else there are test images alone
     try:
@@ -89,8 +89,9 @@ def unsplit(request: Request) -> Listing:
     return listing
 
 
-def _is_flat(root: Path, folders: Sequence[str]) -> bool:
-    """Whether folders are classes; not where some, or what is in them, are called as splits are."""
+def is_flat(root: Path) -> bool:
+    """Whether a folder's folders are classes; not where some, or what is in them, are called as splits are."""
+    folders = subfolders(root)
     first_words = {re.split(r"[^a-z]", name.casefold())[0] for name in folders}
     in_them = (below for name in folders for below in subfolders(root / name))
     return (

@@ -1,5 +1,6 @@
 """Batches of images that are read by worker processes while others are used."""
 
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -88,6 +89,7 @@ def stream(
                     multiprocessing_context="fork" if workers else None,
                     pin_memory=torch.device(device).type == "cuda",
                     generator=torch.Generator(),  # not the one that dropout draws from
+                    worker_init_fn=_outlive_sigterm,
                 )
             )
         for result in results:
@@ -104,3 +106,11 @@ def stream(
             f"a process that reads images of {pool.request} was ended by the system, as for want of memory: set fewer "
             "workers or a smaller batch_size"
         ) from error
+
+
+def _outlive_sigterm(_: int) -> None:
+    """Lets the main process end the step: `timeout` and batch systems send SIGTERM to all processes of a command.
+
+    A worker whose main process is gone ends by itself, as torch has it.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

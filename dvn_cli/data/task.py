@@ -135,6 +135,10 @@ class Reader:
                 images.
             DvnError: It cannot be downloaded.
         """
+        if spec.crop_pct is None and spec.crop_mode not in (None, "squash"):
+            raise InputError(f"crop_mode {spec.crop_mode} needs crop_pct, such as 1.0: without it nothing is cropped")
+        if spec.crop_mode == "border" and spec.mean is None:
+            raise InputError("crop_mode border fills what is missing with the mean: give mean and std too")
         request, transform = Request.of(spec, channels, base), ResizedCrop.of(spec)
         source = self._listing(request, "train")
         selection = select(spec, source.class_names)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dvn_cli.data.folders import subfolders
+from dvn_cli.data.folders import is_flat, subfolders
 from dvn_cli.data.listing import TEST_SPLITS
 from dvn_cli.data.parquet import parquet_files
 from dvn_cli.data.spec import DataSpec
@@ -60,7 +60,8 @@ def parse_data(
 
     Args:
         note: is told, in a line, of what kind a folder is.
-        flat: whether a folder may hold images alone, without folders of classes.
+        flat: whether a folder may hold images alone, and one of classes without splits is split as for training: its
+            images are not all to test on.
 
     Raises:
         InputError: no such folder or file, nothing known in it, or an unknown key or value.
@@ -101,7 +102,8 @@ def _folder(path: Path, flat: bool) -> dict[str, Any]:
     folders = set(subfolders(path))
     if not folders and not flat:
         raise InputError(f"--data {path}: there are neither parquet files in it nor folders of classes")
-    return {"source": "folder", "path": str(path)} | ({} if folders & set(TEST_SPLITS) else {"test_split": "."})
+    is_split = folders & set(TEST_SPLITS) or (flat and is_flat(path))
+    return {"source": "folder", "path": str(path)} | ({} if is_split else {"test_split": "."})
 
 
 def _yaml(path: Path) -> dict[str, Any]:

@@ -274,7 +274,7 @@ def _tasks(
     method, tasks = METHODS[recipe.method], list(known)
     for place, (keys, images) in enumerate(zip(recipe.tasks, data, strict=True)):
         number, count = len(tasks) + 1, len(known) + len(data)
-        order, levels = _order_and_levels(recipe, place, tasks, partition.units, note)
+        order, levels = _order_and_levels(recipe, place, tasks, partition, note)
         try:
             partition.check_images(images.input_size)
         except InputError as error:
@@ -302,10 +302,11 @@ def _tasks(
 
 
 def _order_and_levels(
-    recipe: Recipe, place: int, earlier: Sequence[Task], units: int, note: Note
+    recipe: Recipe, place: int, earlier: Sequence[Task], partition: Partition, note: Note
 ) -> tuple[list[int], list[int]]:
     """The order of units of one of the recipe's tasks, and its levels, of which the method may take some."""
     method, keys, used = METHODS[recipe.method], recipe.tasks[place], used_units(earlier, task_levels(earlier))
+    units = partition.units
     is_open = method.old == "any" and not together(method, recipe.learning == "sequential")
     freezes = is_open and old_networks(method, recipe.sequential.old, used, units) == "frozen"
     order = list(range(1, units + 1))
@@ -316,6 +317,11 @@ def _order_and_levels(
     elif method.order == recipe.orders == "paper":
         beside = freezes and len(used) < units
         order = order_beside(used, units) if beside else paper_order(len(earlier) + 1, units)
+        if order[0] > 1 and partition.rule.assign == "sorted" and not beside:
+            note(
+                f"task '{keys.name}' begins with unit {order[0]}, and unit 1 has the best channels (assign sorted): "
+                "orders=shared begins with that"
+            )
     if sorted(order) != list(range(1, units + 1)):
         raise InputError(f"tasks.{place}.order: name each of the units 1 to {units} once, not {order}")
     room = units  # units that are there when the task comes: with frozen ones those, and one of its own

@@ -147,6 +147,7 @@ def test_names_indices_and_ranges(source, written, chosen, tmp_path):
     ("source", "written", "told"),
     [
         (ANIMALS, "[ant, bea]", "no class 'bea'; did you mean 'bee'?; there are 4: ant, bee, cat, dog"),
+        (("a", "H\u00fcndin"), '["Hu\u0308ndin"]', "there is one that looks the same, of other Unicode characters"),
         (ANIMALS, "[ant, '2']", "no class '2'; without quotes it is the index of 'cat'; there are 4"),
         (ANIMALS, "[0, 02]", "no class '02'; there are 4"),
         (ANIMALS, "2-4", "no classes '2-4': they are numbered 0 to 3"),

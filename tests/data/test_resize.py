@@ -10,9 +10,10 @@ from PIL import Image
 from pydantic import ValidationError
 from timm.data import create_transform
 
-from dvn_cli.data import DataSpec
+from dvn_cli.data import DataSpec, load_task
 from dvn_cli.data.resize import Resize
 from dvn_cli.data.spec import CropMode, Interpolation
+from dvn_cli.errors import InputError
 
 SIZES = st.tuples(st.integers(8, 40), st.integers(8, 40))
 
@@ -69,6 +70,19 @@ def test_what_a_tasks_data_says() -> None:
 def test_what_says_nothing_is_refused(keys: dict, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         DataSpec(source="digits", **keys)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"crop_mode": "center"}, "crop_mode center needs crop_pct, such as 1.0"),
+        ({"crop_mode": "border", "crop_pct": 1.0}, "border fills what is missing with the mean: give mean and std too"),
+    ],
+)
+def test_a_crop_that_lacks_what_it_goes_by_is_refused(keys: dict, message: str) -> None:
+    """Weights may bring it, so it is told when a task is read."""
+    with pytest.raises(InputError, match=message):
+        load_task(DataSpec(source="digits", size=8, **keys))
 
 
 @pytest.mark.parametrize("interpolation", get_args(Interpolation))

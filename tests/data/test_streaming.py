@@ -178,6 +178,19 @@ def test_a_worker_that_is_killed_is_one_line(photographs, monkeypatch):
         passes(data)
 
 
+def test_workers_leave_sigterm_to_the_main_process(photographs, monkeypatch):
+    """`timeout` and batch systems send it to both; the step that is under way still gets its images."""
+    data = load_task(spec(photographs, load="stream", workers=1))
+    expected, decoded = passes(data), Pool.decoded
+
+    def after_sigterm(*given):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return decoded(*given)
+
+    monkeypatch.setattr(Pool, "decoded", after_sigterm)
+    assert_same(passes(data), expected)
+
+
 def test_small_sets_are_kept_and_larger_ones_streamed(photographs, monkeypatch):
     assert isinstance(load_task(spec(photographs)).train.pool, torch.Tensor)
     monkeypatch.setattr(pool, "RESIDENT", 10 * 3 * 16 * 16)

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,27 @@ def test_images_without_labels(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert err.count("accuracy is not measured: ") == 2
     slice_file(read_checkpoint("dvn.safetensors"), 1, 2, "top.safetensors")
     assert Path("dvn-slices/dvn-task1-level2.safetensors").read_bytes() == Path("top.safetensors").read_bytes()
+
+
+def test_classes_without_splits_are_fitted_and_measured_as_training_splits_them(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On four fifths and on the other fifth."""
+    for label in range(10):
+        Path(f"photos/class{label}").mkdir(parents=True)
+        for number in range(5):
+            Image.effect_noise((20, 20), 10 + 20 * label).save(f"photos/class{label}/{number}.png")
+    classes = [f"class{label}" for label in range(10)]
+    network = dvn_cli.load("dvn.safetensors")
+    tasks = [replace(task, classes=tuple(classes)) for task in network.tasks]  # type: ignore[union-attr]
+    DeepVirtualNetwork(network.partition, tasks, network.file_tensors()).save("dvn.safetensors")  # type: ignore
+    command = ("--task", 1, "--level", 1, "--calibrate", "photos", "-o", "fitted.safetensors", "--json")
+    assert dvn(monkeypatch, *command) == 0
+    fitted = json.loads(capsys.readouterr().out)["slices"][0]["calibration"]
+    assert fitted["images"] == 40
+    data = ["source=folder", "path=photos"]
+    before, after = dvn_cli.evaluate(["dvn.safetensors", "fitted.safetensors"], 1, 1, data=data)
+    assert (before.images, before.top1, after.top1) == (10, fitted["top1_before"], fitted["top1_after"])
 
 
 def test_a_calibrated_file_of_another_format(
