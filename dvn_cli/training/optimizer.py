@@ -16,10 +16,16 @@ from dvn_cli.training.recipe import OptimizerKeys
 
 
 def make_optimizer(keys: OptimizerKeys, network: DeepVirtualNetwork) -> torch.optim.Optimizer:
-    """Returns the optimizer of a recipe, whose groups have an `lr_scale`: a factor on their learning rate."""
+    """Returns the optimizer of a recipe, whose groups have an `lr_scale`: a factor on their learning rate.
+
+    Raises:
+        InputError: the recipe or the backbone says something of tensors that are not there.
+    """
     own = {id(tensor): name.rpartition("/")[2] for name, tensor in network.file_tensors().items()}
     scales, decays = _by_layer(keys, network.partition)
     norms = set() if keys.norm_lr_factor == 1 else norm_parameters(network.partition.graph(train=True).traced)
+    if keys.norm_lr_factor != 1 and not norms:
+        raise InputError(f"optimizer.norm_lr_factor: {network.partition.spec.name} has no norm with weights")
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in network.parameters():
         if parameter.requires_grad:

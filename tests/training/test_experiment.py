@@ -181,6 +181,15 @@ def test_what_is_shipped_stays_what_it_is(
     assert all(loss is not None for of_levels in losses for loss in of_levels)
 
 
+def test_an_order_that_begins_with_lesser_channels_is_said(tmp_path: Path) -> None:
+    """Units are not equally strong where the best channels are in the first one."""
+    told: dict[str, list[str]] = {"orders=paper": [], "orders=shared": []}
+    for orders, notes in told.items():
+        small.session(tmp_path, "assign=sorted", orders, note=notes.append)
+    line = "task 'all' begins with unit 2, and unit 1 has the best channels (assign sorted): orders=shared begins with "
+    assert told["orders=paper"] == [f"{line}that", *told["orders=shared"]]
+
+
 def test_no_unit_is_free(tmp_path: Path) -> None:
     """Then the old networks learn by distillation, and that is said; or the new task has no unit of its own."""
     path = first(tmp_path / "first")
