@@ -194,10 +194,13 @@ class Partition:
         return self.assignment.units
 
     @functools.cached_property
-    def head(self) -> set[str]:
-        """Names of the tensors that map features to classes: the classifier's and those of hidden layers before it."""
+    def head(self) -> tuple[str, ...]:
+        """Names of the tensors that map features to classes: the classifier's and those of hidden layers before it.
+
+        In the order of the backbone, as optimizers count them when a run is resumed in another process.
+        """
         inside = tuple(f"{path}." for path in head(self.spec))
-        return {name for name in self.shapes if name.startswith(inside)}
+        return tuple(name for name in self.shapes if name.startswith(inside))
 
     @functools.cached_property
     def frozen(self) -> set[str]:

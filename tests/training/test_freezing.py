@@ -194,3 +194,13 @@ def test_norms_without_running_statistics(tmp_path: Path) -> None:
     run = small.session(tmp_path, *words, f"optimizer={OPTIMIZERS['adamw']}").run
     assert any("norm" in name for name in run.network.file_tensors() if name.startswith("shared/"))
     check(run, CASES["packnet"][1])
+
+
+@pytest.mark.parametrize("method", ["da_cnn", "lwf"])
+def test_what_a_network_owns_is_in_the_backbones_order(tmp_path: Path, method: str) -> None:
+    """The same in every process: by their places an optimizer knows its parameters when a run is resumed."""
+    network = small.session(tmp_path, f"method={method}", "epochs=1").run.network
+    for task, level in network:
+        start = f"task/{task}/level/{level}/"
+        names = [name.removeprefix(start) for name in network.file_tensors() if name.startswith(start)]
+        assert names == [name for name in network.partition.shapes if name in names]
