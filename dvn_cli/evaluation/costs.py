@@ -9,7 +9,7 @@ from typing import Any
 from dvn_cli import report
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import LARGEST_RECORD, read_bytes, stem
-from dvn_cli.store.schema import dumps, loads, parse
+from dvn_cli.store.schema import check_version, dumps, loads, parse
 
 SCHEMA_VERSION = 1
 """Of the document of `dvn bench --json`, which `bench.schema.json` describes; it rises when a key goes or changes."""
@@ -92,13 +92,22 @@ def read(path: str | os.PathLike[str]) -> Costs:
     """Reads a document of `dvn bench --json`.
 
     Raises:
-        InputError: it is missing, or no such document.
+        InputError: it is missing, no such document, or one of a newer dvn.
     """
     raw = read_bytes(path, LARGEST_RECORD)
     try:
-        return parse(Costs, loads(raw))
-    except (InputError, ValueError) as error:
-        raise InputError(f"'{path}' is no document of `dvn bench --json` of this version: {error}") from None
+        content = loads(raw)
+    except ValueError as error:
+        raise _no_document(path, error) from None
+    check_version(path, content, SCHEMA_VERSION)
+    try:
+        return parse(Costs, content)
+    except InputError as error:
+        raise _no_document(path, error) from None
+
+
+def _no_document(path: str | os.PathLike[str], error: Exception) -> InputError:
+    return InputError(f"'{path}' is no document of `dvn bench --json` of this version: {error}")
 
 
 def compare(before: Costs, document: Mapping[str, Any]) -> list[Comparison]:

@@ -123,6 +123,8 @@ def test_the_weakest_classes_are_counted(dvn, made):
      "--slices is of another checkpoint: its task 'colours', level 1 is not here"),
     (["--costs", "other_costs.json", "--report", "p.html"],
      "--costs is of another checkpoint: its task 'colours', level 1 is not here"),
+    (["--costs", "newer_costs.json", "--report", "p.html"],
+     "'newer_costs.json' has schema_version 2, this dvn reads up to 1: update dvn"),
     (["--report", "no/p.html"], "cannot write 'no/p.html': there is no folder '"),
 ])  # fmt: skip
 def test_what_is_no_report(dvn, made, monkeypatch, arguments, message):
@@ -135,6 +137,7 @@ def test_what_is_no_report(dvn, made, monkeypatch, arguments, message):
         "results": [network | {"file": "other.safetensors", "macs": 1, "latency_ms": {"p50": 1}}],
     }
     (made / "other_costs.json").write_text(json.dumps(machine | costs))
+    (made / "newer_costs.json").write_text(json.dumps({"schema_version": 2, "networks": []}))
     code, out, err = dvn(*arguments)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"dvn: {message}")
