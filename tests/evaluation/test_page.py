@@ -104,6 +104,12 @@ def test_a_checkpoint_as_a_page(dvn, made):
     assert dvn("--report", "page.html", "--costs", "costs.json", *sizes)[0] == 0
     assert (made / "page.html").read_bytes() == before
 
+    assert dvn("--report", "page.html", "--costs", "costs.json", "--task", "colours", "--level", "1")[0] == 0
+    page = Page(made / "page.html")
+    assert sum(tag == "figure" and "role" in attributes for tag, attributes in page.attributes) == 1
+    for form in ("", " as <pt2>"):
+        assert f"The costs hold no latency{form} of these networks." in page.text
+
 
 def test_the_weakest_classes_are_counted(dvn, made):
     (row,) = results(dvn("--json", "--task", "colours", "--level", "2", "--report", "page.html"))
