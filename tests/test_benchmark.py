@@ -306,7 +306,10 @@ def test_against_a_baseline(
     (folder / "before.json").write_text(json.dumps(before))
     code, out, err = typed("--baseline", "before.json")
     assert code == 1
-    assert err == "dvn: task 'a', level 1: params 11 -> 10, macs 6 -> 7 (2 of 2 networks are not the baseline's)\n"
+    assert err.splitlines() == [
+        "task 'a', level 2 is not in the baseline",
+        "dvn: task 'a', level 1: params 11 -> 10, macs 6 -> 7 (2 of 2 networks are not the baseline's)",
+    ]
     assert [line.split() for line in out.splitlines()[-2:]] == [
         ["a", "1", "-1", "same", "+1", "-"],
         ["a", "2", "pt2", "gone", "gone", "gone", "-"],
@@ -315,6 +318,55 @@ def test_against_a_baseline(
     (folder / "before.json").write_text(json.dumps(before))
     message = "dvn: 'before.json' is no document of `dvn bench --json` of this version: 'host' is missing\n"
     assert typed("--baseline", "before.json") == (2, "", message)
+
+
+def test_what_is_asked_for_is_compared_with_a_baseline_of_all(
+    folder: Path, typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        benchmark.Measurement("dvn.safetensors", task, name, level, (1,), 9, 40, 1.0, 7, (0.5,), None, None)
+        for task, name in ((1, "a"), (2, "b"))
+        for level in (1, 2)
+    ]
+
+    def bench(_files: object, task: str | None, level: int | None, **more: object) -> list[benchmark.Measurement]:
+        tasks = ("1", "2", "a", "b") if more["every"] else (task or "1",)
+        return [row for row in rows if {row.name, str(row.task)} & {*tasks} and level in (None, row.level)]
+
+    def compared(*arguments: object) -> list[tuple[str, int]]:
+        code, out, err = typed(*arguments, "--baseline", "all.json", "--json")
+        assert code == 0, err
+        assert err == ("" if "--all" in arguments else unasked.format("a" if "b" in arguments else "b"))
+        return [(row["name"], row["level"]) for row in json.loads(out)["baseline"]]
+
+    unasked = "no network of task '{}' is measured: what the baseline has of it is not compared\n"
+    monkeypatch.setattr(benchmark, "bench", bench)
+    assert typed("--all", "--results-file", "all.json")[0] == 0
+    assert compared("--all") == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]
+    assert compared("--task", "b") == [("b", 1), ("b", 2)]
+    assert compared() == [("a", 1), ("a", 2)]
+    assert compared("--level", 1) == [("a", 1)]
+    assert compared("--level", 2, "--all") == [("a", 2), ("b", 2)]
+
+    document = json.loads((folder / "all.json").read_text())
+    (folder / "newer.json").write_text(json.dumps(document | {"schema_version": 2}))
+    message = "dvn: 'newer.json' has schema_version 2, this dvn reads up to 1: update dvn\n"
+    assert typed("--all", "--baseline", "newer.json") == (2, "", message)
+    lacking = document | {"results": [row for row in document["results"] if (row["name"], row["level"]) != ("b", 2)]}
+    (folder / "lacking.json").write_text(json.dumps(lacking))
+    code, _, err = typed("--all", "--baseline", "lacking.json")
+    assert (code, err) == (0, "task 'b', level 2 is not in the baseline\n")
+    assert typed("--task", "b", "--level", 2, "--baseline", "lacking.json")[0] == 2
+    (folder / "empty.json").write_text(json.dumps(document | {"results": []}))
+    message = "dvn: 'empty.json' is of no network: nothing would be compared\n"
+    assert typed("--all", "--baseline", "empty.json") == (2, "", message)
+    for row in document["results"]:
+        row["name"] += "2"
+    (folder / "others.json").write_text(json.dumps(document))
+    code, out, err = typed("--all", "--baseline", "others.json")
+    assert code == 2
+    assert "p50" in out
+    assert err.splitlines()[-1] == "dvn: none of the networks that were measured is in the baseline"
 
 
 def test_files_tell_networks_apart_that_are_of_one_task_and_level(

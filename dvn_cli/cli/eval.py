@@ -172,6 +172,7 @@ def eval_command(
             typer.echo(json.dumps(results, indent=2))
         else:
             classes = rendering.class_tables(rows) if per_class else []
-            report.show(report.console(), *rendering.result_tables(rows), *classes, *rendering.check_tables(gate))
+            checks = rendering.check_tables(rows, gate)
+            report.show(report.console(), *rendering.result_tables(rows), *classes, *checks)
     gate.raise_for_verdict()
     judge.save(rows)

@@ -108,10 +108,10 @@ class _Names:
             self.places.setdefault(name, []).append(place)
         self.of_value: dict[float, str] = {}
         for name in self.places:
-            value = _value(name)
+            value = number_in(name)
             if value is not None:
                 self.of_value.setdefault(value, name)
-        self.all_numbers = all(_value(name) is not None for name in self.places)
+        self.all_numbers = all(number_in(name) is not None for name in self.places)
         self.has_ranges = any(_RANGE.fullmatch(name) for name in self.places)
 
     def find(self, asked: int | str | Sequence[int | str], absent: Collection[str]) -> list[tuple[str, int | None]]:
@@ -185,7 +185,7 @@ class _Names:
         return f"there are {len(self.names)}: {shown}"
 
     def _no_class(self, text: str) -> InputError:
-        value = _value(text)
+        value = number_in(text)
         hint = did_you_mean(text, self.places) if value is None else ""
         if value is not None and value in self.of_value:
             hint = f"; did you mean '{self.of_value[value]}'?"
@@ -208,7 +208,7 @@ def _item(number: int, width: int) -> int | str:
     return f"{number:0{width}}" if width else number
 
 
-def _value(name: str) -> float | None:
+def number_in(name: str) -> float | None:
     """The number that a name is, however it is written; None of other names."""
     for read in (int, float, lambda text: int(text, 0)):
         with contextlib.suppress(ValueError):

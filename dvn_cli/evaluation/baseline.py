@@ -180,33 +180,51 @@ def compare(
         task, level: only networks of these are asked for.
 
     Raises:
-        InputError: `task` is the number of one task of the baseline and the name of another.
+        InputError: as `asked_for`.
     """
     evaluated: dict[tuple[str, int], list[tuple[Evaluation, Task, Split, Loaded]]] = {}
     for one in _evaluated(loaded, rows):
         evaluated.setdefault((one[0].name, one[0].level), []).append(one)
-    named = [(entry.number, entry.name) for entry in baseline.tasks]
-    asked = named if task is None else matching_tasks(named, task)
     title, digests = f"change >= {-tolerance:g}", Digests()
     checks = []
-    for entry in baseline.tasks:
-        for network in entry.networks:
-            if (entry.number, entry.name) not in asked or level not in (None, network.level):
-                continue
-            found = evaluated.get((entry.name, network.level), [])
-            for row, now, split, opened in found:
-                key = Named(row.task, row.name, row.level)
-                other = _difference(baseline, entry, row.images, now, split, digests)
-                if other is not None:
-                    checks.append(Check("baseline", key, row.file, title, other, "failed"))
-                else:
-                    before, after = network.bits(entry.images), _right(row)
-                    same = (before == after).all() and network.sha256 == opened.sha256(row.task, row.level)
-                    checks.append(_paired(key, row, title, tolerance, before, after, bool(same)))
-            if not found:
-                key, gone = Named(entry.number, entry.name, network.level), "it is gone: the baseline has it"
-                checks.append(Check("baseline", key, None, title, gone, "failed"))
+    for entry, network in asked_for(baseline, task, level):
+        found = evaluated.get((entry.name, network.level), [])
+        for row, now, split, opened in found:
+            key = Named(row.task, row.name, row.level)
+            other = _difference(baseline, entry, row.images, now, split, digests)
+            if other is not None:
+                checks.append(Check("baseline", key, row.file, title, other, "failed"))
+            else:
+                before, after = network.bits(entry.images), _right(row)
+                same = (before == after).all() and network.sha256 == opened.sha256(row.task, row.level)
+                checks.append(_paired(key, row, title, tolerance, before, after, bool(same)))
+        if not found:
+            key, gone = Named(entry.number, entry.name, network.level), "it is gone: the baseline has it"
+            checks.append(Check("baseline", key, None, title, gone, "failed"))
     return checks
+
+
+def asked_for(
+    baseline: Baseline, task: str | None = None, level: int | None = None
+) -> list[tuple[BaselineTask, BaselineNetwork]]:
+    """Returns the networks of a baseline that have a task, by its name or number there, and a level; all by default.
+
+    Raises:
+        InputError: nothing would be compared, or `task` is the number of one task and the name of another.
+    """
+    named = [(entry.number, entry.name) for entry in baseline.tasks]
+    asked = named if task is None else matching_tasks(named, task)
+    found = [
+        (entry, network)
+        for entry in baseline.tasks
+        for network in entry.networks
+        if (entry.number, entry.name) in asked and level in (None, network.level)
+    ]
+    if not found:
+        parts = [f"task '{task}'"] * (task is not None) + [f"level {level}"] * (level is not None)
+        of = f" of {', '.join(parts)}" if parts else ""
+        raise InputError(f"the baseline has no network{of}: nothing would be compared")
+    return found
 
 
 def decide(interval: tuple[float, float], tolerance: float) -> Verdict:

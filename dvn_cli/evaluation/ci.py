@@ -66,23 +66,25 @@ def _xml(text: str) -> str:
 
 
 def markdown(rows: Sequence[Evaluation], gate: Gate) -> str:
-    """Returns a summary in Markdown: a row for each network."""
+    """Returns a summary in Markdown: a row for each network, with its file where there are several."""
     measured = {(Named(row.task, row.name, row.level), row.file): row for row in rows}
+    several = len({row.file for row in rows}) > 1
     lines = [
         f"### dvn eval: {gate.in_words}",
         "",
-        "| task | level | parameters | top-1 in % | 95 % CI | images | checks |",
-        "|---|--:|--:|--:|--:|--:|---|",
+        "| file " * several + "| task | level | parameters | top-1 in % | 95 % CI | images | checks |",
+        "|---" * several + "|---|--:|--:|--:|--:|--:|---|",
     ]
     for key, checks in _cases(rows, gate).items():
-        network, row = key[0], measured.get(key)
+        (network, file), row = key, measured.get(key)
         figures = ["", "", "", ""]
         if row is not None:
             figures = [report.short(row.params), f"{row.top1:.2f}", report.limits(row.interval), f"{row.images:,}"]
         told = "<br>".join(
             f"{_SIGNS[check.verdict]} {_markdown(f'{check.verdict}: {check.asked}; {check.found}')}" for check in checks
         )
-        cells = [_markdown(f"{network.task} {network.name}"), str(network.level), *figures, told]
+        files = [_markdown(file or "")] * several
+        cells = [*files, _markdown(f"{network.task} {network.name}"), str(network.level), *figures, told]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

@@ -9,7 +9,7 @@ from typing import Any
 from dvn_cli import report
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import LARGEST_RECORD, read_bytes, stem
-from dvn_cli.store.schema import dumps, loads, parse
+from dvn_cli.store.schema import check_version, dumps, loads, parse
 
 SCHEMA_VERSION = 1
 """Of the document of `dvn bench --json`, which `bench.schema.json` describes; it rises when a key goes or changes."""
@@ -33,6 +33,11 @@ class NetworkCost:
     def key(self, by_file: bool = False) -> tuple[str, int, str | None, str | None]:
         """What tells it from the others of its document."""
         return self.name, self.level, self.format, self.file if by_file else None
+
+    def where(self, by_file: bool) -> str:
+        """The same in words."""
+        form = f" as {self.format}" if self.format else ""
+        return f"task '{self.name}', level {self.level}{form}" + (f" of '{self.file}'" if by_file else "")
 
 
 @dataclass(frozen=True)
@@ -82,41 +87,67 @@ class Comparison:
 
     def __str__(self) -> str:
         differences = ", ".join(f"{key} {then:,} -> {now:,}" for key, (then, now) in self.differences.items())
-        told = differences if self.after else "it is gone"
-        form = f" as {self.before.format}" if self.before.format else ""
-        file = f" of '{self.before.file}'" if self.by_file else ""
-        return f"task '{self.before.name}', level {self.before.level}{form}{file}: {told}"
+        return f"{self.before.where(self.by_file)}: {differences if self.after else 'it is gone'}"
 
 
 def read(path: str | os.PathLike[str]) -> Costs:
     """Reads a document of `dvn bench --json`.
 
     Raises:
-        InputError: it is missing, or no such document.
+        InputError: it is missing, no such document, or one of a newer dvn.
     """
     raw = read_bytes(path, LARGEST_RECORD)
     try:
-        return parse(Costs, loads(raw))
-    except (InputError, ValueError) as error:
-        raise InputError(f"'{path}' is no document of `dvn bench --json` of this version: {error}") from None
+        content = loads(raw)
+    except ValueError as error:
+        raise _no_document(path, error) from None
+    check_version(path, content, SCHEMA_VERSION)
+    try:
+        return parse(Costs, content)
+    except InputError as error:
+        raise _no_document(path, error) from None
 
 
-def compare(before: Costs, document: Mapping[str, Any]) -> list[Comparison]:
+def _no_document(path: str | os.PathLike[str], error: Exception) -> InputError:
+    return InputError(f"'{path}' is no document of `dvn bench --json` of this version: {error}")
+
+
+def compare(
+    before: Costs, document: Mapping[str, Any], every: bool = True, level: int | None = None
+) -> tuple[list[Comparison], list[str]]:
     """Compares the networks of a baseline with those of a document of now, by their tasks, levels and formats.
 
     Where these are not enough to tell the networks of either apart, as those of two checkpoints, so do their files.
+
+    Args:
+        before: the baseline.
+        document: of what was measured.
+        every: all tasks of the baseline are asked for, not only those of which networks were measured.
+        level: the only one asked for.
+
+    Returns:
+        A comparison for each network of the baseline that is asked for, and in lines what is not compared.
     """
     now = parse(Costs, loads(dumps(document)))
     # Not always: the networks of a checkpoint are compared with its slices, too.
     by_file = any(len({network.key() for network in each.results}) < len(each.results) for each in (before, now))
     found = {network.key(by_file): network for network in now.results}
+    names = {network.name for network in (before if every else now).results}
     comparisons = []
     for network in before.results:
+        if network.name not in names or level not in (None, network.level):
+            continue
         after = found.get(network.key(by_file))
         same = after is not None and now.machine == before.machine
         ratio = after.latency_ms["p50"] / network.latency_ms["p50"] if same and after else None
         comparisons.append(Comparison(network, after, ratio, by_file))
-    return comparisons
+    known = {network.key(by_file) for network in before.results}
+    lines = [f"{each.where(by_file)} is not in the baseline" for each in now.results if each.key(by_file) not in known]
+    unasked = dict.fromkeys(network.name for network in before.results if network.name not in names)
+    lines += [
+        f"no network of task '{name}' is measured: what the baseline has of it is not compared" for name in unasked
+    ]
+    return comparisons, lines
 
 
 def table(comparisons: Sequence[Comparison]) -> report.FittedTable:
@@ -136,7 +167,14 @@ def table(comparisons: Sequence[Comparison]) -> report.FittedTable:
 
 
 def check(comparisons: Sequence[Comparison]) -> None:
-    """Raises DvnError where a network is gone, or one of `EXACT` is not what it was."""
+    """Judges what came of a comparison with a baseline.
+
+    Raises:
+        InputError: nothing of what was measured is in the baseline.
+        DvnError: a network is gone, or one of `EXACT` is not what it was.
+    """
+    if all(one.after is None for one in comparisons):
+        raise InputError("none of the networks that were measured is in the baseline")
     wrong = [one for one in comparisons if one.after is None or one.differences]
     if wrong:
         raise DvnError(f"{wrong[0]} ({len(wrong)} of {len(comparisons)} networks are not the baseline's)")

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from dvn_cli.data import Chosen, DataSpec, Reader
-from dvn_cli.data.classes import corresponding, few, is_range
+from dvn_cli.data.classes import corresponding, few, is_range, number_in
 from dvn_cli.data.words import prepared
 from dvn_cli.errors import InputError
 from dvn_cli.store.metadata import Task
@@ -90,7 +90,7 @@ def _absent(task: Task, trained: DataSpec | None) -> set[str]:
 def _labels(
     task: Task, classes: Sequence[str], found: Tensor, spec: DataSpec, own: bool, note: Callable[[str], None] | None
 ) -> Tensor:
-    """The task's label of each of the images' classes: by name, or by number where one side has numbers for names.
+    """The task's label of each of the images' classes: by name, or by number where only one side has numbers for names.
 
     Args:
         task: Whose labels.
@@ -106,7 +106,8 @@ def _labels(
     names, count = list(task.classes), len(task.classes)
     numbers = [str(number) for number in range(count)]
     for numbered, rest in ((classes, names), (names, classes)):
-        if len(classes) == count and sorted(numbered) == sorted(numbers) and set(rest) != set(numbers):
+        all_named = all(number_in(name) is None for name in rest)  # else '1' would be taken for the class named '2'
+        if len(classes) == count and sorted(numbered) == sorted(numbers) and all_named:
             labels = list(map(int, classes)) if numbered is classes else list(map(names.index, numbers))
             if note is not None:
                 first = f"'{classes[0]}' is taken for '{names[labels[0]]}'"

@@ -46,10 +46,10 @@ class Judge:
         self._of_network: list[Floor | None] = []
 
     def opens(self, loaded: Sequence[Loaded]) -> None:
-        """Finds the floor of every network.
+        """Finds the floor of every network, and that the baseline has any of those that are asked for.
 
         Raises:
-            InputError: a floor is of no network, or a baseline is to hold a network twice.
+            InputError: a floor is of no network, the baseline has none, or a new one is to hold a network twice.
         """
         networks = [
             Named(task, opened.header.metadata.numbered_tasks[task].name, level)
@@ -59,6 +59,7 @@ class Judge:
         partial = self._task is not None or self._level is not None
         self._of_network, lines = choose_floors(self._floors, networks, partial)
         if self._baseline is not None:
+            baselines.asked_for(self._baseline, self._task, self._level)
             lines += baselines.missing(self._baseline, networks)
         if self._saves is not None:
             baselines.check_distinct(networks)

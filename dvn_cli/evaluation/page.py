@@ -194,14 +194,18 @@ def _figure(svg: str, caption: str) -> str:
 def _costs(rows: Sequence[Evaluation], costs: Costs | None) -> str:
     caption = "Accuracy with its 95 % interval over {}; a line joins the networks of a task that no cheaper one beats."
     params = {(row.name, row.level): float(row.params) for row in rows}
-    figures = [_figure(charts.over_costs(rows, params, "parameters"), caption.format("parameters"))]
+    figures, lines = [_figure(charts.over_costs(rows, params, "parameters"), caption.format("parameters"))], []
     if costs is not None:
-        for form in dict.fromkeys(each.format for each in costs.results):  # what runs a network decides how fast it is
+        forms = dict.fromkeys(each.format for each in costs.results)  # what runs a network decides how fast it is
+        for form in forms or [None]:
             latency = {(each.name, each.level): each.latency_ms["p50"] for each in costs.results if each.format == form}
             as_form = f" as {form}" if form else ""
+            if latency.keys().isdisjoint(params):
+                lines.append(f"<p>The costs hold no latency{html.escape(as_form)} of these networks.</p>")
+                continue
             label = f"milliseconds{as_form}, batch of {costs.batch_size}, {costs.device_name}"
             figures.append(_figure(charts.over_costs(rows, latency, label), caption.format(f"latency{as_form}")))
-    return f'<h2>What accuracy costs</h2><div class="charts">{"".join(figures)}</div>'
+    return f'<h2>What accuracy costs</h2><div class="charts">{"".join(figures)}</div>{"".join(lines)}'
 
 
 def _training(opened: Loaded) -> str:

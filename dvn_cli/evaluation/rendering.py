@@ -107,12 +107,14 @@ def _result_table(rows: Sequence[Evaluation], title: str | None) -> report.Fitte
     return made
 
 
-def check_tables(gate: Gate) -> list[report.FittedTable]:
-    """A row for each check of a gate, or no table where nothing was asked."""
+def check_tables(rows: Sequence[Evaluation], gate: Gate) -> list[report.FittedTable]:
+    """A row for each check of a gate, with its file where there are several, or no table where nothing was asked."""
     made = report.table("network", "asked", "verdict", "found", title=f"\ngate: {gate.in_words}", text=4)
+    several = len({row.file for row in rows}) > 1
     for check in gate.checks:
         network = f"{check.network.task} {check.network.name}, level {check.network.level}"
-        made.add_row(network, check.asked, check.verdict, check.found)
+        of = f" of '{check.file}'" if several and check.file else ""
+        made.add_row(network + of, check.asked, check.verdict, check.found)
     return [made] if gate.checks else []
 
 

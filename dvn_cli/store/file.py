@@ -27,7 +27,7 @@ import numpy as np
 from dvn_cli.errors import InputError, did_you_mean
 from dvn_cli.files import atomic, check_regular, reason, written_at
 from dvn_cli.store.metadata import KINDS, CheckpointMetadata, Index, Metadata, SliceMetadata, StateMetadata
-from dvn_cli.store.schema import checked, dumps, loads, parse
+from dvn_cli.store.schema import check_version, checked, dumps, loads, parse
 from dvn_cli.store.shapes import check_tensors
 
 FORMAT = 1
@@ -228,8 +228,7 @@ def _read(path: Path, file: BinaryIO, kinds: Collection[str]) -> Header[Metadata
             raise InputError(f"it has {size} bytes, its header speaks of {end}")
         content = loads(texts["dvn"])
         envelope = parse(_Envelope, content)
-    if envelope.format > FORMAT:
-        raise InputError(f"'{path}' has format {envelope.format}, this dvn reads up to {FORMAT}: update dvn")
+    check_version(path, content, FORMAT, "format")
     if envelope.kind not in kinds:
         raise InputError(f"'{path}' has kind {envelope.kind!r:.40}, not {' or '.join(kinds)}")
     with _named(path):

@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import math
+import os
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
@@ -48,6 +49,16 @@ def loads(text: str | bytes) -> Any:
         raise ValueError(f"it is no JSON: {error}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def check_version(path: str | os.PathLike[str], content: Any, newest: int, key: str = "schema_version") -> None:
+    """Raises InputError where what was parsed of a file says that it is of a newer version than this dvn reads.
+
+    What says none is of before there were any.
+    """
+    version = content.get(key) if isinstance(content, dict) else None
+    if isinstance(version, int) and version > newest:
+        raise InputError(f"'{path}' has {key} {version!r:.40}, this dvn reads up to {newest}: update dvn")
 
 
 def checked(value: Any) -> dict[str, Any]:

@@ -147,6 +147,22 @@ def test_a_network_that_the_baseline_lacks_is_said(dvn, saved, made):
     assert (code, err) == (0, "task 'digits', level 1 is not in the baseline\n")
 
 
+@pytest.mark.parametrize(("change", "options", "lacking"), [
+    (lambda c: c["tasks"].pop(0), ["--task", "colours"], "no network of task 'colours'"),
+    (lambda c: c["tasks"][0]["networks"].pop(0), ["--task", "1", "--level", "1"], "no network of task '1', level 1"),
+    (lambda c: [task["networks"].pop() for task in c["tasks"]], ["--level", "2"], "no network of level 2"),
+    (lambda c: c.update(tasks=[]), ["--min-accuracy", "0"], "no network"),
+])  # fmt: skip
+def test_a_baseline_of_which_nothing_would_be_compared(dvn, saved, made, monkeypatch, change, options, lacking):
+    content = json.loads(saved.read_text())
+    change(content)
+    saved.write_text(json.dumps(content))
+    monkeypatch.setattr("dvn_cli.evaluation.measure.measure_together", lambda *_, **__: pytest.fail("computed"))
+    code, out, err = dvn("--baseline", "base.json", *options)
+    assert (code, out) == (2, "")
+    assert err == f"dvn: the baseline has {lacking}: nothing would be compared\n"
+
+
 @pytest.mark.parametrize(("change", "message"), [
     (lambda c: c.pop("versions"), "'base.json' is no baseline: 'versions' is missing"),
     (lambda c: c.update(format=2), "'base.json' is no baseline: 'format' is 2, not 1 to 1"),

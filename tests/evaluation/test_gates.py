@@ -8,7 +8,8 @@ import torch
 from pictures import PICTURES, altered, results
 
 from dvn_cli.errors import InputError
-from dvn_cli.evaluation.gates import Floor, Named, choose_floors, parse_floor, read_floors
+from dvn_cli.evaluation.gates import Floor, Named, check_rows, choose_floors, parse_floor, read_floors
+from dvn_cli.evaluation.measure import Evaluation
 
 
 def test_the_gate(dvn):
@@ -68,6 +69,13 @@ def test_what_is_said_of_fewer_networks_goes_before_and_of_two_alike_the_later()
     with pytest.raises(InputError, match=r"there is a floor for task=aa, and no such network; did you mean 'a'\?"):
         choose_floors([Floor(5, "aa")], networks)
     assert choose_floors([Floor(5, "aa"), Floor(6)], networks, partial=True)[0] == [Floor(6)] * 3
+
+
+@pytest.mark.parametrize(("right", "images", "said"), [(23, 500, "4.60"), (47498, 50000, "94.99"), (1, 3, "33.33")])
+def test_what_is_told_of_a_missed_floor_is_what_it_is_or_less(right, images, said):
+    row = Evaluation(1, "a", 1, (1,), 1, 1.0, 100 * right / images, None, 0.1, images)
+    (check,) = check_rows([row], [Floor(95)])
+    assert (check.verdict, check.found) == ("failed", f"top-1 is {said} %, not 95 %")
 
 
 @pytest.mark.parametrize(("content", "message"), [

@@ -83,6 +83,21 @@ def test_numbers_stand_for_classes_in_order(dvn, tmp_path):
     assert "'black' is taken for '0'" in err
 
 
+@pytest.mark.parametrize(("names", "images", "differ"), [
+    ("012345", "123456", "lack '0' and have '6'"),
+    ("123456", "012345", "lack '6' and have '0'"),
+    ("012345", ("6", "7", "8", "9", "10", "dog"), "6 classes ('10', '6', '7' and 3 more), the task 6 others ('0', "),
+])  # fmt: skip
+def test_numbers_are_names_where_both_sides_have_some(dvn, made, tmp_path, names, images, differ):
+    opened = dvn_cli.load(made / "fresh.safetensors")
+    tasks = [replace(opened.tasks[0], classes=tuple(names))]
+    DeepVirtualNetwork(opened.partition, tasks, opened.file_tensors()).save(made / "numbers.safetensors")
+    write_folder(tmp_path / "numbers", tuple(images), images=1)
+    code, out, err = dvn("numbers.safetensors", "--data", str(tmp_path / "numbers"))
+    assert (code, out) == (2, "")
+    assert differ in err
+
+
 @pytest.mark.parametrize(("names", "options", "message"), [
     (("black", "blue", "grey", "green", "red", "white"), [],
      "task 'colours': the images have 6 classes, the task 6: they lack 'olive' and have 'green'"),

@@ -104,6 +104,12 @@ def test_a_checkpoint_as_a_page(dvn, made):
     assert dvn("--report", "page.html", "--costs", "costs.json", *sizes)[0] == 0
     assert (made / "page.html").read_bytes() == before
 
+    assert dvn("--report", "page.html", "--costs", "costs.json", "--task", "colours", "--level", "1")[0] == 0
+    page = Page(made / "page.html")
+    assert sum(tag == "figure" and "role" in attributes for tag, attributes in page.attributes) == 1
+    for form in ("", " as <pt2>"):
+        assert f"The costs hold no latency{form} of these networks." in page.text
+
 
 def test_the_weakest_classes_are_counted(dvn, made):
     (row,) = results(dvn("--json", "--task", "colours", "--level", "2", "--report", "page.html"))
@@ -123,6 +129,8 @@ def test_the_weakest_classes_are_counted(dvn, made):
      "--slices is of another checkpoint: its task 'colours', level 1 is not here"),
     (["--costs", "other_costs.json", "--report", "p.html"],
      "--costs is of another checkpoint: its task 'colours', level 1 is not here"),
+    (["--costs", "newer_costs.json", "--report", "p.html"],
+     "'newer_costs.json' has schema_version 2, this dvn reads up to 1: update dvn"),
     (["--report", "no/p.html"], "cannot write 'no/p.html': there is no folder '"),
 ])  # fmt: skip
 def test_what_is_no_report(dvn, made, monkeypatch, arguments, message):
@@ -135,6 +143,7 @@ def test_what_is_no_report(dvn, made, monkeypatch, arguments, message):
         "results": [network | {"file": "other.safetensors", "macs": 1, "latency_ms": {"p50": 1}}],
     }
     (made / "other_costs.json").write_text(json.dumps(machine | costs))
+    (made / "newer_costs.json").write_text(json.dumps({"schema_version": 2, "networks": []}))
     code, out, err = dvn(*arguments)
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"dvn: {message}")

@@ -74,12 +74,20 @@ def test_accuracy_of_each_class(dvn, made):
     assert "per_class" not in dvn("--json")[1]
 
 
-def test_networks_of_one_name_in_two_files_are_told_apart(dvn, made):
+def test_networks_of_one_name_in_two_files_are_told_apart(dvn, made, monkeypatch):
     shutil.copy(made / "dvn.safetensors", made / "twin.safetensors")
-    _, out, _ = dvn("dvn.safetensors", "twin.safetensors", "--task", "2", "--level", "1")
-    lines = [line.strip() for line in out.splitlines()]
+    monkeypatch.setenv("COLUMNS", "120")
+    gated = ("--min-accuracy", "0", "--summary", "twins.md")
+    _, out, _ = dvn("dvn.safetensors", "twin.safetensors", "--task", "2", "--level", "1", *gated)
+    results, _, gate = out.partition("gate: passed")
+    lines = [line.strip() for line in results.splitlines()]
     assert lines.index("dvn.safetensors") < lines.index("twin.safetensors")
     assert sum("2 digits" in line for line in lines) == 2
+    summary = [line.split(" | ")[:3] for line in (made / "twins.md").read_text().splitlines()[2:]]
+    assert summary[0] == ["| file", "task", "level"]
+    for file, row in zip(("dvn.safetensors", "twin.safetensors"), summary[2:], strict=True):
+        assert f"2 digits, level 1 of '{file}' " in gate
+        assert row == [f"| {file}", "2 digits", "1"]
 
 
 @pytest.mark.parametrize(("arguments", "expected"), [
