@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import LARGEST_RECORD, read_bytes, run_record
@@ -113,14 +114,17 @@ def known_levels(
         file_format: whose latencies are taken; rows that name no format are of safetensors.
 
     Raises:
-        InputError: a file cannot be read, or is of other networks.
+        InputError: a file cannot be read, or is of other networks, or of several files that are not told apart.
     """
     entry, found = header.metadata.tasks[task - 1], []
     record, rows = run_record(header.path), list[tuple[str, _Recorded]]()
+    documents = list[tuple[str, tuple[_Recorded, ...]]]()
     with contextlib.suppress(InputError):  # it may be of a run that has not ended, and nobody gave it
-        rows += [(str(record), row) for row in _recorded(record)] if header.metadata.training is not None else []
-    rows += [(str(path), row) for path in results for row in _recorded(path)]
-    rows = [(path, row) for path, row in rows if (row.task, row.name) == (task, entry.name)]
+        documents += [(str(record), _recorded(record))] if header.metadata.training is not None else []
+    documents += [(str(path), _recorded(path)) for path in results]
+    for path, all_rows in documents:
+        of_task = [row for row in all_rows if (row.task, row.name) == (task, entry.name)]
+        rows += [(path, row) for row in _of_checkpoint(of_task, header.path, path)]
     for level in range(1, len(entry.levels) + 1):
         params, latency, accuracy, interval = count(header, task, level).params, None, None, None
         for path, row in (each for each in rows if each[1].level == level):
@@ -163,6 +167,7 @@ class _Recorded:
     top1_interval: tuple[float, float] | None = None
     latency_ms: Mapping[str, float] | None = None
     format: str | None = None
+    file: str | None = None
 
 
 def _recorded(path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
@@ -174,6 +179,28 @@ def _recorded(path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
         return parse(tuple[_Recorded, ...], rows)
     except (ValueError, KeyError, TypeError, InputError):
         raise InputError(f"'{path}' holds no results of `dvn eval` or `dvn bench` as JSON") from None
+
+
+def _of_checkpoint(rows: Sequence[_Recorded], checkpoint: Path, document: str) -> Sequence[_Recorded]:
+    """Returns of a document's rows of a task those of a checkpoint, where it has rows of several files.
+
+    A name is enough: a document may come from a machine with other folders. Where none is the checkpoint's, they are of
+    its slices, or it had another name: then one file of each network is all that there may be.
+    """
+    path = os.path.abspath(checkpoint)
+    own = [row for row in rows if row.file is not None and os.path.abspath(row.file) == path]
+    own = own or [row for row in rows if row.file is not None and Path(row.file).name == checkpoint.name]
+    files: dict[tuple[int, str], set[str | None]] = {}
+    for row in own or rows:
+        files.setdefault((row.level, row.format or PLAIN), set()).add(row.file)
+    for (level, _), of_one in files.items():
+        if len(of_one) > 1:
+            names = ", ".join(sorted("a file without a name" if each is None else f"'{each}'" for each in of_one))
+            raise InputError(
+                f"'{document}' has level {level} of task '{rows[0].name}' of several files: {names}; give results of "
+                f"'{checkpoint}' alone"
+            )
+    return own or rows
 
 
 def _macs(header: Header[CheckpointMetadata], task: int, level: int) -> int:

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -244,3 +245,43 @@ def test_a_larger_level_that_is_no_more_accurate_is_not_taken_for_accuracy() -> 
     assert choose(levels, {"bytes": 3}, 90.0).level.level == 2
     assert [level.level for level in choose(levels, {"bytes": 1}).neighbours] == [1, 2]
     assert budget.in_words("macs", None) == "-"
+
+
+def two_runs(*files: str | None, top1: Sequence[float] = (20.0, 97.0)) -> list[dict[str, Any]]:
+    """Rows of both levels of the first task of two files, as one document of `dvn eval` has them."""
+    rows = json.loads(recorded("one.json", top1=[0.0, 0.0]).read_text())["results"]
+    return [row | {"top1": accuracy, "file": file} for file, accuracy in zip(files, top1, strict=True) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("files", "top1"),
+    [
+        (("dvn.safetensors", "other.safetensors"), 20.0),
+        (("other.safetensors", "dvn.safetensors"), 97.0),
+        (("/ci/runs/dvn.safetensors", "/ci/runs/other.safetensors"), 20.0),
+        (("./dvn.safetensors", "runs/dvn.safetensors"), 20.0),
+        (("dvn.safetensors", None), 20.0),
+        (("dvn.safetensors", "dvn.safetensors"), 97.0),  # it was measured twice
+        (("renamed.safetensors", "renamed.safetensors"), 97.0),
+    ],
+)
+def test_of_results_of_several_files_those_of_the_checkpoint_count(files: tuple[str, str], top1: float) -> None:
+    Path("both.json").write_text(json.dumps({"results": two_runs(*files)}))
+    levels = known_levels(read_checkpoint("dvn.safetensors"), 1, ["both.json"])
+    assert [level.accuracy for level in levels] == [top1, top1]
+
+
+@pytest.mark.parametrize("files", [("a.safetensors", "b.safetensors"), ("a/dvn.safetensors", "b/dvn.safetensors")])
+def test_results_of_which_none_or_two_may_be_the_checkpoint_are_refused(files: tuple[str, str]) -> None:
+    Path("both.json").write_text(json.dumps({"results": two_runs(*files)}))
+    with pytest.raises(InputError, match=rf"'both.json' .*: '{files[0]}', '{files[1]}'; .* 'dvn.safetensors' alone"):
+        run("--min-accuracy", "1", "--results", "both.json")
+
+
+def test_levels_that_another_file_alone_has_are_not_the_checkpoint_s() -> None:
+    rows = two_runs("dvn.safetensors", "other.safetensors")
+    Path("both.json").write_text(
+        json.dumps({"results": [row for row in rows if row["top1"] > 50 or row["level"] == 1]})
+    )
+    levels = known_levels(read_checkpoint("dvn.safetensors"), 1, ["both.json"])
+    assert [level.accuracy for level in levels] == [20, None]
