@@ -6,11 +6,12 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.files import LARGEST_RECORD, read_bytes, run_record
 from dvn_cli.report import limits, short
-from dvn_cli.store.file import Header
+from dvn_cli.store.file import Header, read_run
 from dvn_cli.store.metadata import CheckpointMetadata
 from dvn_cli.store.schema import loads, parse
 from dvn_cli.store.slicing import count, slice_size
@@ -107,7 +108,7 @@ def known_levels(
     """Returns what is known of a task's levels.
 
     Args:
-        header: a checkpoint's. Accuracies are also taken from the record of its run beside it, NAME.run.json.
+        header: a checkpoint's. Accuracies are also taken from the record of its run beside it, see `read_run`.
         task: from 1.
         results: files of what `dvn eval` and `dvn bench` found, as JSON; later ones count where several say it.
         counted: which of `bytes` (as safetensors) and `macs` to count; for the latter the backbone is built.
@@ -120,7 +121,7 @@ def known_levels(
     record, rows = run_record(header.path), list[tuple[str, _Recorded]]()
     documents = list[tuple[str, tuple[_Recorded, ...]]]()
     with contextlib.suppress(InputError):  # it may be of a run that has not ended, and nobody gave it
-        documents += [(str(record), _recorded(record))] if header.metadata.training is not None else []
+        documents += [(str(record), _rows(read_run(header), record))]
     documents += [(str(path), _recorded(path)) for path in results]
     for path, all_rows in documents:
         of_task = [row for row in all_rows if (row.task, row.name) == (task, entry.name)]
@@ -145,12 +146,23 @@ def known_levels(
     return found
 
 
-def missing_record(what: str, task: str, file_format: str = PLAIN) -> InputError:
-    """What to say where a figure of a task is wanted and none is recorded."""
+def unread_record(header: Header[CheckpointMetadata]) -> str | None:
+    """Says why the record beside a checkpoint, NAME.run.json, does not count; None where it does, or is not there."""
+    try:
+        if run_record(header.path).exists():
+            read_run(header)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def missing_record(what: str, task: str, file_format: str = PLAIN, unread: str | None = None) -> InputError:
+    """What to say where a figure of a task is wanted and none is recorded; see `unread_record`."""
+    why = f", and {unread}" if unread and what == "accuracy" else ""
     other = what == "latency" and file_format != PLAIN
     command = _SOURCES[what] + f" --formats {file_format}" * other
     return InputError(
-        f"no {what} of task '{task}'{f' as {file_format}' * other} is recorded: give --results FILE of "
+        f"no {what} of task '{task}'{f' as {file_format}' * other} is recorded{why}: give --results FILE of "
         f"`dvn {command} --results-file FILE`"
     )
 
@@ -174,11 +186,22 @@ def _recorded(path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
     """What a file of results, or the record of a run, says of networks."""
     raw = read_bytes(path, LARGEST_RECORD)
     try:
-        document = loads(raw)
+        return _rows(loads(raw), path)
+    except ValueError:
+        raise _no_results(path) from None
+
+
+def _rows(document: Any, path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
+    """What a document from a file says of networks."""
+    try:
         rows = document["results"] if "results" in document else document["test"]
         return parse(tuple[_Recorded, ...], rows)
-    except (ValueError, KeyError, TypeError, InputError):
-        raise InputError(f"'{path}' holds no results of `dvn eval` or `dvn bench` as JSON") from None
+    except (KeyError, TypeError, InputError):
+        raise _no_results(path) from None
+
+
+def _no_results(path: str | os.PathLike[str]) -> InputError:
+    return InputError(f"'{path}' holds no results of `dvn eval` or `dvn bench` as JSON")
 
 
 def _of_checkpoint(rows: Sequence[_Recorded], checkpoint: Path, document: str) -> Sequence[_Recorded]:
@@ -219,6 +242,7 @@ def choose(
     least: float | None = None,
     name: str = "",
     file_format: str = PLAIN,
+    unread: str | None = None,
 ) -> Choice:
     """Chooses the largest level within limits; where only an accuracy is asked for, the smallest that has it.
 
@@ -228,6 +252,7 @@ def choose(
         least: accuracy in per cent.
         name: of the task.
         file_format: that the files are of.
+        unread: see `unread_record`.
 
     Raises:
         InputError: what is limited is not known of any level.
@@ -236,7 +261,7 @@ def choose(
     wanted = [*limits, *(["accuracy"] if least is not None else [])]
     for what in wanted:
         if all(getattr(level, what) is None for level in levels):
-            raise missing_record(what, name, file_format)
+            raise missing_record(what, name, file_format, unread)
     known = [level for level in levels if all(getattr(level, what) is not None for what in wanted)]
     asked = [f"at most {in_words(what, most)}" for what, most in limits.items()]
     asked += [f"at least {in_words('accuracy', least)}"] if least is not None else []

@@ -15,7 +15,7 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from dvn_cli.budget import KnownLevel, in_words, known_levels, missing_record
+from dvn_cli.budget import KnownLevel, in_words, known_levels, missing_record, unread_record
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.store.file import ITEM_SIZE, Header
 from dvn_cli.store.lookup import find_task
@@ -97,7 +97,7 @@ def plan(
     for number, task in enumerate(tasks, 1):
         known.append([each for each in known_levels(header, number, results) if each.accuracy is not None])
         if not known[-1]:
-            raise missing_record("accuracy", task.name)
+            raise missing_record("accuracy", task.name, unread=unread_record(header))
     values = [
         {each.level - 1: share * (each.accuracy or 0) for each in own} for share, own in zip(shares, known, strict=True)
     ]

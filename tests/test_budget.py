@@ -52,6 +52,13 @@ def recorded(path: str, **figures: list[Any]) -> Path:
     return Path(path)
 
 
+def write_record(path: str | Path, test: list[dict[str, Any]], **keys: Any) -> None:
+    """Writes the record of the run of the checkpoint, with other keys in its recipe."""
+    training = read_checkpoint("dvn.safetensors").metadata.training
+    assert training is not None
+    Path(path).write_text(json.dumps({"recipe": {**training.recipe, **keys}, "test": test}))
+
+
 def test_counts_are_those_of_the_files() -> None:
     header = read_checkpoint("dvn.safetensors")
     for task, entry in enumerate(header.metadata.tasks, 1):
@@ -139,13 +146,24 @@ def test_latencies_are_those_of_the_format() -> None:
 
 @pytest.mark.parametrize("name", ["dvn.safetensors", "m.v1", "m.v1.safetensors"])
 def test_the_record_of_the_run_gives_accuracies(checkpoint: Path, name: str) -> None:
-    document = json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())
-    checkpoint.rename(name)
     record = Files.of(Path(name)).record
-    record.write_text(json.dumps({"test": document["results"]}))
+    write_record(record, json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())["results"])
+    checkpoint.rename(name)
     [cut] = run(name, "--min-accuracy", "71")["slices"]
     assert cut["level"] == 2
     assert cut["file"] == record.name.replace(".run.json", "-task1-level2.safetensors")
+
+
+def test_the_record_of_another_run_gives_none(checkpoint: Path) -> None:
+    """A checkpoint is copied over another one, whose record stays."""
+    write_record("dvn.run.json", json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())["results"], seed=-1)
+    other = "'dvn.run.json' is the record of another run than that of 'dvn.safetensors'"
+    with pytest.raises(InputError, match=f"no accuracy of task '.*' is recorded, and {other}: give --results FILE of"):
+        run("--min-accuracy", "71")
+    assert run("--min-accuracy", "71", "--results", "eval.json")["slices"][0]["level"] == 2
+    pytest.importorskip("scipy")
+    with pytest.raises(InputError, match=other):
+        CliRunner().invoke(app, ["slice", "--plan", "--budget", "1MB"], catch_exceptions=False)
 
 
 def test_names_with_dots_are_told_apart(checkpoint: Path) -> None:
@@ -222,7 +240,7 @@ def test_the_commands_of_the_readme() -> None:
         for task, entry in header.metadata.numbered_tasks.items()
         for level in known_levels(header, task)
     ]
-    Path("dvn.run.json").write_text(json.dumps({"test": rows}))
+    write_record("dvn.run.json", rows)
     for line in "".join(re.findall("```sh\n(.*?)```", page.partition("\n### ")[0], re.DOTALL)).splitlines():
         result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
         assert result.exit_code == 0, (line, result.exception)
