@@ -26,6 +26,9 @@ _EXAMPLES = {"bytes": "2MB", "params": "1.5M", "macs": "300M", "latency": "5ms"}
 PLAIN = "safetensors"
 """The format whose files are cut and run by dvn itself; what names no format is of it."""
 
+_SCHEMA = 1
+"""The newest `schema_version` of documents of `dvn eval` and `dvn bench` that is read here."""
+
 _SOURCES = {"latency": "bench CHECKPOINT --all", "accuracy": "eval CHECKPOINT"}
 """What measures a figure of every task; `dvn bench` as it is takes the first one."""
 
@@ -195,9 +198,13 @@ def _rows(document: Any, path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
     """What a document from a file says of networks."""
     try:
         rows = document["results"] if "results" in document else document["test"]
-        return parse(tuple[_Recorded, ...], rows)
-    except (KeyError, TypeError, InputError):
+        version = parse(int, document.get("schema_version", _SCHEMA))
+        recorded = parse(tuple[_Recorded, ...], rows) if version <= _SCHEMA else ()
+    except (KeyError, TypeError, AttributeError, InputError):
         raise _no_results(path) from None
+    if version > _SCHEMA:
+        raise InputError(f"'{path}' has schema_version {version}, this dvn reads up to {_SCHEMA}: update dvn")
+    return recorded
 
 
 def _no_results(path: str | os.PathLike[str]) -> InputError:

@@ -15,6 +15,7 @@ from dvn_cli import budget
 from dvn_cli.budget import KnownLevel, amount, choose, known_levels
 from dvn_cli.cli import app
 from dvn_cli.errors import DvnError, InputError
+from dvn_cli.evaluation import costs, rendering
 from dvn_cli.export import slice as slice_network
 from dvn_cli.export import slice_all
 from dvn_cli.store.file import read_checkpoint
@@ -142,6 +143,17 @@ def test_latencies_are_those_of_the_format() -> None:
     result = CliRunner().invoke(app, ["slice", "--task", "1", *limit, "--dtype", "fp16", "--json"])
     assert (result.exit_code, json.loads(result.stdout)["slices"][0]["level"]) == (0, 1)
     assert result.stderr == "latencies are recorded of files in fp32: one in fp16 may have another\n"
+
+
+def test_results_of_a_newer_dvn_are_refused() -> None:
+    document = json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())
+    newest = {costs.SCHEMA_VERSION, rendering.SCHEMA_VERSION}
+    for version in newest:
+        Path("eval.json").write_text(json.dumps(document | {"schema_version": version}))
+        assert known_levels(read_checkpoint("dvn.safetensors"), 1, ["eval.json"])[0].accuracy == 70
+    Path("eval.json").write_text(json.dumps(document | {"schema_version": max(newest) + 1}))
+    with pytest.raises(InputError, match=r"'eval\.json' has schema_version 2, this dvn reads up to 1: update dvn"):
+        run("--min-accuracy", "70", "--results", "eval.json")
 
 
 @pytest.mark.parametrize("name", ["dvn.safetensors", "m.v1", "m.v1.safetensors"])
