@@ -4,7 +4,7 @@ import contextlib
 import os
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -166,7 +166,7 @@ def missing_record(what: str, task: str, file_format: str = PLAIN, unread: str |
     command = _SOURCES[what] + f" --formats {file_format}" * other
     return InputError(
         f"no {what} of task '{task}'{f' as {file_format}' * other} is recorded{why}: give --results FILE of "
-        f"`dvn {command} --results-file FILE`"
+        f"`dvn {command} --results-file FILE`{', without -b: it is that of one image' * (what == 'latency')}"
     )
 
 
@@ -200,6 +200,8 @@ def _rows(document: Any, path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
         rows = document["results"] if "results" in document else document["test"]
         version = parse(int, document.get("schema_version", _SCHEMA))
         recorded = parse(tuple[_Recorded, ...], rows) if version <= _SCHEMA else ()
+        if document.get("batch_size", 1) != 1:  # a latency is that of one image here
+            recorded = tuple(replace(row, latency_ms=None) for row in recorded)
     except (KeyError, TypeError, AttributeError, InputError):
         raise _no_results(path) from None
     if version > _SCHEMA:

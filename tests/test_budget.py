@@ -124,6 +124,17 @@ def test_recorded_figures_choose() -> None:
     assert error.value.exit_code == 1
 
 
+def test_latencies_of_several_images_are_not_those_of_one() -> None:
+    document = json.loads(recorded("b64.json", latency_ms=[{"p50": 1.0}, {"p50": 3.0}]).read_text())
+    Path("b64.json").write_text(json.dumps(document | {"batch_size": 64}))
+    with pytest.raises(
+        InputError, match=r"no latency of task '.*' is recorded: .*FILE`, without -b: it is that of one image$"
+    ):
+        run("--max-latency", "5ms", "--results", "b64.json")
+    Path("b1.json").write_text(json.dumps(document | {"batch_size": 1}))
+    assert run("--max-latency", "2ms", "--results", "b1.json", "--results", "b64.json")["slices"][0]["level"] == 1
+
+
 def test_latencies_are_those_of_the_format() -> None:
     rows = [
         row | {"format": form}
