@@ -62,6 +62,21 @@ class KnownLevel:
 
 
 @dataclass(frozen=True)
+class _Recorded:
+    """What a document of results says of a network."""
+
+    task: int
+    name: str
+    level: int
+    params: int
+    top1: float | None = None
+    top1_interval: tuple[float, float] | None = None
+    latency_ms: Mapping[str, float] | None = None
+    format: str | None = None
+    file: str | None = None
+
+
+@dataclass(frozen=True)
 class Choice:
     """A level, and why it is that.
 
@@ -118,21 +133,37 @@ def known_levels(
         file_format: whose latencies are taken; rows that name no format are of safetensors.
 
     Raises:
-        InputError: a file cannot be read, or is of other networks, or of several files that are not told apart.
+        InputError: a file cannot be read, holds nothing of the task, or is of other networks, or of several files that
+            are not told apart.
     """
+    return _levels(header, task, _recorded(header, [task], results)[task], counted, file_format)
+
+
+def known_networks(
+    header: Header[CheckpointMetadata], results: Sequence[str | os.PathLike[str]] = ()
+) -> dict[int, list[KnownLevel]]:
+    """Returns what is known of the levels of all tasks, by their numbers; see `known_levels`.
+
+    Raises:
+        InputError: as `known_levels`; of the tasks, a file need hold results of one only.
+    """
+    rows = _recorded(header, header.metadata.numbered_tasks, results)
+    return {task: _levels(header, task, of_task) for task, of_task in rows.items()}
+
+
+def _levels(
+    header: Header[CheckpointMetadata],
+    task: int,
+    rows: Sequence[tuple[str | None, _Recorded]],
+    counted: Collection[str] = (),
+    file_format: str = PLAIN,
+) -> list[KnownLevel]:
+    """What is known of a task's levels, from what `_recorded` says of it."""
     entry, found = header.metadata.tasks[task - 1], []
-    record, rows = run_record(header.path), list[tuple[str, _Recorded]]()
-    documents = list[tuple[str, tuple[_Recorded, ...]]]()
-    with contextlib.suppress(InputError):  # it may be of a run that has not ended, and nobody gave it
-        documents += [(str(record), _rows(read_run(header), record))]
-    documents += [(str(path), _recorded(path)) for path in results]
-    for path, all_rows in documents:
-        of_task = [row for row in all_rows if (row.task, row.name) == (task, entry.name)]
-        rows += [(path, row) for row in _of_checkpoint(of_task, header.path, path)]
     for level in range(1, len(entry.levels) + 1):
         params, latency, accuracy, interval = count(header, task, level).params, None, None, None
         for path, row in (each for each in rows if each[1].level == level):
-            if row.params != params and path == str(record):
+            if row.params != params and path is None:
                 continue
             if row.params != params:
                 raise InputError(
@@ -170,32 +201,37 @@ def missing_record(what: str, task: str, file_format: str = PLAIN, unread: str |
     )
 
 
-@dataclass(frozen=True)
-class _Recorded:
-    """What a document of results says of a network."""
+def _recorded(
+    header: Header[CheckpointMetadata], tasks: Collection[int], results: Sequence[str | os.PathLike[str]]
+) -> dict[int, list[tuple[str | None, _Recorded]]]:
+    """What is recorded of tasks, by their numbers: the later, the more it counts, with its file where one was given."""
+    found: dict[int, list[tuple[str | None, _Recorded]]] = {task: [] for task in tasks}
+    names = {task: header.metadata.tasks[task - 1].name for task in tasks}
+    documents: list[tuple[str | None, tuple[_Recorded, ...]]] = []
+    with contextlib.suppress(InputError):  # it may be of a run that has not ended, and nobody gave it
+        documents.append((None, _rows(read_run(header), run_record(header.path))))
+    documents += [(str(path), _rows(_read(path), path)) for path in results]
+    for path, rows in documents:
+        if path is not None and not any(names.get(row.task) == row.name for row in rows):
+            whose = "any task" if len(names) > 1 else f"task '{next(iter(names.values()))}'"
+            raise InputError(f"'{path}' holds no results of {whose} of '{header.path}'")
+        for task, name in names.items():
+            of_task = [row for row in rows if (row.task, row.name) == (task, name)]
+            own = of_task if path is None else _of_checkpoint(of_task, header.path, path)
+            found[task] += [(path, row) for row in own]
+    return found
 
-    task: int
-    name: str
-    level: int
-    params: int
-    top1: float | None = None
-    top1_interval: tuple[float, float] | None = None
-    latency_ms: Mapping[str, float] | None = None
-    format: str | None = None
-    file: str | None = None
 
-
-def _recorded(path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
-    """What a file of results, or the record of a run, says of networks."""
+def _read(path: str | os.PathLike[str]) -> Any:
     raw = read_bytes(path, LARGEST_RECORD)
     try:
-        return _rows(loads(raw), path)
+        return loads(raw)
     except ValueError:
         raise _no_results(path) from None
 
 
 def _rows(document: Any, path: str | os.PathLike[str]) -> tuple[_Recorded, ...]:
-    """What a document from a file says of networks."""
+    """What a document of results, or the record of a run, from a file says of networks."""
     try:
         rows = document["results"] if "results" in document else document["test"]
         version = parse(int, document.get("schema_version", _SCHEMA))

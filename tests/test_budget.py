@@ -312,6 +312,25 @@ def test_of_results_of_several_files_those_of_the_checkpoint_count(files: tuple[
     assert [level.accuracy for level in levels] == [top1, top1]
 
 
+def test_results_of_nothing_that_is_asked_for_are_refused() -> None:
+    recorded("first.json", top1=[70.0, 95.0])
+    Path("empty.json").write_text(json.dumps({"results": []}))
+    second = read_checkpoint("dvn.safetensors").metadata.tasks[1].name
+    write_record("dvn.run.json", json.loads(Path("first.json").read_text())["results"])  # which stands in for none
+    for words, file in (
+        (["--task", "1", "--min-accuracy", "60", "--results", "first.json"], "empty.json"),
+        (["--task", "2", "--max-params", "1G"], "first.json"),
+        (["--all", "--results", "first.json"], "empty.json"),
+    ):
+        with pytest.raises(InputError) as caught:
+            CliRunner().invoke(app, ["slice", *words, "--results", file], catch_exceptions=False)
+        whose = f"task '{second}'" if file == "first.json" else "any task" if "--all" in words else "task '"
+        assert str(caught.value).startswith(f"'{file}' holds no results of {whose}")
+        assert not list(Path().glob("*-task*"))
+        assert not Path("dvn-slices").exists()
+    list(slice_all(results=["first.json"]))  # of one task, which is enough for all
+
+
 @pytest.mark.parametrize("files", [("a.safetensors", "b.safetensors"), ("a/dvn.safetensors", "b/dvn.safetensors")])
 def test_results_of_which_none_or_two_may_be_the_checkpoint_are_refused(files: tuple[str, str]) -> None:
     Path("both.json").write_text(json.dumps({"results": two_runs(*files)}))
