@@ -21,6 +21,9 @@ except ImportError:  # Windows: a killed process's temporary file stays until so
 _DESCRIPTOR = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 """What shells call a pipe that they hand to a command, as for `<(...)`."""
 
+_STREAM = re.compile(r"/dev/(stdin|stdout|stderr|fd/\d+)|/proc/.+/fd/\d+")
+"""Names of what a process has open: to replace what one leads to takes a log from who writes it."""
+
 LARGEST_RECORD = 64 << 20
 """Bytes of the record of a run."""
 
@@ -82,6 +85,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         InputError: the folder is missing or not writable, or `path` is something else than a file.
         DvnError: writing failed, such as on a full disk.
     """
+    if _STREAM.fullmatch(os.path.abspath(path)):
+        raise InputError(f"cannot write '{path}': it is a stream of this process: give a file")
     shown, path = path, Path(os.path.realpath(path))  # through a link, the file it leads to is replaced
     try:
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
