@@ -96,8 +96,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except OSError as error:
         if not os.path.isdir(path.parent):
             raise InputError(f"cannot write '{shown}': there is no folder '{path.parent}'") from None
-        as_asked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-        raise (InputError if as_asked else DvnError)(f"cannot write '{shown}': {reason(error)}") from None
+        raise _not_opened(shown, error) from None
     try:
         with file:
             yield file
@@ -116,6 +115,37 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _not_opened(path: str | os.PathLike[str], error: OSError) -> DvnError:
+    """What to say of a file that cannot be opened to write; an InputError where another one would do."""
+    as_asked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+    return (InputError if as_asked else DvnError)(f"cannot write '{path}': {reason(error)}")
+
+
+def append(path: str | os.PathLike[str], content: bytes) -> None:
+    """Adds lines to the end of a file, which need not be there, in one write: others may add to it meanwhile.
+
+    Where the last line that is there has no end, it gets one. To add nothing tells whether it can be done.
+
+    Raises:
+        InputError: the file cannot be opened to write.
+        DvnError: writing failed, such as on a full disk.
+    """
+    try:
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        raise _not_opened(path, error) from None
+    try:
+        with file:
+            if content and file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                content = (b"" if file.read(1) == b"\n" else b"\n") + content
+            while content:  # again where a disk had place for a part, to be told why
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DvnError(f"cannot write '{path}': {reason(error)}") from error
 
 
 def _open_temporary(path: Path) -> tuple[BinaryIO, Path]:
