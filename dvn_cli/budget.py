@@ -55,9 +55,9 @@ class KnownLevel:
     accuracy: float | None = None
     accuracy_interval: tuple[float, float] | None = None
 
-    def describe(self, what: str) -> str:
-        """Says one of the figures in words, `1.9 MB` for one, and an accuracy with its interval."""
-        words = in_words(what, getattr(self, what))
+    def describe(self, what: str, exactly: bool = False) -> str:
+        """Says one of the figures in words, `1.9MB` for one, and an accuracy with its interval."""
+        words = in_words(what, getattr(self, what), exactly)
         return f"{words} ({limits(self.accuracy_interval)})" if what == "accuracy" and self.accuracy_interval else words
 
 
@@ -108,10 +108,13 @@ def amount(what: str, text: str, option: str) -> float:
     return float(parts[1]) * _UNITS[what][parts[2].lower()]
 
 
-def in_words(what: str, value: float | None) -> str:
-    """Says a figure with its unit."""
+def in_words(what: str, value: float | None, exactly: bool = False) -> str:
+    """Says a figure with its unit, rounded or not."""
     if value is None:
         return "-"
+    if exactly:
+        unit = {"latency": "ms", "accuracy": "%"}.get(what, what)
+        return f"{value:,.12g} {unit}"
     words = {"latency": f"{value:.2f} ms", "accuracy": f"{value:.1f} %", "bytes": f"{short(value)}B"}
     return words.get(what) or f"{short(value)} {what}"
 
@@ -303,13 +306,17 @@ def choose(
         InputError: what is limited is not known of any level.
         DvnError: no level will do; the message says which comes nearest.
     """
-    wanted = [*limits, *(["accuracy"] if least is not None else [])]
+    wanted = {**limits, **({} if least is None else {"accuracy": least})}
     for what in wanted:
         if all(getattr(level, what) is None for level in levels):
             raise missing_record(what, name, file_format, unread)
     known = [level for level in levels if all(getattr(level, what) is not None for what in wanted)]
-    asked = [f"at most {in_words(what, most)}" for what, most in limits.items()]
-    asked += [f"at least {in_words('accuracy', least)}"] if least is not None else []
+
+    def asked(exactly: Collection[str] = ()) -> str:
+        return " and ".join(
+            f"at {'least' if what == 'accuracy' else 'most'} {in_words(what, bound, what in exactly)}"
+            for what, bound in wanted.items()
+        )
 
     def excess(level: KnownLevel) -> float:
         """How many times as much as is allowed a level takes of what it has too much of."""
@@ -319,10 +326,11 @@ def choose(
     fitting = [level for level in known if excess(level) <= 1]
     if not fitting:
         near = min(known, key=excess)
-        has = ", ".join(near.describe(what) for what in wanted)
+        alike = [what for what in wanted if in_words(what, getattr(near, what)) == in_words(what, wanted[what])]
+        has = ", ".join(near.describe(what, what in alike) for what in wanted)
         raise DvnError(
-            f"no level of task '{name}' has {' and '.join(asked)}: the nearest is level {near.level}, which has {has}"
+            f"no level of task '{name}' has {asked(alike)}: the nearest is level {near.level}, which has {has}"
         )
     chosen = fitting[-1] if limits else fitting[0]
-    why = f"the {'largest' if limits else 'smallest'} with {' and '.join(asked)}"
+    why = f"the {'largest' if limits else 'smallest'} with {asked()}"
     return Choice(chosen, why, tuple(levels))

@@ -253,6 +253,27 @@ def test_what_no_level_meets_names_the_nearest() -> None:
     assert [path.name for path in Path().iterdir()] == ["dvn.safetensors"]
 
 
+def test_a_limit_that_reads_like_the_nearest_is_said_exactly() -> None:
+    """85099 is 85.1KB as 85100 is."""
+    one, _ = known_levels(read_checkpoint("dvn.safetensors"), 1, counted=["bytes"])
+    assert one.bytes is not None
+    with pytest.raises(
+        DvnError, match=rf" at most {one.bytes - 1:,} bytes: .* level 1, which has {one.bytes:,} bytes$"
+    ):
+        run("--max-bytes", str(one.bytes - 1))
+    levels = [KnownLevel(1, 1_234_567, macs=7_000_001, latency=5.0004, accuracy=97.2112)]
+    for limits, least, message in (
+        ({"params": 1_234_566}, None, "at most 1,234,566 params: the nearest is level 1, which has 1,234,567 params"),
+        ({"macs": 7e6}, None, "at most 7,000,000 macs: the nearest is level 1, which has 7,000,001 macs"),
+        ({"latency": 5.0}, None, "at most 5 ms: the nearest is level 1, which has 5.0004 ms"),
+        ({}, 97.22, "at least 97.22 %: the nearest is level 1, which has 97.2112 %"),
+        ({"params": 2e6}, 98.0, "at most 2.0M params and at least 98.0 %: the nearest is level 1, which has 1.2M par"),
+    ):
+        with pytest.raises(DvnError) as caught:
+            choose(levels, limits, least, "low")
+        assert message in str(caught.value)
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_readme() -> None:
     page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("### Ship it")[2]
