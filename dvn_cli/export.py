@@ -288,8 +288,8 @@ def _cut(
     note: Callable[[str], None],
 ) -> SliceFile:
     task, kind = header.metadata.tasks[network.task - 1], find_format(form.format)
+    check_output(header, file, kind.ending)
     changed, calibration = fit(*network) or ({}, None)
-    check_output(header, file)
     check, macs = None, None
     if form.is_cut:
         params = slice_file(header, *network, file, changed, calibration).params

@@ -435,6 +435,13 @@ def is_trained(path: str | os.PathLike[str]) -> bool:
     return False
 
 
+def is_slice(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a file is a slice."""
+    with contextlib.suppress(InputError):
+        return isinstance(read_header(path).metadata, SliceMetadata)
+    return False
+
+
 def holds_weights(path: str | os.PathLike[str]) -> bool:
     """Returns whether a file is there that begins as safetensors do: of dvn or not, whole or not."""
     if not os.path.isfile(path):
