@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dvn_cli.budget import known_levels
+from dvn_cli.budget import known_networks
 from dvn_cli.errors import DvnError, InputError, did_you_mean
 from dvn_cli.files import LARGEST_RECORD, atomic, check_folder_writable, encoded, read_bytes, reason, stem
 from dvn_cli.formats import DTYPES, Format, NotExpressible, find_format
@@ -195,9 +195,7 @@ def slice_all(
         except InputError as error:
             raise InputError(f"{error}; give another folder with -o") from None
     known = {
-        (task, each.level): each.accuracy
-        for task in header.metadata.numbered_tasks
-        for each in known_levels(header, task, results)
+        (task, each.level): each.accuracy for task, levels in known_networks(header, results).items() for each in levels
     }
     fit, files = _fit(header, calibrate, note), list[SliceFile]()
     for network in header.metadata.networks if networks is None else networks:
@@ -290,8 +288,8 @@ def _cut(
     note: Callable[[str], None],
 ) -> SliceFile:
     task, kind = header.metadata.tasks[network.task - 1], find_format(form.format)
+    check_output(header, file, kind.ending)
     changed, calibration = fit(*network) or ({}, None)
-    check_output(header, file)
     check, macs = None, None
     if form.is_cut:
         params = slice_file(header, *network, file, changed, calibration).params

@@ -21,6 +21,9 @@ except ImportError:  # Windows: a killed process's temporary file stays until so
 _DESCRIPTOR = re.compile(r"/dev/(stdin|fd/\d+)|/proc/(self|\d+)/fd/\d+")
 """What shells call a pipe that they hand to a command, as for `<(...)`."""
 
+_STREAM = re.compile(r"/dev/(stdin|stdout|stderr|fd/\d+)|/proc/.+/fd/\d+")
+"""Names of what a process has open: to replace what one leads to takes a log from who writes it."""
+
 LARGEST_RECORD = 64 << 20
 """Bytes of the record of a run."""
 
@@ -82,6 +85,8 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         InputError: the folder is missing or not writable, or `path` is something else than a file.
         DvnError: writing failed, such as on a full disk.
     """
+    if _STREAM.fullmatch(os.path.abspath(path)):
+        raise InputError(f"cannot write '{path}': it is a stream of this process: give a file")
     shown, path = path, Path(os.path.realpath(path))  # through a link, the file it leads to is replaced
     try:
         if path.exists() and not stat.S_ISREG(path.stat().st_mode):
@@ -91,8 +96,7 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except OSError as error:
         if not os.path.isdir(path.parent):
             raise InputError(f"cannot write '{shown}': there is no folder '{path.parent}'") from None
-        as_asked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
-        raise (InputError if as_asked else DvnError)(f"cannot write '{shown}': {reason(error)}") from None
+        raise _not_opened(shown, error) from None
     try:
         with file:
             yield file
@@ -111,6 +115,37 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 os.fsync(folder)
             finally:
                 os.close(folder)
+
+
+def _not_opened(path: str | os.PathLike[str], error: OSError) -> DvnError:
+    """What to say of a file that cannot be opened to write; an InputError where another one would do."""
+    as_asked = error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+    return (InputError if as_asked else DvnError)(f"cannot write '{path}': {reason(error)}")
+
+
+def append(path: str | os.PathLike[str], content: bytes) -> None:
+    """Adds lines to the end of a file, which need not be there, in one write: others may add to it meanwhile.
+
+    Where the last line that is there has no end, it gets one. To add nothing tells whether it can be done.
+
+    Raises:
+        InputError: the file cannot be opened to write.
+        DvnError: writing failed, such as on a full disk.
+    """
+    try:
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        raise _not_opened(path, error) from None
+    try:
+        with file:
+            if content and file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                content = (b"" if file.read(1) == b"\n" else b"\n") + content
+            while content:  # again where a disk had place for a part, to be told why
+                content = content[file.write(content) :]
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise DvnError(f"cannot write '{path}': {reason(error)}") from error
 
 
 def _open_temporary(path: Path) -> tuple[BinaryIO, Path]:

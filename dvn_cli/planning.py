@@ -15,7 +15,7 @@ from itertools import pairwise, product
 
 import numpy as np
 
-from dvn_cli.budget import KnownLevel, in_words, known_levels, missing_record
+from dvn_cli.budget import KnownLevel, in_words, known_networks, missing_record, unread_record
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.store.file import ITEM_SIZE, Header
 from dvn_cli.store.lookup import find_task
@@ -79,7 +79,7 @@ def plan(
         header: a checkpoint's.
         budget: bytes of the networks together, what they share counted once.
         weights: of tasks in the mean of accuracies, by name or number; 1 by default.
-        results: see `known_levels`.
+        results: see `known_networks`.
 
     Raises:
         InputError: of a task no accuracy is recorded, there is no such task or weight, or SciPy is missing.
@@ -94,10 +94,11 @@ def plan(
             raise InputError(f"the weight of a task is above 0, not {weight:g}")
         shares[find_task(tasks, name) - 1] = weight
     shares /= shares.sum()
+    recorded = known_networks(header, results)
     for number, task in enumerate(tasks, 1):
-        known.append([each for each in known_levels(header, number, results) if each.accuracy is not None])
+        known.append([each for each in recorded[number] if each.accuracy is not None])
         if not known[-1]:
-            raise missing_record("accuracy", task.name)
+            raise missing_record("accuracy", task.name, unread=unread_record(header))
     values = [
         {each.level - 1: share * (each.accuracy or 0) for each in own} for share, own in zip(shares, known, strict=True)
     ]

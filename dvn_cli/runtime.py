@@ -143,7 +143,7 @@ class Runtime:
             results: files of what `dvn bench` found, as JSON.
 
         Raises:
-            InputError: no such task, or no limit.
+            InputError: no such task, no limit, or `results` that hold nothing of the task.
             DvnError: no level fits; the message says which comes nearest, and all is as it was before.
         """
         sizes = {"bytes": budget_bytes, "latency": latency_ms}

@@ -147,7 +147,7 @@ def test_formats_in_one_table(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "120")
     options = ("--num-warm-iter", 0, "--num-bench-iter", 2, "--results-file", "formats.json")
-    code, out, err = typed("--level", 1, "--formats", "safetensors,pt2,timm", *options)
+    code, out, err = typed("--level", 1, "--formats", "safetensors,pt2,timm, pt2", *options)
     assert code == 0, err
     assert err == "timm cannot express level 1 of task 'task1': wrn_10_1 is not one of its models\n"
     rows = [line.split()[:3] for line in out.splitlines() if line.startswith("task1")]

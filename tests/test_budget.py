@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from dvn_cli import budget
 from dvn_cli.budget import KnownLevel, amount, choose, known_levels
 from dvn_cli.cli import app
 from dvn_cli.errors import DvnError, InputError
+from dvn_cli.evaluation import costs, rendering
 from dvn_cli.export import slice as slice_network
 from dvn_cli.export import slice_all
 from dvn_cli.store.file import read_checkpoint
@@ -49,6 +51,13 @@ def recorded(path: str, **figures: list[Any]) -> Path:
     ]
     Path(path).write_text(json.dumps({"results": rows}))
     return Path(path)
+
+
+def write_record(path: str | Path, test: list[dict[str, Any]], **keys: Any) -> None:
+    """Writes the record of the run of the checkpoint, with other keys in its recipe."""
+    training = read_checkpoint("dvn.safetensors").metadata.training
+    assert training is not None
+    Path(path).write_text(json.dumps({"recipe": {**training.recipe, **keys}, "test": test}))
 
 
 def test_counts_are_those_of_the_files() -> None:
@@ -115,6 +124,17 @@ def test_recorded_figures_choose() -> None:
     assert error.value.exit_code == 1
 
 
+def test_latencies_of_several_images_are_not_those_of_one() -> None:
+    document = json.loads(recorded("b64.json", latency_ms=[{"p50": 1.0}, {"p50": 3.0}]).read_text())
+    Path("b64.json").write_text(json.dumps(document | {"batch_size": 64}))
+    with pytest.raises(
+        InputError, match=r"no latency of task '.*' is recorded: .*FILE`, without -b: it is that of one image$"
+    ):
+        run("--max-latency", "5ms", "--results", "b64.json")
+    Path("b1.json").write_text(json.dumps(document | {"batch_size": 1}))
+    assert run("--max-latency", "2ms", "--results", "b1.json", "--results", "b64.json")["slices"][0]["level"] == 1
+
+
 def test_latencies_are_those_of_the_format() -> None:
     rows = [
         row | {"format": form}
@@ -136,15 +156,37 @@ def test_latencies_are_those_of_the_format() -> None:
     assert result.stderr == "latencies are recorded of files in fp32: one in fp16 may have another\n"
 
 
+def test_results_of_a_newer_dvn_are_refused() -> None:
+    document = json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())
+    newest = {costs.SCHEMA_VERSION, rendering.SCHEMA_VERSION}
+    for version in newest:
+        Path("eval.json").write_text(json.dumps(document | {"schema_version": version}))
+        assert known_levels(read_checkpoint("dvn.safetensors"), 1, ["eval.json"])[0].accuracy == 70
+    Path("eval.json").write_text(json.dumps(document | {"schema_version": max(newest) + 1}))
+    with pytest.raises(InputError, match=r"'eval\.json' has schema_version 2, this dvn reads up to 1: update dvn"):
+        run("--min-accuracy", "70", "--results", "eval.json")
+
+
 @pytest.mark.parametrize("name", ["dvn.safetensors", "m.v1", "m.v1.safetensors"])
 def test_the_record_of_the_run_gives_accuracies(checkpoint: Path, name: str) -> None:
-    document = json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())
-    checkpoint.rename(name)
     record = Files.of(Path(name)).record
-    record.write_text(json.dumps({"test": document["results"]}))
+    write_record(record, json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())["results"])
+    checkpoint.rename(name)
     [cut] = run(name, "--min-accuracy", "71")["slices"]
     assert cut["level"] == 2
     assert cut["file"] == record.name.replace(".run.json", "-task1-level2.safetensors")
+
+
+def test_the_record_of_another_run_gives_none(checkpoint: Path) -> None:
+    """A checkpoint is copied over another one, whose record stays."""
+    write_record("dvn.run.json", json.loads(recorded("eval.json", top1=[70.0, 95.0]).read_text())["results"], seed=-1)
+    other = "'dvn.run.json' is the record of another run than that of 'dvn.safetensors'"
+    with pytest.raises(InputError, match=f"no accuracy of task '.*' is recorded, and {other}: give --results FILE of"):
+        run("--min-accuracy", "71")
+    assert run("--min-accuracy", "71", "--results", "eval.json")["slices"][0]["level"] == 2
+    pytest.importorskip("scipy")
+    with pytest.raises(InputError, match=other):
+        CliRunner().invoke(app, ["slice", "--plan", "--budget", "1MB"], catch_exceptions=False)
 
 
 def test_names_with_dots_are_told_apart(checkpoint: Path) -> None:
@@ -211,6 +253,27 @@ def test_what_no_level_meets_names_the_nearest() -> None:
     assert [path.name for path in Path().iterdir()] == ["dvn.safetensors"]
 
 
+def test_a_limit_that_reads_like_the_nearest_is_said_exactly() -> None:
+    """85099 is 85.1KB as 85100 is."""
+    one, _ = known_levels(read_checkpoint("dvn.safetensors"), 1, counted=["bytes"])
+    assert one.bytes is not None
+    with pytest.raises(
+        DvnError, match=rf" at most {one.bytes - 1:,} bytes: .* level 1, which has {one.bytes:,} bytes$"
+    ):
+        run("--max-bytes", str(one.bytes - 1))
+    levels = [KnownLevel(1, 1_234_567, macs=7_000_001, latency=5.0004, accuracy=97.2112)]
+    for limits, least, message in (
+        ({"params": 1_234_566}, None, "at most 1,234,566 params: the nearest is level 1, which has 1,234,567 params"),
+        ({"macs": 7e6}, None, "at most 7,000,000 macs: the nearest is level 1, which has 7,000,001 macs"),
+        ({"latency": 5.0}, None, "at most 5 ms: the nearest is level 1, which has 5.0004 ms"),
+        ({}, 97.22, "at least 97.22 %: the nearest is level 1, which has 97.2112 %"),
+        ({"params": 2e6}, 98.0, "at most 2.0M params and at least 98.0 %: the nearest is level 1, which has 1.2M par"),
+    ):
+        with pytest.raises(DvnError) as caught:
+            choose(levels, limits, least, "low")
+        assert message in str(caught.value)
+
+
 @pytest.mark.slow
 def test_the_commands_of_the_readme() -> None:
     page = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").partition("### Ship it")[2]
@@ -221,7 +284,7 @@ def test_the_commands_of_the_readme() -> None:
         for task, entry in header.metadata.numbered_tasks.items()
         for level in known_levels(header, task)
     ]
-    Path("dvn.run.json").write_text(json.dumps({"test": rows}))
+    write_record("dvn.run.json", rows)
     for line in "".join(re.findall("```sh\n(.*?)```", page.partition("\n### ")[0], re.DOTALL)).splitlines():
         result = CliRunner().invoke(app, shlex.split(line, comments=True)[1:])
         assert result.exit_code == 0, (line, result.exception)
@@ -244,3 +307,62 @@ def test_a_larger_level_that_is_no_more_accurate_is_not_taken_for_accuracy() -> 
     assert choose(levels, {"bytes": 3}, 90.0).level.level == 2
     assert [level.level for level in choose(levels, {"bytes": 1}).neighbours] == [1, 2]
     assert budget.in_words("macs", None) == "-"
+
+
+def two_runs(*files: str | None, top1: Sequence[float] = (20.0, 97.0)) -> list[dict[str, Any]]:
+    """Rows of both levels of the first task of two files, as one document of `dvn eval` has them."""
+    rows = json.loads(recorded("one.json", top1=[0.0, 0.0]).read_text())["results"]
+    return [row | {"top1": accuracy, "file": file} for file, accuracy in zip(files, top1, strict=True) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("files", "top1"),
+    [
+        (("dvn.safetensors", "other.safetensors"), 20.0),
+        (("other.safetensors", "dvn.safetensors"), 97.0),
+        (("/ci/runs/dvn.safetensors", "/ci/runs/other.safetensors"), 20.0),
+        (("./dvn.safetensors", "runs/dvn.safetensors"), 20.0),
+        (("dvn.safetensors", None), 20.0),
+        (("dvn.safetensors", "dvn.safetensors"), 97.0),  # it was measured twice
+        (("renamed.safetensors", "renamed.safetensors"), 97.0),
+    ],
+)
+def test_of_results_of_several_files_those_of_the_checkpoint_count(files: tuple[str, str], top1: float) -> None:
+    Path("both.json").write_text(json.dumps({"results": two_runs(*files)}))
+    levels = known_levels(read_checkpoint("dvn.safetensors"), 1, ["both.json"])
+    assert [level.accuracy for level in levels] == [top1, top1]
+
+
+def test_results_of_nothing_that_is_asked_for_are_refused() -> None:
+    recorded("first.json", top1=[70.0, 95.0])
+    Path("empty.json").write_text(json.dumps({"results": []}))
+    second = read_checkpoint("dvn.safetensors").metadata.tasks[1].name
+    write_record("dvn.run.json", json.loads(Path("first.json").read_text())["results"])  # which stands in for none
+    for words, file in (
+        (["--task", "1", "--min-accuracy", "60", "--results", "first.json"], "empty.json"),
+        (["--task", "2", "--max-params", "1G"], "first.json"),
+        (["--all", "--results", "first.json"], "empty.json"),
+    ):
+        with pytest.raises(InputError) as caught:
+            CliRunner().invoke(app, ["slice", *words, "--results", file], catch_exceptions=False)
+        whose = f"task '{second}'" if file == "first.json" else "any task" if "--all" in words else "task '"
+        assert str(caught.value).startswith(f"'{file}' holds no results of {whose}")
+        assert not list(Path().glob("*-task*"))
+        assert not Path("dvn-slices").exists()
+    list(slice_all(results=["first.json"]))  # of one task, which is enough for all
+
+
+@pytest.mark.parametrize("files", [("a.safetensors", "b.safetensors"), ("a/dvn.safetensors", "b/dvn.safetensors")])
+def test_results_of_which_none_or_two_may_be_the_checkpoint_are_refused(files: tuple[str, str]) -> None:
+    Path("both.json").write_text(json.dumps({"results": two_runs(*files)}))
+    with pytest.raises(InputError, match=rf"'both.json' .*: '{files[0]}', '{files[1]}'; .* 'dvn.safetensors' alone"):
+        run("--min-accuracy", "1", "--results", "both.json")
+
+
+def test_levels_that_another_file_alone_has_are_not_the_checkpoint_s() -> None:
+    rows = two_runs("dvn.safetensors", "other.safetensors")
+    Path("both.json").write_text(
+        json.dumps({"results": [row for row in rows if row["top1"] > 50 or row["level"] == 1]})
+    )
+    levels = known_levels(read_checkpoint("dvn.safetensors"), 1, ["both.json"])
+    assert [level.accuracy for level in levels] == [20, None]

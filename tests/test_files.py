@@ -47,6 +47,15 @@ def test_that_it_can_be_written_is_known_before(file):
     assert file.read_bytes() == before
 
 
+def test_streams_of_the_process_are_not_replaced(file):
+    """Such as a log that stdout is redirected to, which realpath leads to."""
+    with open(file, "r+b") as log:
+        numbered = [f"{folder}/{log.fileno()}" for folder in ("/dev/fd", "/proc/self/fd", f"/proc/{os.getpid()}/fd")]
+        for name in ("/dev/stdin", "/dev/stdout", "/dev/../dev/stderr", *numbered):
+            with pytest.raises(InputError, match=f"cannot write '{name}': it is a stream of this process: give a file"):
+                check_writable(name)
+
+
 def test_a_write_at_the_same_time_is_left_alone(file):
     with atomic(file) as slow:
         slow.write(b"slow")

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 import dvn_cli
 from dvn_cli import planning
+from dvn_cli.budget import known_levels
 from dvn_cli.cli import app
 from dvn_cli.errors import DvnError, InputError
 from dvn_cli.network import DeepVirtualNetwork
@@ -44,7 +45,7 @@ def recorded(accuracies: list[list[float]]) -> None:
     rows = [
         {"task": task, "name": header.metadata.tasks[task - 1].name, "level": level, "top1": accuracy}
         | {"top1_interval": [accuracy - 1, accuracy + 1]}
-        | {"params": planning.known_levels(header, task)[level - 1].params}
+        | {"params": known_levels(header, task)[level - 1].params}
         for task, own in enumerate(accuracies, 1)
         for level, accuracy in enumerate(own, 1)
     ]

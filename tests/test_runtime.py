@@ -273,6 +273,8 @@ def test_fitting_a_latency(file: Path, tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(runtime, "_latency", latency)
     assert runtime.fit(latency_ms=25) == 2
     assert tried == [1, 2, 3]
+    (tmp_path / "bench.json").write_text(json.dumps({"batch_size": 64, "results": rows}))
+    assert runtime.fit(latency_ms=25, results=[tmp_path / "bench.json"]) == 2, "none of one image is recorded"
     with pytest.raises(DvnError, match=r"at most 5\.00 ms: the nearest is level 1"):
         runtime.fit(latency_ms=5)
     assert runtime.active == [(1, 2)]

@@ -121,7 +121,7 @@ def bench_command(
         document, show = _scenario(scenario.lower(), files or [Path()], plots, measure)
     else:
         given = without_manifests(files or [Path("dvn.safetensors")], lambda line: typer.echo(line, err=True))
-        names = [] if formats is None else [name.strip() for name in formats.split(",")]
+        names = [] if formats is None else list(dict.fromkeys(name.strip() for name in formats.split(",")))
         results, document = measure(given, task, level, every=every, formats=names)
         if before is not None:
             # Of a checkpoint one task is measured unless all are asked for, of slices those that are given.

@@ -9,6 +9,7 @@ import typer
 from dvn_cli.cli.outputs import check_outputs
 from dvn_cli.errors import InputError
 from dvn_cli.export import MANIFEST, read_manifest, without_manifests
+from dvn_cli.files import append, encoded
 
 if TYPE_CHECKING:
     from dvn_cli.evaluation.measure import Loaded
@@ -109,6 +110,8 @@ def eval_command(
     }
     manifests_of = [each / MANIFEST for each in slices or []]
     check_outputs(written, [*files, *(data or []), baseline, gates, costs, *(slices or []), *manifests_of])
+    if summary is not None and summary.exists():
+        append(summary, b"")
 
     import contextlib
     import json
@@ -161,7 +164,7 @@ def eval_command(
         if results_file is not None:
             outputs.callback(rendering.write, results_file, results)
         if summary is not None:
-            outputs.callback(ci.append, summary, ci.markdown(rows, gate))
+            outputs.callback(append, summary, encoded(ci.markdown(rows, gate)))
         if report_file is not None:
             outputs.callback(page.write, report_file, judge.loaded, rows, measured, manifests)
         if junit is not None:

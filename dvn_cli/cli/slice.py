@@ -288,7 +288,8 @@ def _choose(
     levels = budget.known_levels(header, number, results, counted, form.format)
     if "bytes" in limits and not is_cut:  # what other files weigh is known once they are written
         levels = _with_bytes(checkpoint, number, levels, form, calibrate)
-    return budget.choose(levels, limits, least, header.metadata.tasks[number - 1].name, form.format)
+    name, unread = header.metadata.tasks[number - 1].name, budget.unread_record(header)
+    return budget.choose(levels, limits, least, name, form.format, unread)
 
 
 def _with_bytes(

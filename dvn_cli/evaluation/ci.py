@@ -9,13 +9,10 @@ from xml.etree import ElementTree
 from dvn_cli import report
 from dvn_cli.evaluation.gates import Check, Gate, Named
 from dvn_cli.evaluation.measure import Evaluation
-from dvn_cli.files import atomic, encoded, read_bytes
+from dvn_cli.files import atomic
 
 _NO_XML = re.compile("[^\t\n\r\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that XML 1.0 does not have, escaped or not."""
-
-LARGEST_SUMMARY = 16 << 20
-"""Bytes of a summary; GitHub shows 1 MiB of a step."""
 
 Cases = dict[tuple[Named, str | None], list[Check]]
 
@@ -66,7 +63,10 @@ def _xml(text: str) -> str:
 
 
 def markdown(rows: Sequence[Evaluation], gate: Gate) -> str:
-    """Returns a summary in Markdown: a row for each network, with its file where there are several."""
+    """Returns a summary in Markdown: a row for each network, with its file where there are several.
+
+    A step of GitHub's has one file for all commands, so it begins with a heading.
+    """
     measured = {(Named(row.task, row.name, row.level), row.file): row for row in rows}
     several = len({row.file for row in rows}) > 1
     lines = [
@@ -95,17 +95,6 @@ _SIGNS = {"passed": "✅", "failed": "❌", "undecided": "❔"}
 def _markdown(text: str) -> str:
     """A text as it is, in a cell of a table: what Markdown and HTML would read otherwise is escaped."""
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
-
-
-def append(path: Path, text: str) -> None:
-    """Adds a text to the end of a file, which need not be there: a step of GitHub's has one summary for all commands.
-
-    Raises:
-        InputError, DvnError: as `atomic`.
-    """
-    before = read_bytes(path, LARGEST_SUMMARY) if path.exists() else b""
-    with atomic(path) as file:
-        file.write(before + encoded(text))
 
 
 def annotations(gate: Gate) -> list[str]:

@@ -18,10 +18,10 @@ from dvn_cli.evaluation import charts
 from dvn_cli.evaluation.costs import Costs, NetworkCost
 from dvn_cli.evaluation.measure import Evaluation, Loaded
 from dvn_cli.export import Manifest, SliceSize
-from dvn_cli.files import LARGEST_RECORD, atomic, encoded, read_bytes, run_record
+from dvn_cli.files import atomic, encoded
 from dvn_cli.network import DeepVirtualNetwork
+from dvn_cli.store.file import read_run
 from dvn_cli.store.metadata import CheckpointMetadata, Task
-from dvn_cli.store.schema import loads
 from dvn_cli.store.slicing import count
 
 WEAKEST = 3
@@ -215,13 +215,13 @@ def _training(opened: Loaded) -> str:
         return "<h2>Training</h2><p>The networks are not trained.</p>"
     training, figures = metadata.training, []
     try:
-        epochs = loads(read_bytes(run_record(opened.header.path), LARGEST_RECORD))["epochs"]
+        epochs = read_run(opened.header)["epochs"]
         names = [task.name for task in metadata.tasks]
         for key, label in (("validation", "top-1 on validation images, %"), ("loss", "training loss")):
             svg = charts.over_epochs(epochs, names, key, label)
             figures += [] if svg is None else [_figure(svg, f"{label.capitalize()} over epochs.")]
     except (InputError, LookupError, TypeError, ValueError):  # it is missing, or not of this run
-        figures = ["<p>There is no record of the run beside the checkpoint.</p>"]
+        figures = ["<p>There is no record of this run beside the checkpoint.</p>"]
     facts = {"epochs": training.epochs, "seed": training.recipe.get("seed"), "device": training.device}
     facts |= {"commit": training.commit, "threads": training.threads, **training.versions}
     caption = "How it was trained" + ("; the commit is the working directory's." if training.commit else ".")

@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Generic, TypeVar
 import numpy as np
 
 from dvn_cli.errors import InputError, did_you_mean
-from dvn_cli.files import atomic, check_regular, reason, written_at
+from dvn_cli.files import LARGEST_RECORD, atomic, check_regular, read_bytes, reason, run_record, written_at
 from dvn_cli.store.metadata import KINDS, CheckpointMetadata, Index, Metadata, SliceMetadata, StateMetadata
 from dvn_cli.store.schema import check_version, checked, dumps, loads, parse
 from dvn_cli.store.shapes import check_tensors
@@ -406,11 +406,38 @@ def _write_tensor(file: BinaryIO, name: str, tensor: TensorData) -> str:
 # What is there already
 
 
+def read_run(header: Header[Any]) -> dict[str, Any]:
+    """Returns the record of the run that a checkpoint comes of, which is beside it.
+
+    Raises:
+        InputError: the checkpoint is not trained, or the record is missing, unreadable or of another run, as that of a
+            checkpoint in whose place another one was put.
+    """
+    path, training = run_record(header.path), header.metadata.training
+    if training is None:
+        raise InputError(f"'{header.path}' is not trained")
+    try:
+        record = loads(read_bytes(path, LARGEST_RECORD))
+        is_own = record["recipe"] == training.recipe
+    except (ValueError, LookupError, TypeError):
+        raise InputError(f"'{path}' is no record of a run") from None
+    if not is_own:
+        raise InputError(f"'{path}' is the record of another run than that of '{header.path}'")
+    return record
+
+
 def is_trained(path: str | os.PathLike[str]) -> bool:
     """Returns whether a file is there and is a trained checkpoint."""
     with contextlib.suppress(InputError):
         metadata = read_header(path).metadata if os.path.exists(path) else None
         return isinstance(metadata, CheckpointMetadata) and metadata.training is not None
+    return False
+
+
+def is_slice(path: str | os.PathLike[str]) -> bool:
+    """Returns whether a file is a slice."""
+    with contextlib.suppress(InputError):
+        return isinstance(read_header(path).metadata, SliceMetadata)
     return False
 
 

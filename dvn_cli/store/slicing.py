@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from dvn_cli.errors import InputError
-from dvn_cli.store.file import ITEM_SIZE, Header, StoredTensor, TensorData, is_trained, lost_with, size, write
+from dvn_cli.store.file import ITEM_SIZE, Header, StoredTensor, TensorData, is_slice, is_trained, lost_with, size, write
 from dvn_cli.store.lookup import find_task
 from dvn_cli.store.metadata import Calibration, CheckpointMetadata, DividedBackbone, SliceMetadata, check_level
 from dvn_cli.store.ownership import Run
@@ -107,12 +107,23 @@ def _take(array: np.ndarray, runs: Sequence[Sequence[Run]]) -> np.ndarray:
     return array
 
 
-def check_output(checkpoint: Header[CheckpointMetadata], output: str | os.PathLike[str]) -> None:
-    """Raises InputError where a slice would take the place of its checkpoint, or of a trained one."""
+def check_output(
+    checkpoint: Header[CheckpointMetadata], output: str | os.PathLike[str], ending: str = ".safetensors"
+) -> None:
+    """Raises InputError where a slice would take the place of what is worth more.
+
+    That is its checkpoint, a trained one, and any file that has no slice in it, nor a name as those of the format have.
+    """
     if os.path.exists(output) and os.path.samefile(output, checkpoint.path):
         raise InputError(f"cannot write the slice to '{output}': that is the checkpoint itself")
     if is_trained(output):
         raise InputError(f"{lost_with(Path(output))}; give the slice another output with -o")
+    is_other = os.path.isfile(output) and os.path.getsize(output) > 0 and not os.fspath(output).endswith(ending)
+    if is_other and not is_slice(output):
+        raise InputError(
+            f"cannot write the slice to '{output}': it is no slice, nor does its name end with {ending}; give another "
+            "output with -o"
+        )
 
 
 def slice_file(

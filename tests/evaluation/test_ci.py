@@ -13,9 +13,11 @@ import schema
 import yaml
 from markdown_it import MarkdownIt
 
+from dvn_cli.errors import DvnError
 from dvn_cli.evaluation import ci
 from dvn_cli.evaluation.gates import Check, Gate, Named
 from dvn_cli.evaluation.measure import Evaluation
+from dvn_cli.files import append, encoded
 
 NAME = "a|b <i>\x1b[1m*"
 ROWS = [
@@ -95,7 +97,7 @@ def test_junit_has_its_schema(tmp_path, undecided):
 def test_the_summary_is_added_to_what_is_there(tmp_path):
     file = tmp_path / "summary.md"
     for _ in range(2):
-        ci.append(file, ci.markdown(ROWS, Gate(CHECKS)))
+        append(file, encoded(ci.markdown(ROWS, Gate(CHECKS))))
     lines = file.read_text().splitlines()
     assert lines[: len(lines) // 2] == lines[len(lines) // 2 :]
     assert lines[0] == "### dvn eval: failed"
@@ -103,6 +105,24 @@ def test_the_summary_is_added_to_what_is_there(tmp_path):
     assert lines[4].startswith("| 1 a\\|b &lt;i&gt;\x1b\\[1m\\* | 1 | 1.2K | 90.00 | 78.6-95.7 | 50 | ✅ passed: ")
     assert lines[4].endswith("<br>❌ failed: change &gt;= -1; 100 %: 1 2 |")
     assert lines[7].startswith("| 1 a\\|b &lt;i&gt;\x1b\\[1m\\* | 4 |  |  |  |  | ❌ failed: ")
+
+
+def test_a_summary_is_added_to_beside_others(tmp_path):
+    """Which have the same file open; it begins a line where theirs has no end."""
+    file = tmp_path / "summary.md"
+    file.write_text("of mine")
+    file.chmod(0o640)
+    with open(file, "ab") as other:
+        append(file, b"### dvn eval\n")
+        other.write(b"of mine too\n")
+    assert file.read_text() == "of mine\n### dvn eval\nof mine too\n"
+    assert file.stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's /dev/full")
+def test_a_summary_on_a_full_disk():
+    with pytest.raises(DvnError, match=r"^cannot write '/dev/full': No space left on device$"):
+        append("/dev/full", b"### dvn eval\n")
 
 
 def test_the_summary_as_it_is_rendered():

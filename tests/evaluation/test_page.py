@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 from pictures import COLOURS, results
 
+import dvn_cli
 from dvn_cli.evaluation import charts
 from dvn_cli.export import slice_all
 from dvn_cli.store.file import read_checkpoint
+from dvn_cli.store.metadata import TrainingRecord
 from dvn_cli.store.slicing import count
 
 
@@ -148,6 +150,21 @@ def test_what_is_no_report(dvn, made, monkeypatch, arguments, message):
     assert (code, out) == (2, "")
     assert err.splitlines()[-1].startswith(f"dvn: {message}")
     assert not (made / "p.html").exists()
+
+
+def test_curves_are_of_the_run_of_the_checkpoint(dvn, made):
+    """Not of the one in whose place it was put, whose record stayed."""
+    network, recipe = dvn_cli.load(made / "dvn.safetensors"), {"seed": 7}
+    network.training_record = TrainingRecord(recipe, epochs=2)
+    network.save(made / "trained.safetensors")
+    epochs = [{"epoch": number, "loss": [[1.0, 0.5], [2.0, 1.0]], "validation": None} for number in (1, 2)]
+    for own, seed in ((True, 7), (False, 8)):
+        (made / "trained.run.json").write_text(json.dumps({"recipe": recipe | {"seed": seed}, "epochs": epochs}))
+        assert dvn("trained.safetensors", "--task", "2", "--report", "page.html")[0] == 0
+        text = Page(made / "page.html").text
+        assert ("Training loss over epochs." in text) is own
+        assert ("There is no record of this run beside the checkpoint." in text) is not own
+        assert "seed: 7" in text
 
 
 def test_curves_of_training():

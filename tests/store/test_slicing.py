@@ -118,6 +118,10 @@ def test_command_with_its_defaults(file):
     content = Path("dvn-task2-level1.safetensors").read_bytes()
     assert Path("folder/dvn-task2-level1.safetensors").read_bytes() == content
     assert Path("s.safetensors").read_bytes() == content
+    Path("s.bin").touch()  # as of mktemp, with nothing to lose
+    for _ in range(2):  # in the place of a slice, whatever its name
+        run("--task", "2", "--level", "1", "-o", "s.bin")
+        assert Path("s.bin").read_bytes() == content
 
 
 def test_command_for_all_with_json(file):
@@ -164,12 +168,17 @@ def test_command_for_all_with_json(file):
             ["--task", "1", "--level", "1", "-o", "trained.safetensors"],
             "is a trained checkpoint (tasks: low digits, odd; 2 epochs, ",
         ),
+        (["--task", "1", "--level", "1", "-o", "x.run.json"], "to 'x.run.json': it is no slice, nor does its name end"),
+        (["--task", "1", "--level", "1", "-o", "a.yaml"], "to 'a.yaml': it is no slice, nor does its name end with .s"),
+        (["--task", "1", "--level", "1", "--format", "pt2", "-o", "plain.safetensors"], "does its name end with .pt2"),
     ],
 )
 def test_command_with_bad_input(file, arguments, message):
     training = {"recipe": {}, "epochs": 2}
     write("trained.safetensors", tensors(), metadata(training=training))
     Path("a.yaml").write_text("source: digits")
+    Path("x.run.json").write_text("{}")
+    safetensors.numpy.save_file({"weight": np.ones(2)}, "plain.safetensors")
     Path("web").mkdir()
     Path("web/manifest.json").write_text('{"name": "a page"}')
     before = {path: path.read_bytes() for path in file.parent.rglob("*.*")}
