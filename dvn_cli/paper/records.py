@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from dvn_cli.errors import InputError
 from dvn_cli.files import LARGEST_RECORD, read_bytes, run_record
+from dvn_cli.store.file import is_trained, read_checkpoint, read_run
 
 _APART = {"scenario", "scale", "setting", "method", "seed", "threads"}
 """Keys of a recipe in which runs that are compared may differ; besides these, where the images lie."""
@@ -142,6 +143,8 @@ def _read(file: Path) -> Run:
         raise InputError(f"'{path}' is no record of a run: {where}: {problem['msg'].lower()}") from None
     except (ValueError, RecursionError):
         raise InputError(f"'{path}' is no record of a run: it is not JSON") from None
+    if given is not None and is_trained(given):
+        read_run(read_checkpoint(given))
     return Run(path, record, {(result.task, result.level): result for result in record.test}, given)
 
 

@@ -22,10 +22,10 @@ from dvn_cli.data.spec import MAY_DIFFER
 from dvn_cli.device import title
 from dvn_cli.errors import DvnError, InputError, enough_memory
 from dvn_cli.evaluation.measure import Evaluation
-from dvn_cli.files import LARGEST_RECORD, atomic, read_bytes, run_record, stem
+from dvn_cli.files import atomic, run_record, stem
 from dvn_cli.loading import read_tensors
 from dvn_cli.network import to_data
-from dvn_cli.store.file import Header, is_trained, lost_with, read_checkpoint, write
+from dvn_cli.store.file import Header, is_trained, lost_with, read_checkpoint, read_run, write
 from dvn_cli.store.metadata import CheckpointMetadata, StateMetadata, Task, TrainingRecord
 from dvn_cli.training import state
 from dvn_cli.training.loop import Run, json_number
@@ -293,7 +293,7 @@ class Finished:
 
     Attributes:
         header: of its checkpoint.
-        record: what is beside it; empty where that is lost.
+        record: what is beside it; empty where that is lost, or of another run.
     """
 
     header: Header[CheckpointMetadata]
@@ -310,10 +310,10 @@ class Finished:
             if lost := lost_with(files.checkpoint):
                 raise InputError(f"{lost}, which is no run to resume: --force replaces it, -o writes elsewhere")
             return None
-        record: dict[str, Any] = {}
-        with contextlib.suppress(InputError, ValueError, RecursionError):
-            record = json.loads(read_bytes(files.record, LARGEST_RECORD))
-        return cls(read_checkpoint(files.checkpoint), record if isinstance(record, dict) else {})
+        header, record = read_checkpoint(files.checkpoint), dict[str, Any]()
+        with contextlib.suppress(InputError):
+            record = read_run(header)
+        return cls(header, record)
 
     @property
     def training(self) -> TrainingRecord:
@@ -333,7 +333,7 @@ class Finished:
 
     @property
     def history(self) -> list[dict[str, Any]]:
-        """What each epoch gave; empty where the record is lost, or of another run."""
+        """What each epoch gave; empty where the record is lost."""
         history = self.record.get("epochs", [])
         return history if len(history) == self.epochs else []
 

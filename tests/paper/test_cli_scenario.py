@@ -239,3 +239,7 @@ def test_a_real_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dvn: Callab
     code, out, _ = dvn(*words)
     assert code == 0
     assert "ms an image at batch size 4 on " in " ".join(out.split())
+    record = json.loads(Path("run.run.json").read_text())
+    Path("run.run.json").write_text(json.dumps(record | {"recipe": record["recipe"] | {"seed": 5}}))
+    told = "dvn: 'run.run.json' is the record of another run than that of 'run.safetensors'\n"
+    assert dvn(*words) == (2, "", told)

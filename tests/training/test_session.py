@@ -268,7 +268,7 @@ def test_more_epochs(tmp_path: Path) -> None:
     assert record["epochs"][2]["loss"] != record["epochs"][0]["loss"]
 
 
-def test_nothing_is_left_to_do(whole: tuple[Path, Session]) -> None:
+def test_nothing_is_left_to_do(whole: tuple[Path, Session], tmp_path: Path) -> None:
     folder, first = whole
     output = folder / "dvn.safetensors"
     assert complete_run(first.recipe, output) is None, "it lacks the accuracies on test images"
@@ -280,6 +280,10 @@ def test_nothing_is_left_to_do(whole: tuple[Path, Session]) -> None:
     done = complete_run(first.recipe, output)
     assert done is not None
     assert (done.epochs, done.results) == (2, [])
+    record = json.loads((folder / "dvn.run.json").read_text())
+    shutil.copy(output, tmp_path)
+    (tmp_path / "dvn.run.json").write_text(json.dumps(record | {"recipe": record["recipe"] | {"epochs": 1}}))
+    assert complete_run(first.recipe, tmp_path / "dvn.safetensors") is None, "its record is of another run"
     for words, told in ((["epochs=1"], "has been trained for 2 epochs"), (["seed=1"], "had seed=0, not 1")):
         recipe = recipes.parse(recipes.resolved(small.content(), words, "small.yaml"), "small.yaml")
         with pytest.raises(InputError, match=told):
