@@ -54,7 +54,7 @@ def test_readme(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {
         "example.py", "fresh.safetensors", "trained.safetensors", "trained.run.json", "trained-task2-level1.safetensors"
     }  # fmt: skip
-    assert len(done.stdout.splitlines()) == 10
+    assert len(done.stdout.splitlines()) == 9
 
 
 def test_importing_takes_no_torch() -> None:

@@ -136,6 +136,7 @@ def compiled_equals_eager(network: VirtualNetwork, images: Images, backend: str)
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5 + 1e-3 * float(gradient.abs().max()))
 
 
+@pytest.mark.slow
 def test_it_compiles(network: VirtualNetwork, images: Images) -> None:
     compiled_equals_eager(network, images, "aot_eager")
 

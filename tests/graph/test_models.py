@@ -14,7 +14,7 @@ from dvn_cli.units.assign import label_mask
 
 QUICK = [
     *(("wrn_10_1", 32), ("resnet18", 48), ("timm/test_vit", 160), ("timm/test_convnext", 64)),
-    *(("timm/test_byobnet", 64), ("torchvision/shufflenet_v2_x0_5", 64)),
+    ("timm/test_byobnet", 64),
 ]
 """Backbones and the size of their images in pixels."""
 
@@ -26,7 +26,7 @@ SLOW = [
     *(("regnety_008", 64), ("convnext_atto", 64), ("vgg11_bn", 64), ("torchvision/googlenet", 96)),
     *(("inception_v3", 96), ("torchvision/inception_v3", 96), ("vit_tiny_patch16_224", 224)),
     *(("vit_small_patch16_224", 224), ("deit_tiny_patch16_224", 224), ("torchvision/resnet18", 64)),
-    *(("torchvision/mobilenet_v3_small", 64), ("torchvision/vit_b_16", 224)),
+    *(("torchvision/mobilenet_v3_small", 64), ("torchvision/shufflenet_v2_x0_5", 64), ("torchvision/vit_b_16", 224)),
 ]
 
 
