@@ -3,7 +3,7 @@
 import contextlib
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -288,7 +288,7 @@ def choose(
     least: float | None = None,
     name: str = "",
     file_format: str = PLAIN,
-    unread: str | None = None,
+    unread: Callable[[], str | None] = lambda: None,
 ) -> Choice:
     """Chooses the largest level within limits; where only an accuracy is asked for, the smallest that has it.
 
@@ -298,7 +298,7 @@ def choose(
         least: accuracy in per cent.
         name: of the task.
         file_format: that the files are of.
-        unread: see `unread_record`.
+        unread: asked, where no accuracy is recorded, for what `unread_record` says.
 
     Raises:
         InputError: what is limited is not known of any level.
@@ -307,7 +307,7 @@ def choose(
     wanted = {**limits, **({} if least is None else {"accuracy": least})}
     for what in wanted:
         if all(getattr(level, what) is None for level in levels):
-            raise missing_record(what, name, file_format, unread)
+            raise missing_record(what, name, file_format, unread())
     known = [level for level in levels if all(getattr(level, what) is not None for what in wanted)]
 
     def asked(exactly: Collection[str] = ()) -> str:

@@ -288,8 +288,8 @@ def _choose(
     levels = budget.known_levels(header, number, results, counted, form.format)
     if "bytes" in limits and not is_cut:  # what other files weigh is known once they are written
         levels = _with_bytes(checkpoint, number, levels, form, calibrate)
-    name, unread = header.metadata.tasks[number - 1].name, budget.unread_record(header)
-    return budget.choose(levels, limits, least, name, form.format, unread)
+    name = header.metadata.tasks[number - 1].name
+    return budget.choose(levels, limits, least, name, form.format, lambda: budget.unread_record(header))
 
 
 def _with_bytes(

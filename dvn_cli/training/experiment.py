@@ -14,6 +14,7 @@ import torch
 
 from dvn_cli import processes
 from dvn_cli.data import DataSpec, Reader, TaskData
+from dvn_cli.data.classes import few
 from dvn_cli.data.spec import locate
 from dvn_cli.device import check_compiler, choose
 from dvn_cli.dividing import Note, silent
@@ -259,8 +260,7 @@ def prepare(
         run = Run(recipe, network, learnt, device, before, teachers)
     check_batches(run)
     if frozen := sorted(network.partition.frozen):
-        more = f" and {len(frozen) - 3} more" if len(frozen) > 3 else ""
-        note(f"not trained, since the backbone's code has requires_grad=False on them: {', '.join(frozen[:3])}{more}")
+        note(f"not trained, since the backbone's code has requires_grad=False on them: {few(frozen)}")
     held = {student.task for stage in run.stages for student, _ in stage.distilled}
     for number in sorted(held - run.data.keys()) if recipe.sequential.replay else ():
         note(f"no images of task '{run.network.tasks[number - 1].name}' are replayed: the recipe has none")

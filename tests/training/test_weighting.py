@@ -81,9 +81,9 @@ def test_what_the_backbones_code_freezes_is_not_trained(tmp_path: Path) -> None:
     }
     assert parameters - moved == {"0.weight", "0.bias", "1.weight", "1.bias"}
     assert (
-        "not trained, since the backbone's code has requires_grad=False on them: 0.bias, 0.weight, 1.bias and 1 more"
-        in told
-    )
+        "not trained, since the backbone's code has requires_grad=False on them: '0.bias', '0.weight', '1.bias' and 1 "
+        "more"
+    ) in told
     with pytest.raises(InputError, match=r"small:all_frozen has requires_grad=False on all that is to be trained"):
         small.session(tmp_path, "backbone.name=small:all_frozen", force=True)
 
