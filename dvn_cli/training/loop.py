@@ -181,11 +181,11 @@ class Run:
             self.best_tensors = _below("best/", tensors)
             self.best = -math.inf if metadata.best is None else metadata.best
             load_state(self.optimizer, _below("optimizer/", tensors))
+            torch.set_rng_state(tensors["random"])  # not between two stages, of which the next has a seed of its own
+            if self.device.type == "cuda" and "random_cuda" in tensors:
+                torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
         for i, generator in self.generators.items():
             generator.set_state(tensors[f"generator/{i}"])
-        torch.set_rng_state(tensors["random"])
-        if self.device.type == "cuda" and "random_cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random_cuda"], self.device)
 
     def extend(
         self, tensors: Mapping[str, Tensor], history: Sequence[Mapping[str, Any]], epochs_done: int, has_best: bool

@@ -165,7 +165,10 @@ def test_resume_before_the_checkpoint_is_written(whole: tuple[Path, Session], tm
     assert (tmp_path / "dvn.safetensors").read_bytes() == (folder / "dvn.safetensors").read_bytes()
 
 
-SEQUENTIAL = ["learning=sequential", "sequential={old: distilled, grow: true, warmup_epochs: 2}", "select=best"]
+SEQUENTIAL = [
+    *("learning=sequential", "sequential={old: distilled, grow: true, warmup_epochs: 2}", "select=best"),
+    "backbone.name=small:Dropping",
+]
 """Stages of two epochs: of the first task, of the second one's new parts, and of all."""
 
 
