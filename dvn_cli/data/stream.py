@@ -92,6 +92,8 @@ def stream(
                     worker_init_fn=_outlive_sigterm,
                 )
             )
+        for worker in getattr(results, "_workers", ()):  # at its exit, Python waits for those that it has sent SIGTERM
+            worker._popen.terminate = worker._popen.kill
         for result in results:
             if isinstance(result, InputError):
                 raise result

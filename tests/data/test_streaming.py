@@ -3,6 +3,8 @@
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -189,6 +191,21 @@ def test_workers_leave_sigterm_to_the_main_process(photographs, monkeypatch):
 
     monkeypatch.setattr(Pool, "decoded", after_sigterm)
     assert_same(passes(data), expected)
+
+
+def test_a_process_that_fails_between_two_batches_ends(photographs):
+    """Python keeps what was raised, the frames with it and so the workers, which it waits for at its exit."""
+    code = (
+        "from dvn_cli.data import DataSpec, load_task; import torch, sys\n"
+        "keys = dict(source='folder', path=sys.argv[1], size=16, load='stream', workers=1)\n"
+        "batches = load_task(DataSpec(**keys)).train_batches(4, torch.Generator())\n"
+        "next(batches)\n"
+        "raise ValueError('in the script')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(photographs / "folder")], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ValueError: in the script")
 
 
 def test_small_sets_are_kept_and_larger_ones_streamed(photographs, monkeypatch):
