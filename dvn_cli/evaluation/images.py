@@ -106,8 +106,9 @@ def _labels(
     names, count = list(task.classes), len(task.classes)
     numbers = [str(number) for number in range(count)]
     for numbered, rest in ((classes, names), (names, classes)):
-        all_named = all(number_in(name) is None for name in rest)  # else '1' would be taken for the class named '2'
-        if len(classes) == count and sorted(numbered) == sorted(numbers) and all_named:
+        # a number such as '2' in the place of class 1 is a name of its own; '01' is another way to write '1'
+        agree = list(rest) != numbers and all(number_in(name) in (None, place) for place, name in enumerate(rest))
+        if len(classes) == count and sorted(numbered) == sorted(numbers) and agree:
             labels = list(map(int, classes)) if numbered is classes else list(map(names.index, numbers))
             if note is not None:
                 first = f"'{classes[0]}' is taken for '{names[labels[0]]}'"

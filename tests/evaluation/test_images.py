@@ -81,6 +81,10 @@ def test_numbers_stand_for_classes_in_order(dvn, tmp_path):
     code, out, err = dvn("--json", "fresh.safetensors", "--data", "recipes/pictures")
     assert code == 0
     assert "'black' is taken for '0'" in err
+    write_folder(tmp_path / "padded", tuple(f"0{number}" for number in "012345"))
+    code, out, err = dvn("--json", "fresh.safetensors", "--data", str(tmp_path / "padded"))
+    assert code == 0, err
+    assert "'00' is taken for '0'" in err
 
 
 @pytest.mark.parametrize(("names", "images", "differ"), [
