@@ -112,17 +112,19 @@ def check_output(
 ) -> None:
     """Raises InputError where a slice would take the place of what is worth more.
 
-    That is its checkpoint, a trained one, and any file that has no slice in it, nor a name as those of the format have.
+    That is its checkpoint, a trained one, and any file that has neither a slice in it nor the ending of the format. A
+    file of another format than safetensors, which is not known again by what is in it, has to have its ending.
     """
     if os.path.exists(output) and os.path.samefile(output, checkpoint.path):
         raise InputError(f"cannot write the slice to '{output}': that is the checkpoint itself")
     if is_trained(output):
         raise InputError(f"{lost_with(Path(output))}; give the slice another output with -o")
-    is_other = os.path.isfile(output) and os.path.getsize(output) > 0 and not os.fspath(output).endswith(ending)
-    if is_other and not is_slice(output):
+    if os.fspath(output).lower().endswith(ending):
+        return
+    is_foreign = os.path.isfile(output) and os.path.getsize(output) > 0 and not is_slice(output)
+    if is_foreign or (ending.startswith(".") and ending != ".safetensors"):
         raise InputError(
-            f"cannot write the slice to '{output}': it is no slice, nor does its name end with {ending}; give another "
-            "output with -o"
+            f"cannot write the slice to '{output}': its name does not end with {ending}; give another output with -o"
         )
 
 

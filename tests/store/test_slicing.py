@@ -168,9 +168,10 @@ def test_command_for_all_with_json(file):
             ["--task", "1", "--level", "1", "-o", "trained.safetensors"],
             "is a trained checkpoint (tasks: low digits, odd; 2 epochs, ",
         ),
-        (["--task", "1", "--level", "1", "-o", "x.run.json"], "to 'x.run.json': it is no slice, nor does its name end"),
-        (["--task", "1", "--level", "1", "-o", "a.yaml"], "to 'a.yaml': it is no slice, nor does its name end with .s"),
-        (["--task", "1", "--level", "1", "--format", "pt2", "-o", "plain.safetensors"], "does its name end with .pt2"),
+        (["--task", "1", "--level", "1", "-o", "x.run.json"], "to 'x.run.json': its name does not end with .safe"),
+        (["--task", "1", "--level", "1", "-o", "a.yaml"], "to 'a.yaml': its name does not end with .safetensor"),
+        (["--task", "1", "--level", "1", "--format", "pt2", "-o", "plain.safetensors"], "name does not end with .pt2"),
+        (["--task", "1", "--level", "1", "--format", "pt2", "-o", "new.pt"], "to 'new.pt': its name does not end with"),
     ],
 )
 def test_command_with_bad_input(file, arguments, message):
