@@ -301,18 +301,20 @@ def test_against_a_baseline(
 
     before = json.loads((folder / "before.json").read_text())
     before["results"][0] |= {"params": 11, "macs": 6}
-    before["results"][1]["format"] = "pt2"
+    before["results"][1]["level"] = 3
+    before["results"].append(before["results"][0] | {"format": "pt2"})
     before["host"] = "another"
     (folder / "before.json").write_text(json.dumps(before))
     code, out, err = typed("--baseline", "before.json")
     assert code == 1
     assert err.splitlines() == [
         "task 'a', level 2 is not in the baseline",
+        "no network of format pt2 is measured: what the baseline has of it is not compared",
         "dvn: task 'a', level 1: params 11 -> 10, macs 6 -> 7 (2 of 2 networks are not the baseline's)",
     ]
     assert [line.split() for line in out.splitlines()[-2:]] == [
         ["a", "1", "-1", "same", "+1", "-"],
-        ["a", "2", "pt2", "gone", "gone", "gone", "-"],
+        ["a", "3", "gone", "gone", "gone", "-"],
     ]
     del before["host"]
     (folder / "before.json").write_text(json.dumps(before))

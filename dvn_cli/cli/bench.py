@@ -124,7 +124,7 @@ def bench_command(
         names = [] if formats is None else list(dict.fromkeys(name.strip() for name in formats.split(",")))
         results, document = measure(given, task, level, every=every, formats=names)
         if before is not None:
-            # Of a checkpoint one task is measured unless all are asked for, of slices those that are given.
+            # Of a checkpoint one task is measured unless all are asked for; with slices all of the baseline is.
             asked_for_all = every or any(result.kind == "slice" for result in results)
             compared, lines = costs.compare(before, document, asked_for_all, level)
             for line in lines:

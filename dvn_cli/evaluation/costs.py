@@ -122,7 +122,8 @@ def compare(
     Args:
         before: the baseline.
         document: of what was measured.
-        every: all tasks of the baseline are asked for, not only those of which networks were measured.
+        every: all tasks of the baseline are asked for, not only those of which networks were measured. Of its formats
+            those that were measured are.
         level: the only one asked for.
 
     Returns:
@@ -133,9 +134,10 @@ def compare(
     by_file = any(len({network.key() for network in each.results}) < len(each.results) for each in (before, now))
     found = {network.key(by_file): network for network in now.results}
     names = {network.name for network in (before if every else now).results}
+    formats = {network.format for network in now.results}
     comparisons = []
     for network in before.results:
-        if network.name not in names or level not in (None, network.level):
+        if network.name not in names or network.format not in formats or level not in (None, network.level):
             continue
         after = found.get(network.key(by_file))
         same = after is not None and now.machine == before.machine
@@ -143,9 +145,11 @@ def compare(
         comparisons.append(Comparison(network, after, ratio, by_file))
     known = {network.key(by_file) for network in before.results}
     lines = [f"{each.where(by_file)} is not in the baseline" for each in now.results if each.key(by_file) not in known]
-    unasked = dict.fromkeys(network.name for network in before.results if network.name not in names)
+    unasked = [f"task '{each.name}'" for each in before.results if each.name not in names]
+    unasked += [f"format {each.format}" for each in before.results if each.format not in formats | {None}]
     lines += [
-        f"no network of task '{name}' is measured: what the baseline has of it is not compared" for name in unasked
+        f"no network of {what} is measured: what the baseline has of it is not compared"
+        for what in dict.fromkeys(unasked)
     ]
     return comparisons, lines
 
