@@ -19,11 +19,11 @@ class InputError(DvnError):
 
 
 def did_you_mean(word: object, choices: Iterable[str]) -> str:
-    """Returns `; did you mean 'x'?` for the choice nearest to `word`, or nothing where none is near."""
+    """Returns `; did you mean 'x'?`, a sentence's end, for the choice nearest to `word`; nothing where none is near."""
     word, choices = str(word), list(choices)
     composed = [unicodedata.normalize("NFC", choice) for choice in choices]
     if word not in choices and unicodedata.normalize("NFC", word) in composed:
-        return "; there is one that looks the same, of other Unicode characters (NFC or NFD): rename one of them"
+        return "; there is one that looks the same, of other Unicode characters (NFC or NFD)."
     near = difflib.get_close_matches(word, choices, n=1, cutoff=0.5)
     return f"; did you mean '{near[0]}'?" if near else ""
 

@@ -126,7 +126,8 @@ def _not_opened(path: str | os.PathLike[str], error: OSError) -> DvnError:
 def append(path: str | os.PathLike[str], content: bytes) -> None:
     """Adds lines to the end of a file, which need not be there, in one write: others may add to it meanwhile.
 
-    Where the last line that is there has no end, it gets one. To add nothing tells whether it can be done.
+    Where the last line that is there has no end, it gets one. To add nothing tells whether it can be done. A full disk
+    leaves the part that it had place for, after what was there.
 
     Raises:
         InputError: the file cannot be opened to write.

@@ -24,7 +24,7 @@ BATCH = 32
 
 
 def sample(spec: DataSpec, count: int = IMAGES, *, seed: int, channels: int = 3, base: Path | None = None) -> Split:
-    """Reads some of a data set's training images, drawn by a seed; of a folder without splits, of all of them.
+    """Reads some of a data set's training images, drawn by a seed; where `test_split` is `.`, of all images.
 
     Args:
         spec: what to read, at what size; its classes are not looked at, and the test images never.

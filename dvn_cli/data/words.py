@@ -60,8 +60,8 @@ def parse_data(
 
     Args:
         note: is told, in a line, of what kind a folder is.
-        flat: whether a folder may hold images alone, and one of classes without splits is split as for training: its
-            images are not all to test on.
+        flat: whether a folder may hold images alone, and of one of classes without splits a fifth is kept to test on,
+            as in training; otherwise all of it is to test on.
 
     Raises:
         InputError: no such folder or file, nothing known in it, or an unknown key or value.
@@ -102,8 +102,8 @@ def _folder(path: Path, flat: bool) -> dict[str, Any]:
     folders = set(subfolders(path))
     if not folders and not flat:
         raise InputError(f"--data {path}: there are neither parquet files in it nor folders of classes")
-    is_split = folders & set(TEST_SPLITS) or (flat and is_flat(path))
-    return {"source": "folder", "path": str(path)} | ({} if is_split else {"test_split": "."})
+    has_test = folders & set(TEST_SPLITS) or (flat and is_flat(path))
+    return {"source": "folder", "path": str(path)} | ({} if has_test else {"test_split": "."})
 
 
 def _yaml(path: Path) -> dict[str, Any]:

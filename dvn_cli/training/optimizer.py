@@ -25,7 +25,8 @@ def make_optimizer(keys: OptimizerKeys, network: DeepVirtualNetwork) -> torch.op
     scales, decays = _by_layer(keys, network.partition)
     norms = set() if keys.norm_lr_factor == 1 else norm_parameters(network.partition.graph(train=True).traced)
     if keys.norm_lr_factor != 1 and not norms:
-        raise InputError(f"optimizer.norm_lr_factor: {network.partition.spec.name} has no norm with weights")
+        name = network.partition.spec.name
+        raise InputError(f"optimizer.norm_lr_factor: no operator of {name} is a norm with weights")
     groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for parameter in network.parameters():
         if parameter.requires_grad:

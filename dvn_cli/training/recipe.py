@@ -72,7 +72,10 @@ class TaskKeys(Keys):
         default=None, description="Images of this task in every step. By default the recipe's `batch_size`."
     )
     weight: float = Field(
-        default=1.0, gt=0, le=1e30, description="Factor on the losses that this task's networks learn it by."
+        default=1.0,
+        gt=0,
+        le=1e30,
+        description="Factor on this task's losses by labels or `teacher`, not on those that hold it later.",
     )
     class_weights: Literal["none", "balanced"] = Field(
         default="none",

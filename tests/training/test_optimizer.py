@@ -80,7 +80,7 @@ def test_what_a_backbone_of_ones_own_says_of_its_tensors() -> None:
     network = dvn_cli.divide("test_optimizer:Named", 2, num_classes=5, input_size=8)
     decays = {name: decay for name, (_, decay) in groups_of(network, decay_norms=False).items()}
     assert decays == {"0.weight": 0, "0.bias": 0, "4.weight": 0.3, "4.bias": 0}
-    with pytest.raises(InputError, match=r"norm_lr_factor: test_optimizer:Named has no norm with weights"):
+    with pytest.raises(InputError, match=r"norm_lr_factor: no operator of test_optimizer:Named is a norm with weights"):
         groups_of(network, norm_lr_factor=0.5)
     network = dvn_cli.divide("test_optimizer:Matched", 2, num_classes=5, input_size=8)
     with pytest.raises(InputError, match=r"test_optimizer:Matched: group_matcher or no_weight_decay .*: .* 'coarse'"):
