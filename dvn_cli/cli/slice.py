@@ -2,7 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -171,7 +171,9 @@ def slice_command(
     if fitted := calibrate or ranges:  # images are read once for all networks of a task
         files = list(files)
         changed = [cut for cut in files if ranges or cut.calibration is not None]
-        accuracies = _accuracies(checkpoint, changed, file_format, fitted, note)
+        from dvn_cli.evaluation.slices import top1_before_and_after
+
+        accuracies = top1_before_and_after(checkpoint, changed, file_format, fitted, note)
     rows = []
     for cut in files:
         result = cut.to_dict()
@@ -197,58 +199,6 @@ def slice_command(
             levels = [{"task": task, **vars(each)} for task, each in enumerate(planned.levels, 1)]
             chosen = {"plan": {"budget_bytes": most, **vars(planned), "levels": levels}}
         typer.echo(json.dumps({"checkpoint": str(checkpoint), **chosen, "slices": rows}, indent=2))
-
-
-def _accuracies(
-    checkpoint: Path, cuts: Sequence[export.SliceFile], file_format: str, data: list[str], note: Callable[[str], None]
-) -> dict[tuple[int, int], tuple[float, float]]:
-    """Top-1 in per cent on the test images, before and after, by task and level; not of tasks of other classes."""
-    from dvn_cli.data.words import parse_data
-    from dvn_cli.device import choose
-    from dvn_cli.evaluation.measure import open_files
-
-    if file_format != budget.PLAIN:
-        return _accuracies_of_files(checkpoint, cuts, file_format, data, note)
-    found = {}
-    images = parse_data(data, flat=True)
-    for task in dict.fromkeys(cut.task for cut in cuts):
-        own = [cut for cut in cuts if cut.task == task]
-        level = own[0].level if len(own) == 1 else None
-        try:
-            loaded = open_files([checkpoint, *(cut.file for cut in own)], f"number:{task}", level, *images)
-            rows = [row for each in loaded for row in each.evaluate(256, choose("auto"))]
-        except InputError as error:
-            note(f"accuracy is not measured: {error}")
-            continue
-        top1 = {(row.file, row.level): row.top1 for row in rows}
-        for cut in own:
-            found[task, cut.level] = top1[str(checkpoint), cut.level], top1[str(cut.file), cut.level]
-    return found
-
-
-def _accuracies_of_files(
-    checkpoint: Path, cuts: Sequence[export.SliceFile], file_format: str, data: list[str], note: Callable[[str], None]
-) -> dict[tuple[int, int], tuple[float, float]]:
-    """As `_accuracies`, of files that another runtime runs, on the CPU."""
-    from dvn_cli.data.words import parse_data
-    from dvn_cli.evaluation.measure import measure_together, open_files
-    from dvn_cli.formats import find_format
-    from dvn_cli.network import DeepVirtualNetwork, on_float32
-
-    found = {}
-    for task in dict.fromkeys(cut.task for cut in cuts):
-        try:
-            [loaded] = open_files([checkpoint], f"number:{task}", None, *parse_data(data, flat=True))
-        except InputError as error:
-            note(f"accuracy is not measured: {error}")
-            continue
-        assert isinstance(loaded.module, DeepVirtualNetwork)
-        for cut in (cut for cut in cuts if cut.task == task):
-            network = on_float32(loaded.module, task=task, level=cut.level)
-            networks = [network, find_format(file_format).module.read(cut.file)]
-            scores = measure_together(networks, loaded.splits[task], loaded.module.tasks[task - 1])
-            found[task, cut.level] = scores[0].top1, scores[1].top1
-    return found
 
 
 def _int8(int8: dict[str, float | None] | None) -> str:

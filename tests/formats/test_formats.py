@@ -194,7 +194,7 @@ def test_folded_norms_and_types(checkpoint: Path) -> None:
 def test_int8_says_what_it_costs(checkpoint: Path, name: str) -> None:
     if FORMATS[name].missing:
         pytest.skip(f"{FORMATS[name].missing} not installed")
-    whole = dvn_cli.slice(checkpoint, 1, 2, "whole", form=Form(name))
+    whole = dvn_cli.slice(checkpoint, 1, 2, f"whole{FORMATS[name].ending}", form=Form(name))
     words = ["slice", str(checkpoint), "--task", "1", "--level", "2", "--format", name, "--int8", "--json"]
     images = ["--calibrate", "source=digits", "--calibrate", "classes=0-4", "--calibrate", "test_images=50"]
     [cut] = json.loads(CliRunner().invoke(app, [*words, *images]).stdout)["slices"]
