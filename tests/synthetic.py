@@ -43,8 +43,10 @@ def data_sets(folder: Path) -> DataSets:
             Image.fromarray(rng.integers(0, 256, (size, size, 3), dtype=np.uint8)).save(file, "bmp")
             images.append({"bytes": file.getvalue(), "path": None})
         labels = {column: [n % count for n in range(len(images))] for column, count in columns.items()}
+        named = {name: {"_type": "ClassLabel", "names": list(map(str, range(n)))} for name, n in columns.items()}
+        about = {"huggingface": json.dumps({"info": {"features": {"img": {"_type": "Image"}, **named}}})}
         for split in ("train", "test"):
-            table = pa.table({"img": images, **labels})
+            table = pa.table({"img": images, **labels}).replace_schema_metadata(about)
             pq.write_table(table, folder / name / f"{split}-00000-of-00001.parquet")
         return folder / name
 

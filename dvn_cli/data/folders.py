@@ -123,7 +123,7 @@ def _flat_folder(root: Path, part: Part) -> Listing:
 
 def a_fifth(whole: Listing, part: Part, key: Hashable) -> Listing:
     """Returns a fifth of each class of images without splits, to test on, or the rest, to train on."""
-    order = stratified_order(whole.labels.numpy(), seed=0)
+    order = stratified_order(whole.strata.numpy(), seed=0)
     count = round(FLAT_TEST_SHARE * len(order))
     chosen = np.sort(order[:count] if part == "test" else order[count:])
     labels = whole.labels.numpy()[chosen]
@@ -132,7 +132,7 @@ def a_fifth(whole: Listing, part: Part, key: Hashable) -> Listing:
         whole,
         split=f"{100 * (FLAT_TEST_SHARE if part == 'test' else 1 - FLAT_TEST_SHARE):g} % of its images",
         labels=torch.from_numpy(labels),
-        strata=torch.from_numpy(labels),
+        strata=whole.strata[torch.from_numpy(chosen)],
         key=key,
         items=lambda indices: whole.items(chosen[indices]),
         left_out=Counter() if part == "test" else whole.left_out,

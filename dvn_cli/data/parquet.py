@@ -57,15 +57,11 @@ def read(request: Request, part: Part) -> Listing | None:
         class_names = _values_as_names(_encoded(request, of_split, label.name)[0] for of_split in splits)
         index = {name: place for place, name in enumerate(class_names)}
         classes = [index[str(value)] for value in values]
-    # Every column of classes counts, so that a task by one of them holds out the same images as a task by another.
-    of_classes = [column.name for column in columns if column.kind_of_feature == "ClassLabel"] or [label.name]
-    by_column = np.stack([_encoded(request, tuple(files), name, nulls=True)[1] for name in of_classes])
-    strata = np.unique(by_column, axis=1, return_inverse=True)[1].reshape(-1)
     return Listing(
         split,
         torch.from_numpy(np.array(classes, dtype=np.int64)[codes]),
         tuple(class_names),
-        torch.from_numpy(strata),
+        torch.from_numpy(_strata(request, tuple(files), columns)),
         key=(image.name, *files),
         items=functools.partial(_items, request, part, tuple(files), image.name),
     )
@@ -358,6 +354,22 @@ def _encoded(
     return list(place), np.concatenate(codes)
 
 
+def _strata(request: Request, files: tuple[Path, ...], columns: Sequence[Column]) -> np.ndarray:
+    """What choices of images are balanced over, int64 (N,): the same for tasks by any of the columns, so that all of
+    them hold out the same images. All columns of named classes count, or one that may be of classes, `label` if it is.
+    """
+    named = [column.name for column in columns if column.kind_of_feature == "ClassLabel"]
+    if named:
+        by_column = np.stack([_encoded(request, files, name, nulls=True)[1] for name in named])
+        return np.unique(by_column, axis=1, return_inverse=True)[1].reshape(-1)
+    possible = [column.name for column in columns if _holds_labels(column.type)]
+    for name in sorted(possible, key=lambda name: name != "label"):
+        values, codes = _encoded(request, files, name, nulls=True)
+        if 2 * len(values) <= len(codes):  # others are ids, or texts
+            return codes
+    return np.zeros(_groups(files)[0][-1], dtype=np.int64)
+
+
 def _class_names(file: Path, name: str) -> list[str] | None:
     """The names that a data set gives the classes of a column; None where it has none."""
     feature = next((column.feature for column in _columns(file) if column.name == name), {})
@@ -414,13 +426,14 @@ def _items(request: Request, part: Part, files: tuple[Path, ...], column: str, i
                     for index, value in zip(wanted, values, strict=True):
                         content = value.get("bytes") if isinstance(value, dict) else value
                         where = f"{part} image in row {index - first_of_file} of {file}"
-                        yield Item(where, functools.partial(_open, content, f"column '{column}' of {request}"))
+                        lacking = f"{where}: column '{column}' holds no image there"
+                        yield Item(where, functools.partial(_open, content, lacking))
                     row += len(batch)
 
 
-def _open(content: bytes | None, column: str) -> "Image":
+def _open(content: bytes | None, lacking: str) -> "Image":
     from PIL import Image
 
     if not isinstance(content, bytes):
-        raise InputError(f"{column} does not hold images")
+        raise InputError(lacking)
     return Image.open(io.BytesIO(content))

@@ -10,18 +10,19 @@ import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 
 from dvn_cli.data import decode
 from dvn_cli.data.decode import Item
 from dvn_cli.data.folders import a_fifth, files_below
-from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present, labelled
+from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present
 from dvn_cli.data.spec import braces
-from dvn_cli.errors import InputError, shortened
+from dvn_cli.errors import InputError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -48,7 +49,8 @@ def read(request: Request, part: Part) -> Listing | None:
     """Lists one split of a folder of tars, of some, or of one.
 
     A tar's split is the first word of its path below the folder that names one (`imagenet-train-0001.tar`,
-    `train/0001.tar`); without such words, a fifth of each class is to test on.
+    `train/0001.tar`); without such words, a fifth of each class (of `.cls`, whichever the
+    label is, where there are such) is to test on.
 
     Raises:
         InputError: No such folder, tar or split, a tar that is compressed or damaged, or a sample without a label.
@@ -95,7 +97,7 @@ def tar_files(root: Path) -> list[Path]:
 
 def _listing(request: Request, split: str, tars: list[Path], train: list[Path], part: Part) -> Listing:
     """The samples of a split, whose classes are those of train too: integers in ascending order, or names."""
-    images, values, left_out = _samples(request, tuple(tars))
+    images, values, balanced, left_out = _samples(request, tuple(tars))
     known = {*values, *(values if train == tars else _samples(request, tuple(train))[1])}
     names = sorted(known, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
     place = {name: label for label, name in enumerate(names)}
@@ -105,14 +107,20 @@ def _listing(request: Request, split: str, tars: list[Path], train: list[Path], 
             member = images[index]
             yield Item(f"{part} image {member.name} of {member.tar}", functools.partial(_open, member))
 
-    labels = [place[value] for value in values]
-    return labelled(split, labels, tuple(names), key=(request.image, *tars), items=items, left_out=left_out)
+    labels = torch.tensor([place[value] for value in values], dtype=torch.int64)
+    strata = torch.from_numpy(np.unique(balanced, return_inverse=True)[1].reshape(-1).astype(np.int64))
+    return Listing(
+        split, labels, tuple(names), strata=strata, key=(request.image, *tars), items=items, left_out=left_out
+    )
 
 
 @functools.lru_cache(maxsize=4)
-def _samples(request: Request, tars: tuple[Path, ...]) -> tuple[list[Member], list[str], Counter[str]]:
-    """Each sample's image and the text of its label; and what lies in the tars and is not read."""
-    images, values, left_out = [], [], Counter[str]()
+def _samples(request: Request, tars: tuple[Path, ...]) -> tuple[list[Member], list[str], list[str], Counter[str]]:
+    """Of each sample the image, the text of its label and that of the label which choices are balanced over, the same
+    for tasks of other labels; and what lies in the tars and is not read.
+    """
+    images, values, balanced, left_out = list[Member](), list[str](), list[str](), Counter[str]()
+    balancing = ""
     suffix = f".{request.label or 'cls'}".lower()  # as names in the tars are compared
     wanted = decode.suffixes() if request.image is None else {f".{request.image}".lower()}
     for tar in tars:
@@ -121,6 +129,8 @@ def _samples(request: Request, tars: tuple[Path, ...]) -> tuple[list[Member], li
             folder, _, name = member.name.rpartition("/")
             key, dot, rest = name.partition(".")
             samples.setdefault(f"{folder}/{key}", {})[(dot + rest).lower()] = member
+        if not images:
+            balancing = _balancing([members for members in samples.values() if not wanted.isdisjoint(members)])
         for members in samples.values():
             of_image = [end for end in members if end in wanted]
             left_out.update(end or "without suffix" for end in members if end not in (suffix, *of_image))
@@ -135,7 +145,16 @@ def _samples(request: Request, tars: tuple[Path, ...]) -> tuple[list[Member], li
                 raise InputError(f"{tar} has {image.name}, and no {suffix} file that names its class: see label")
             images.append(image)
             values.append(_label(members[suffix]))
-    return images, values, left_out
+            balanced.append(values[-1] if balancing == suffix else _text(members.get(balancing)))
+    return images, values, balanced, left_out
+
+
+def _balancing(samples: Sequence[Mapping[str, Member]]) -> str:
+    """The suffix of a label that all of some samples have: `.cls`, or the first in the alphabet."""
+    images = decode.suffixes()
+    labels = [{end for end, of in each.items() if of.size <= LONGEST_LABEL and end not in images} for each in samples]
+    common = set.intersection(*labels) if labels else set[str]()
+    return ".cls" if ".cls" in common else min(common, default="")
 
 
 def _members(tar: Path) -> list[Member]:
@@ -148,10 +167,15 @@ def _members(tar: Path) -> list[Member]:
 
 
 def _label(member: Member) -> str:
-    text = member.read() if member.size <= LONGEST_LABEL else b""
-    value = text.decode(errors="replace").strip()
+    value = _text(member)
     if not value:
-        raise InputError(f"{member.name} of {member.tar} names no class: {shortened(str(text))}")
+        raise InputError(f"{member.name} of {member.tar} names no class: it is empty or has over {LONGEST_LABEL} bytes")
+    return value
+
+
+def _text(member: Member | None) -> str:
+    """What a file says that names a class; nothing where there is none, or a longer one."""
+    value = "" if member is None or member.size > LONGEST_LABEL else member.read().decode(errors="replace").strip()
     return str(int(value)) if value.isdecimal() else value
 
 

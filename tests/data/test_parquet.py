@@ -8,6 +8,7 @@ import tracemalloc
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -175,6 +176,31 @@ def test_ids_that_are_asked_for_are_classes(tmp_path):
     columns = rows(list(range(30)))
     write(tmp_path, train=columns, test=columns)
     assert len(task(tmp_path, label="label", validation=0).classes) == 30
+
+
+def test_tasks_by_other_columns_hold_out_the_same_images(tmp_path):
+    """Where nothing says which columns are of classes, too; ids do not count."""
+    numbers = range(60)
+    columns = {
+        "id": [f"x{n}" for n in numbers],
+        "animal": [f"a{n % 3}" for n in numbers],
+        "tint": [n % 2 for n in numbers],
+    }
+    images = {"image": struct(60), **columns}
+    write(tmp_path, train=images, test=images)
+    held_out = [task(tmp_path, label=label, validation=0.2).validation.images for label in ("animal", "tint", "id")]
+    assert all(torch.equal(images, held_out[0]) for images in held_out)
+
+
+def test_images_that_are_not_there_are_named_each(tmp_path):
+    labels = list("ab" * 5)
+    train = rows(labels) | {"image": [None if n in (3, 4) else each for n, each in enumerate(struct(10))]}
+    write(tmp_path, train=train, test=rows(labels))
+    with pytest.raises(InputError, match=r"^train image in row 3 of .*train-0.parquet: column 'image' holds no image "):
+        task(tmp_path, validation=0)
+    data = task(tmp_path, validation=0, on_bad_image="skip")
+    assert len(data.train.bad) == 2
+    assert data.counts["train"] == 8
 
 
 def test_classes_that_are_only_tested(tmp_path):

@@ -331,7 +331,7 @@ def test_every_torchvision_data_set_has_a_signature_that_can_be_read():
         ({"source": "hf", "path": "empty"}, "no parquet files"),
         ({"source": "hf", "path": "."}, "several columns of labels: name one with label: fine, coarse"),
         ({"source": "hf", "path": ".", "label": "fin"}, "no column 'fin'; did you mean 'fine'"),
-        ({"source": "hf", "path": ".", "label": "fine", "image": "fine"}, "does not hold images"),
+        ({"source": "hf", "path": ".", "label": "fine", "image": "fine"}, "holds no image there"),
         ({"source": "hf", "path": ".", "label": "img"}, "holds dict, not integers or strings"),
         ({"source": "hf", "path": ".", "label": "fine", "test_split": "dev"}, "no split dev; there is: test, train"),
         ({"source": "hf", "path": "hidden", "label": "fine"}, r"8 test images .* no class \(label -1\)"),

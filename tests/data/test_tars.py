@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dvn_cli.data import DataSpec, load_task, load_test
+from dvn_cli.data import DataSpec, Reader, load_task, load_test
 from dvn_cli.data.words import parse_data
 from dvn_cli.errors import InputError
 
@@ -94,6 +94,29 @@ def test_tars_without_splits_are_split(tmp_path: Path) -> None:
         assert data.counts == {"train": 16, "validation": 0, "test": 4}
         numbers = torch.cat([data.train.images, data.test.images])[:, 0, 0, 0]
         assert sorted(numbers.tolist()) == list(range(20))
+
+
+@pytest.mark.parametrize("name", ["all.tar", "train-0.tar"])
+def test_tasks_by_other_labels_take_the_same_images(tmp_path: Path, name: str) -> None:
+    """Each with the labels that these have."""
+    files: dict[str, bytes] = {}
+    for number in range(60):
+        files |= sample(number) | {f"a/{number:03}.shape": str(number % 2).encode()}
+    write(tmp_path / name, files)
+    write(tmp_path / "test-0.tar", files) if name != "all.tar" else None
+    reader = Reader()
+    plans = [
+        reader.task(DataSpec(source="webdataset", path=str(tmp_path), label=label, validation=0.2))
+        for label in (None, "shape")
+    ]
+    three, two = (plan.load() for plan in plans)
+    for first, second in ((three.train, two.train), (three.validation, two.validation), (three.test, two.test)):
+        assert first is not None
+        assert second is not None
+        numbers = first.images[:, 0, 0, 0]
+        assert torch.equal(second.images[:, 0, 0, 0], numbers)
+        assert torch.equal(first.labels, numbers % 3)
+        assert torch.equal(second.labels, numbers % 2)
 
 
 def test_a_pattern_names_some_tars(shards: Path) -> None:
