@@ -1,6 +1,6 @@
 """Whole batches, augmented and normalised where they are used, whether their images are in memory or read anew."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,12 +24,14 @@ class Split:
         labels: int64 (N,).
         indices: int64 (N,), which images of the pool they are, None for all of them in order.
         transform: What is done in training to each image that is read.
+        bad: What is said of each image that cannot be read and is left out, so far: see `Pool`.
     """
 
     pool: Tensor | Pool
     labels: Tensor
     indices: Tensor | None = None
     transform: ResizedCrop | None = None
+    bad: Collection[str] = ()
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -1,5 +1,6 @@
 """Images that tasks share: which of them are used is known before any is decoded; kept in memory, or read each time."""
 
+import contextlib
 import functools
 import itertools
 import math
@@ -83,6 +84,14 @@ class Pool:
     def _white_of(self, mode: str) -> int:
         skip = self.request.on_bad_image == "skip"
         return decode.white_of(self._items(np.flatnonzero(self._used)), mode, skip=skip)
+
+    def find_white(self) -> None:
+        """Finds what is white where the first image is of floats or 32-bit integers, before processes are forked."""
+        for item in self._items(np.flatnonzero(self._used)[:1]):
+            with contextlib.suppress(InputError):  # which is said when the images are read
+                mode = decode.upright(item).mode
+                if mode in decode.FULL_SCALES:
+                    self._white(mode)
 
     def leave_out(self, problems: Iterable[InputError | str]) -> None:
         """Notes images that cannot be read.
@@ -170,10 +179,9 @@ class Pool:
         return f"{count:,} images of {'x'.join(map(str, pixels))} of {self.request}"
 
 
-def left_out(pools: Iterable[Pool]) -> str | None:
+def left_out(problems: Iterable[str]) -> str | None:
     """Returns a line on the images that cannot be read, by any of all processes; None where there are none."""
-    own = [problem for pool in pools for problem in pool.bad]
-    bad = list(dict.fromkeys(itertools.chain.from_iterable(processes.gathered(own))))
+    bad = list(dict.fromkeys(itertools.chain.from_iterable(processes.gathered(list(problems)))))
     more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
     count = "1 image is" if len(bad) == 1 else f"{len(bad)} images are"
     return f"{count} left out: {'; '.join(bad[:NAMED])}{more}" if bad else None

@@ -10,7 +10,7 @@ from torch import Tensor
 from dvn_cli.data import folders, sources
 from dvn_cli.data.batches import Split, batches
 from dvn_cli.data.listing import Request, stratified_order
-from dvn_cli.data.pool import Pool
+from dvn_cli.data.pool import Pool, left_out
 from dvn_cli.data.spec import DataSpec
 from dvn_cli.data.words import Data, parse_data, prepared
 from dvn_cli.errors import InputError
@@ -45,7 +45,7 @@ def sample(spec: DataSpec, count: int = IMAGES, *, seed: int, channels: int = 3,
         raise InputError(f"{request} has no train images")
     pool = Pool(listing, request)
     pool.use(np.sort(stratified_order(listing.strata.numpy(), seed)[:count]))
-    return Split(pool.images, torch.zeros(len(pool.images), dtype=torch.int64))
+    return Split(pool.images, torch.zeros(len(pool.images), dtype=torch.int64), bad=pool.bad)
 
 
 def some(split: Split, count: int, *, seed: int) -> Split:
@@ -78,4 +78,6 @@ def unlabelled(
     """
     spec, base = parse_data(data, note, flat=True)
     split = sample(spec.model_copy(update=prepared(task)), seed=seed, channels=channels, base=base)
+    if line := left_out(split.bad):
+        note(f"warning: {line}")
     return drawn(split, task.mean, task.std, seed=seed)

@@ -23,6 +23,7 @@ class _Reading(Dataset[Read | InputError]):
         self.pool, self.indices, self.seed = pool, indices, seed
         self.transform = None if seed is None else transform
         self.shape = pool.shape[1:]
+        self.unreadable = set[int]()  # positions, as far as this process has met them
 
     def __getitem__(self, positions: np.ndarray) -> Read | InputError:
         """Reads a batch. What is raised in a worker would lose its one line, so that it is returned."""
@@ -44,14 +45,18 @@ class _Reading(Dataset[Read | InputError]):
                 if isinstance(image, InputError):
                     problems.append(str(image))
                     missing.append(place)
+                    self.unreadable.add(int(positions[place]))
                 elif image.shape != self.shape:
                     raise different_sizes(self.pool.request, self.shape[1:], image.shape[1:])
                 else:
                     images[place] = image
             pending = np.array(missing, dtype=np.int64)
-            if self.seed is None or self.pool.request.on_bad_image == "stop" or len(problems) > len(self.indices):
+            is_over = self.seed is None or self.pool.request.on_bad_image == "stop"
+            if is_over or len(self.unreadable) == len(self.indices):
                 break
-            positions[pending] = (positions[pending] + 1) % len(self.indices)
+            for place in pending:
+                while int(positions[place]) in self.unreadable:
+                    positions[place] = (positions[place] + 1) % len(self.indices)
         if len(pending):
             images, positions = np.delete(images, pending, axis=0), np.delete(positions, pending)
         return torch.from_numpy(images), torch.from_numpy(positions), problems
@@ -77,6 +82,8 @@ def stream(
         DvnError: A worker is killed, as for want of memory.
     """
     workers = min(pool.workers, len(chosen))
+    if workers:
+        pool.find_white()
     try:
         with warnings.catch_warnings():  # more processes than cores may be what someone wants
             warnings.filterwarnings("ignore", "This DataLoader will create")

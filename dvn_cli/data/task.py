@@ -63,10 +63,10 @@ class TaskData:
         return {"train": len(self.train), "validation": validation, "test": len(self.test)}
 
     @property
-    def pools(self) -> list[Pool]:
-        """What images are read from whenever they are needed; empty where all are in memory."""
+    def bad(self) -> list[str]:
+        """What is said of each image that cannot be read and is left out, so far."""
         splits = (split for split in (self.train, self.validation, self.test) if split is not None)
-        return [split.pool for split in splits if isinstance(split.pool, Pool)]
+        return [problem for split in splits for problem in split.bad]
 
     def train_batches(
         self,
@@ -292,7 +292,7 @@ class Reader:
         for pool in pools:
             if pool.streamed:
                 self.note(pool.describe())
-            if bad := left_out([pool]):
+            if bad := left_out(pool.bad):
                 self.note(f"{pool.request}: {bad}")
 
     def _note_left_out(self, request: Request, *listings: Listing) -> None:
@@ -328,11 +328,14 @@ class Chosen:
         Raises:
             InputError: An image cannot be read, or their sizes differ and none is set.
         """
+        bad = self.pool.bad
         if self.pool.streamed:
-            return Split(self.pool, self.labels, torch.from_numpy(self.indices), self.transform)
+            return Split(self.pool, self.labels, torch.from_numpy(self.indices), self.transform, bad)
         images, rows = self.pool.images, torch.from_numpy(self.pool.rows(self.indices))
         labels, rows = self.labels[rows >= 0], rows[rows >= 0]
-        return Split(images, labels, None if len(rows) == len(images) else rows)
+        if not len(rows):
+            raise InputError(f"none of the {len(self.labels)} images of a split of {self.pool.request} can be read")
+        return Split(images, labels, None if len(rows) == len(images) else rows, bad=bad)
 
 
 @dataclass(frozen=True, eq=False)

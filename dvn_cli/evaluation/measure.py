@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dvn_cli import processes
 from dvn_cli.data import Chosen, DataSpec, Reader, Split, batches, to_device
-from dvn_cli.data.pool import Pool, left_out
+from dvn_cli.data.pool import left_out
 from dvn_cli.data.words import Data, parse_data, prepared
 from dvn_cli.device import choose
 from dvn_cli.errors import InputError, enough_memory
@@ -200,7 +200,7 @@ def measure_together(
     if shared:
         of_processes = processes.gathered([[tensor.cpu() for tensor in kept] for kept in made])
         made = [list(itertools.chain.from_iterable(kept)) for kept in zip(*of_processes, strict=True)]
-    if not made[0]:
+    if not sum(map(len, made[0])):
         raise InputError("none of the images can be read")
     labels, *rest = (torch.cat(kept).cpu() for kept in made)
     return [_scores(*of_network, labels, classes) for of_network in zip(rest[::3], rest[1::3], rest[2::3], strict=True)]
@@ -325,8 +325,7 @@ def evaluate(
 
     for each in loaded:
         results += each.evaluate(batch_size, chosen, advance)
-    pools = (split.pool for each in loaded for split in each.splits.values())
-    line = left_out(pool for pool in pools if isinstance(pool, Pool))
+    line = left_out(problem for each in loaded for split in each.splits.values() for problem in split.bad)
     if line is not None and note is not None:
         note(f"warning: {line}")
     return results

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dvn_cli.data import DataSpec, Pool, Reader, drawn, load_task, load_test, memory, pool
+from dvn_cli.data import DataSpec, Pool, Reader, decode, drawn, load_task, load_test, memory, pool
 from dvn_cli.errors import DvnError, InputError
 
 PHOTOGRAPHS = 24
@@ -148,16 +148,48 @@ def test_a_damaged_image_is_named_or_left_out(damaged, load):
         assert any("2 images are left out: train image" in note for note in reader.notes)
     else:  # the next image takes the place
         assert [len(labels) for _, labels in batches] == [4] * 6
-        assert "2 images are left out: train image" in pool.left_out([data.train.pool])
         assert len({image.numpy().tobytes() for images, _ in batches for image in images}) == 22
+    assert "2 images are left out: train image" in pool.left_out(data.train.bad)
     assert [len(images) for images, _ in data.test.read(torch.arange(len(data.test)).split(len(data.test)))] == [9]
+    assert pool.left_out(data.bad).startswith("3 images are left out: ")
+
+
+@pytest.mark.parametrize("augment", ["none", "crop"])
+def test_many_images_in_a_row_that_cannot_be_read_leave_batches_whole(photographs, tmp_path, augment):
+    """As a copy that was interrupted leaves them; each is decoded once in a pass."""
+    shutil.copytree(photographs / "folder", tmp_path / "folder")
+    whole = load_task(spec(tmp_path, load="stream", workers=0, validation=0, on_bad_image="skip", augment=augment))
+    for path in sorted((tmp_path / "folder" / "train" / "a").iterdir())[1:]:
+        path.write_bytes(b"")
+    batches = passes(whole, size=8, count=1)
+    assert [(len(images), len(labels)) for images, labels in batches] == [(8, 8)] * (PHOTOGRAPHS // 8)
+    assert len(whole.train.bad) == PHOTOGRAPHS // 2 - 1
+
+
+def test_white_is_looked_for_once(tmp_path, monkeypatch):
+    """Of floats, in the process that the workers come of."""
+    for part in ("train", "test"):
+        for number in range(4):
+            path = tmp_path / "folder" / part / "ab"[number % 2] / f"{number}.tif"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((16, 16), number / 4, dtype=np.float32)).save(path)
+    data, white_of = load_task(spec(tmp_path, load="stream", workers=1, validation=0)), decode.white_of
+
+    def noting(*given, **keys):
+        (tmp_path / f"{os.getpid()}-{len(list(tmp_path.iterdir()))}").touch()
+        return white_of(*given, **keys)
+
+    monkeypatch.setattr(decode, "white_of", noting)
+    data.train.pool._white.cache_clear()
+    passes(data, size=2, count=3)
+    assert [path.name.split("-")[0] for path in tmp_path.iterdir() if path.is_file()] == [str(os.getpid())]
 
 
 def test_what_is_left_out_is_named_briefly(damaged):
     data = load_task(spec(damaged, on_bad_image="skip", validation=0, workers=0, load="stream"))
     data.train.pool.leave_out(map(str, range(9)))
-    assert pool.left_out([data.train.pool, data.test.pool]).startswith("11 images are left out: ")
-    assert pool.left_out([data.train.pool]).endswith("; 0; and 8 more")
+    assert pool.left_out(data.bad).startswith("11 images are left out: ")
+    assert pool.left_out(data.train.bad).endswith("; 0; and 8 more")
 
 
 def test_images_none_of_which_can_be_read_end_it(damaged):
@@ -166,6 +198,21 @@ def test_images_none_of_which_can_be_read_end_it(damaged):
     for load in ("memory", "stream"):
         with pytest.raises(InputError, match=r"none of the images of .* can be read: train image "):
             passes(load_task(spec(damaged, on_bad_image="skip", load=load, size=None)))
+
+
+def test_a_split_of_which_none_can_be_read_is_said(photographs, tmp_path):
+    """Where others of its data set can."""
+    keys = {"on_bad_image": "skip", "validation": 1 / PHOTOGRAPHS}
+    kept = load_task(spec(photographs, **keys))
+    assert kept.counts["validation"] == 1
+    shutil.copytree(photographs / "folder", tmp_path / "folder")
+    for path in (tmp_path / "folder" / "train").rglob("*.png"):
+        with Image.open(path) as image:
+            pixels = torch.from_numpy(np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)))
+        if torch.equal(pixels.permute(2, 0, 1), kept.validation.images[0]):
+            path.write_bytes(b"")
+    with pytest.raises(InputError, match=r"^none of the 1 images of a split of .*/folder can be read$"):
+        load_task(spec(tmp_path, **keys))
 
 
 def test_streamed_images_of_different_sizes_are_one_line(photographs):
