@@ -198,8 +198,7 @@ def targets_of(
     if isinstance(metadata, CheckpointMetadata):
         numbers = list(metadata.numbered_tasks) if every else [find_task(metadata.tasks, 1 if task is None else task)]
         if level is not None:
-            for number in numbers:
-                check_level(metadata.tasks[number - 1], level)
+            check_level(max((metadata.tasks[number - 1] for number in numbers), key=lambda one: len(one.levels)), level)
         networks = [each for each in networks if each.task in numbers and level in (None, each.level)]
     return [Target(header, *network) for network in networks]
 

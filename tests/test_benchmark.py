@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from dvn_cli import benchmark, worker
 from dvn_cli.backbones import resolve
 from dvn_cli.cli import main
 from dvn_cli.dividing import partition_backbone
-from dvn_cli.errors import DvnError
+from dvn_cli.errors import DvnError, InputError
 from dvn_cli.export import Form
 from dvn_cli.loading import read_tensors
 from dvn_cli.network import DeepVirtualNetwork
@@ -256,6 +257,18 @@ def test_tensors_are_read_as_they_were_written(folder: Path) -> None:
     for name, tensor in expected.items():
         assert read[name].dtype == tensor.dtype
         assert torch.equal(read[name], tensor)
+
+
+def test_tasks_that_have_fewer_levels_are_passed_over(folder: Path) -> None:
+    header = read_checkpoint(folder / "dvn.safetensors")
+    few = replace(header.metadata.tasks[0], levels=header.metadata.tasks[0].levels[:1])
+    metadata = replace(header.metadata, tasks=(few, *header.metadata.tasks[1:]))
+    found = benchmark.targets_of(replace(header, metadata=metadata), every=True, level=2)
+    assert [(target.task, target.level) for target in found] == [
+        (task, 2) for task in range(2, len(metadata.tasks) + 1)
+    ]
+    with pytest.raises(InputError, match="there is no level 3; task"):
+        benchmark.targets_of(replace(header, metadata=metadata), every=True, level=3)
 
 
 def test_a_task_of_its_own_size_is_measured_at_it(folder: Path, tmp_path: Path) -> None:

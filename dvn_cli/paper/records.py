@@ -14,8 +14,11 @@ from dvn_cli.errors import InputError
 from dvn_cli.files import LARGEST_RECORD, read_bytes, run_record
 from dvn_cli.store.file import is_trained, read_checkpoint, read_run
 
-_APART = {"scenario", "scale", "setting", "method", "seed", "threads"}
-"""Keys of a recipe in which runs that are compared may differ; besides these, where the images lie."""
+MAY_DIFFER = {"threads", "save_every"}, {"path", "load", "workers", "on_bad_image"}
+"""Keys of a recipe and of a task's data that `data.spec.MAY_DIFFER` marks, which would take torch to ask."""
+
+_APART = {"scenario", "scale", "setting", "method", "seed"} | MAY_DIFFER[0]
+"""Keys of a recipe in which runs that are compared may differ."""
 
 
 class _Loose(BaseModel):
@@ -176,9 +179,8 @@ def differences(by_method: Mapping[str, Sequence[Run]]) -> Iterator[str]:
 
 def _compared(recipe: Keys) -> dict[str, Any]:
     """The keys, dotted, in which runs of one row must not differ."""
-    content = {key: value for key, value in recipe.model_dump().items() if key not in _APART}
-    flat = dict(_flat(content))
-    return {key: value for key, value in flat.items() if not (key.startswith("tasks.") and key.endswith(".data.path"))}
+    flat = _flat({key: value for key, value in recipe.model_dump().items() if key not in _APART})
+    return {key: value for key, value in flat if not (".data." in key and key.rpartition(".")[2] in MAY_DIFFER[1])}
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,11 +3,14 @@
 from pathlib import Path
 
 import pytest
-from runs import EVEN, OWN, PARAMS, record, row, table
+from runs import EVEN, OWN, PARAMS, change, record, row, table
 
+from dvn_cli.data import DataSpec
+from dvn_cli.data.spec import MAY_DIFFER
 from dvn_cli.files import run_record
 from dvn_cli.paper import figures, records, tables
 from dvn_cli.paper.tables import Cell
+from dvn_cli.training.recipe import Recipe
 
 
 def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
@@ -27,6 +30,20 @@ def test_mean_and_sample_deviation_over_seeds(tmp_path: Path) -> None:
     assert Cell.of([90.0]) == Cell(90.0, None, 1)  # a record of before does not say of how many
     assert second.params == (PARAMS[2], PARAMS[2])
     assert second.stored == 7_500_000
+
+
+def test_runs_may_differ_in_how_they_were_computed(tmp_path: Path) -> None:
+    """In what `--resume` takes too."""
+    record(tmp_path, "dvn")
+    change(record(tmp_path, "dvn", 1, threads=2, save_every={"minutes": 10}), lambda content: [
+        task["data"].update(load="stream", workers=3, on_bad_image="skip") for task in content["recipe"]["tasks"]
+    ])  # fmt: skip
+    assert row(table(tmp_path), "dvn", (1, 1)).cells[0] == Cell(90.0, 0.0, 2)
+    marked = [
+        {name for name, field in keys.model_fields.items() if MAY_DIFFER in field.metadata}
+        for keys in (Recipe, DataSpec)
+    ]
+    assert marked == list(records.MAY_DIFFER)
 
 
 def test_rows_stand_beside_the_papers_by_method_and_units(tmp_path: Path) -> None:
