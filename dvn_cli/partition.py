@@ -13,7 +13,7 @@ from dvn_cli.backbones import BackboneSpec, head
 from dvn_cli.errors import InputError
 from dvn_cli.graph import text
 from dvn_cli.graph.compare import same_graph, same_logits
-from dvn_cli.graph.empty_init import empty_init
+from dvn_cli.graph.empty_init import ONE_AT_A_TIME, empty_init
 from dvn_cli.graph.labels import Labeller
 from dvn_cli.graph.narrow import Narrowed, narrow
 from dvn_cli.graph.shape_check import shape_check
@@ -328,10 +328,11 @@ class Partition:
             train: which of its two graphs.
         """
         key = (size, origin.units, origin.classes, origin.input_size, train)
-        if key not in self._right:
-            with torch.inference_mode(False), torch.enable_grad():
-                self._right[key] = self._is_right_at(size, origin, train)
-        return self._right[key]
+        with ONE_AT_A_TIME:
+            if key not in self._right:
+                with torch.inference_mode(False), torch.enable_grad():
+                    self._right[key] = self._is_right_at(size, origin, train)
+            return self._right[key]
 
     def _is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
         try:

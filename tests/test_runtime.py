@@ -221,6 +221,22 @@ def test_images_of_another_size(made: Callable[[str], Path]) -> None:
         runtime(torch.zeros(1, 3, 48, 48))
 
 
+def test_threads_that_meet_another_size_at_once(made: Callable[[str], Path]) -> None:
+    """Each gets its logits, and modules that others build meanwhile, or later, are what they were."""
+    runtime, batch = Runtime(made("runs")), torch.zeros(1, 1, 16, 16)
+    runtime.set(1, 1)
+    logits: list[Tensor] = []
+    threads = [threading.Thread(target=lambda: logits.append(runtime(batch, 1))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    built = []
+    while any(thread.is_alive() for thread in threads):
+        built.append(torch.nn.Linear(2, 2).weight.device.type)
+    assert {*built, torch.nn.Linear(2, 2).weight.device.type} == {"cpu"}
+    assert len(logits) == 4
+    assert all(torch.equal(each, logits[0]) for each in logits)
+
+
 def test_fitting_a_budget(file: Path) -> None:
     runtime, sizes = Runtime(file), [slice_bytes(file, 1, level) for level in range(1, UNITS + 1)]
     for level, size in enumerate(sizes, 1):

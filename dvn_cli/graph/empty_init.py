@@ -1,5 +1,6 @@
 """Modules without weights: all that an analysis of their graphs needs, at no memory."""
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,6 +8,9 @@ from unittest import mock
 
 import torch
 from torch import nn
+
+ONE_AT_A_TIME = threading.RLock()
+"""Held by a thread that builds or traces a backbone, for which torch is patched in the whole process."""
 
 
 def empty_init(build: Callable[[], nn.Module], device: str = "cpu") -> nn.Module:
@@ -19,7 +23,7 @@ def empty_init(build: Callable[[], nn.Module], device: str = "cpu") -> nn.Module
         device: of the module; on `meta` buffers are there in shape only, too.
     """
     try:
-        with _parameters_on_meta(), warnings.catch_warnings():
+        with ONE_AT_A_TIME, _parameters_on_meta(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of weights that are loaded into parameters without data
             module = build()
     except Exception:  # its __init__ looks at a parameter; or it cannot be built at all, and says so once more
@@ -40,10 +44,11 @@ def empty_init(build: Callable[[], nn.Module], device: str = "cpu") -> nn.Module
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
     """Every parameter goes to the meta device as soon as a module has it, so that initialising it does nothing."""
-    register = nn.Module.register_parameter
+    register, thread = nn.Module.register_parameter, threading.get_ident()
 
     def registered(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if type(parameter) is nn.Parameter and not parameter.is_meta:
+        is_ours = threading.get_ident() == thread
+        if is_ours and type(parameter) is nn.Parameter and not parameter.is_meta:
             if not hasattr(parameter, "on_meta"):  # what two modules share stays shared
                 parameter.on_meta = nn.Parameter(parameter.to("meta"), parameter.requires_grad)  # type: ignore
             parameter = parameter.on_meta  # type: ignore

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from dvn_cli.errors import InputError
+from dvn_cli.graph.empty_init import ONE_AT_A_TIME
 
 # Higher-order operators that run a graph with something switched off, and where their arguments say so.
 REGIONS = {"wrap_with_autocast": 2, "wrap_with_set_grad_enabled": 0}
@@ -97,7 +98,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int], train: bool) -> 
     was = {m: m.training for m in module.modules()}
     module.train(train)
     try:
-        with warnings.catch_warnings(), without_stack_traces():
+        with ONE_AT_A_TIME, warnings.catch_warnings(), without_stack_traces():
             warnings.simplefilter("ignore")  # of tensors that a module keeps for later calls
             batch = ({0: torch.export.Dim.DYNAMIC},)
             program = torch.export.export(module, (example,), dynamic_shapes=batch, strict=False)
