@@ -89,7 +89,7 @@ def calibrated(network: DeepVirtualNetwork, task: int, level: int, batches: Sequ
             changed |= {part.names[statistic]: value for statistic, value in part.estimate_statistics_of(node)}
         elif node in ours:
             name = part.names[ours[node].weight]
-            if part.tensors[name].shape[1] < whole.tensors[name].shape[1]:
+            if name in theirs and part.tensors[name].shape[1] < whole.tensors[name].shape[1]:
                 part.run_to(node)
                 whole.run_to(theirs[name].node)
                 outputs, inputs = (present(network, task, level, name, dim) for dim in (0, 1))
@@ -106,14 +106,17 @@ class _Network(Stepwise):
         self.names, self.tensors = arguments(narrowed), network.tensors(task, level)
 
     def consumers(self) -> list[Consumer]:
-        """The layers that mix all channels of their input by a weight of the backbone."""
-        return [each for each in consumers(self.nodes[0].graph) if each.is_plain and each.weight in self.names]
+        """The layers that mix all channels of their input by a weight of the backbone, which no other layer uses."""
+        layers = [each for each in consumers(self.nodes[0].graph) if each.is_plain and each.weight in self.names]
+        return [each for each in layers if len(each.weight.users) == 1]
 
 
 def _fit(
     whole: _Network, theirs: Consumer, part: _Network, ours: Consumer, outputs: Tensor, inputs: Tensor
 ) -> dict[str, Tensor]:
     """Changes the weight and bias of a layer, which is next in both networks, and returns them by their names.
+
+    One that is applied to each channel, of which the part has fewer, stays what it is: it has no such rows to go by.
 
     Args:
         outputs: which of the whole network's output channels of the layer the part has.
@@ -127,12 +130,15 @@ def _fit(
     product = torch.zeros(len(given_mean), len(wanted_mean), dtype=torch.double)
     both = zip(whole.rows(theirs.input, theirs.dim), part.rows(ours.input, ours.dim), strict=True)
     for wanted, given in both:
+        if len(wanted) != len(given):
+            return {}
         given = given - given_mean.to(given.dtype)
         square += given.T @ given
         product += given.T @ (wanted - wanted_mean.to(given.dtype))
     same = torch.zeros(len(wanted_mean), len(given_mean), dtype=torch.double)  # channels that both have
     same[inputs, torch.arange(len(inputs))] = 1
-    ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=torch.double)
+    variance = square.diagonal().mean() or 1.0  # none where all that the layer reads is constant
+    ridge = RIDGE * variance * torch.eye(len(square), dtype=torch.double)
     estimate = same + torch.linalg.solve(square + ridge, product - square @ same.T).T
     weight = whole.tensors[part.names[ours.weight]][outputs].double()
     folded = torch.tensordot(weight, estimate, dims=([1], [0])).movedim(-1, 1)

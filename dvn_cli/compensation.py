@@ -49,6 +49,7 @@ def _folding(partition: Partition, network: Narrowed) -> list[tuple[Consumer, st
         (consumer, names[consumer.weight], names[consumer.bias])
         for consumer in consumers(network.module.graph)
         if consumer.weight in names and consumer.bias in names and consumer.is_plain and not consumer.is_normalised
+        if len(consumer.weight.users) == len(consumer.bias.users) == 1  # else the bias is of several layers
         if partition.assignment.tensors[names[consumer.weight]][consumer.weight_dim] is not None
     ]
 

@@ -66,6 +66,59 @@ def test_what_is_lacking_and_affine_in_what_is_there_is_made_up_for_exactly(imag
     assert changed["b.weight"].shape[1] == HIDDEN // 2
 
 
+class Shared(nn.Module):
+    """A convolution that is applied at two scales, and to what it made itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.a, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).relu()
+        return self.head(self.a(self.a(x).relu()).mean((2, 3)) + self.a(x[..., ::2]).mean((2, 3)))
+
+
+class Tokens(nn.Module):
+    """Channels that are divided, of which one layer mixes places: rows that a narrow network has fewer of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.mix, self.head = nn.Conv2d(3, 8, 2, 2), nn.Linear(16, 12), nn.Linear(8, 4)
+        self.back = nn.Linear(12, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2)
+        return self.head((x + self.back(self.mix(x).relu())).mean(2))
+
+
+class Dead(nn.Module):
+    """Hidden channels that are zero for all images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        with torch.no_grad():
+            self.a.bias.fill_(-100)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.b(self.a(x).relu()).mean((2, 3)))
+
+
+@pytest.mark.parametrize("kind", [Shared, Tokens, Dead])
+def test_layers_without_an_estimate_stay_what_they_are(images, kind):
+    """And what is fitted comes no further from the top level."""
+    network = divided(kind(), images, "all")
+    changed = calibration.calibrated(network, 1, 1, images)
+    assert not changed.keys() & {"a.weight", "a.bias", "mix.weight", "back.weight"}
+    with torch.no_grad():
+        wanted = network(images[0], 1, 2)
+    before, after = ((output(network, images, each) - wanted).norm() for each in ({}, changed))
+    assert after <= before * 1.01
+
+
 def test_what_is_lacking_is_estimated_as_well_as_can_be(images):
     """By least squares, in double precision, as anyone would write it down."""
     module = affine(False, True, noise=1.0)
