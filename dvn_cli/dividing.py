@@ -143,7 +143,7 @@ def divide(
     if images:
         partition = compensation.with_private_biases(partition)
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks, copy=False, preprocessing=for_weights)
-    network.random = random
+    network.random = random if pretrained or weights is not None else None
     for number in range(1, units + 1):  # networks of as many units are alike
         progress(f"narrowing to {number} of {units} units")
         network.check([TaskLevel(1, number), TaskLevel(number, 1)])
@@ -336,7 +336,8 @@ def divide_graphs(
     assert best is not None
     if has_weights and rule.scores_channels:
         graph, worth = graphs[False], None
-        seen = score.Images(best.labels, graph, state, images) if images else None
+        classifier = [name for name, _ in best.assignment.classes]
+        seen = score.Images(best.labels, graph, score.with_classifier(state, classifier), images) if images else None
         scores = [score.by_images(best.labeller, seen)] if seen else []
         scores.append(score.by_weights(best.labeller, parameters))
         if rule.widths != "even":

@@ -42,7 +42,9 @@ def from_file(header: AnyHeader) -> DeepVirtualNetwork | VirtualNetwork:
     tensors = read_tensors(header)
     if isinstance(metadata, CheckpointMetadata):
         known = metadata.training, metadata.preprocessing, metadata.earlier
-        return DeepVirtualNetwork(partition, metadata.tasks, tensors, *known).eval()
+        network = DeepVirtualNetwork(partition, metadata.tasks, tensors, *known).eval()
+        network.random = None if metadata.random is None else list(metadata.random)
+        return network
     task = metadata.task
     origin = partition.origin(metadata.kept, len(task.classes), task.input_size)
     return VirtualNetwork(metadata, tensors, origin.network(train=False), origin)

@@ -221,7 +221,8 @@ class DeepVirtualNetwork(nn.Module):
         training_record: how it was trained; None for a fresh partition.
         preprocessing: how images were prepared for the weights that it started from; None where those were random.
         earlier: the divisions that there were before units were added.
-        random: names of the backbone's tensors that those weights lack, such as a classifier of other classes.
+        random: names of the backbone's tensors that those weights lack, such as a classifier of other classes; None
+            where it started from none.
         compiled: whether networks in train mode are compiled when they first run.
         synchronised: whether their batch norms see the images of all processes.
     """
@@ -237,7 +238,8 @@ class DeepVirtualNetwork(nn.Module):
     ) -> None:
         """`tensors` are by their names in the file, such as `shared/conv1.weight`."""
         super().__init__()
-        self.preprocessing, self.earlier, self.random = preprocessing, earlier, list[str]()
+        self.preprocessing, self.earlier = preprocessing, earlier
+        self.random: list[str] | None = None
         self.partition, self.tasks, self.training_record = partition, list(tasks), training_record
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._plans: dict[tuple[int, int, bool], tuple[Callable[..., Any], list[tuple[nn.Module, str, Cut]]]] = {}
@@ -434,6 +436,7 @@ class DeepVirtualNetwork(nn.Module):
             training=self.training_record,
             preprocessing=self.preprocessing,
             earlier=self.earlier,
+            random=None if self.random is None else tuple(self.random),
         )
 
     def header(self, path: str | os.PathLike[str]) -> Header[CheckpointMetadata]:

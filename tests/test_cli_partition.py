@@ -264,6 +264,18 @@ def test_images_say_which_channels_matter_and_levels_make_up_for_the_others(
     assert Path("dvn.safetensors").read_bytes() == before
 
 
+def test_a_classifier_of_zeros_says_nothing_of_widths(capsys: pytest.CaptureFixture[str]) -> None:
+    """One drawn at random tells what channels are worth in its place."""
+    torch.manual_seed(0)
+    state = resolve("wrn_10_1", 7).build().state_dict()
+    save_file(state | {"fc.weight": torch.zeros_like(state["fc.weight"])}, "zero.safetensors")
+    command = ("wrn_10_1", "--units", 2, "--num-classes", 7, "--weights", "zero.safetensors", "--mean", 0.5, "--std", 1)
+    options = ("--divide", "inner", "--assign", "sorted", "--widths", "macs", "--data", "source=digits")
+    document = partition(capsys, *command, *options)
+    assert any(max(group["units"]) - min(group["units"]) > 1 for group in document["coupled"] if group["units"])
+    assert not load_file("dvn.safetensors")["shared/fc.weight"].any()
+
+
 def test_units_are_as_wide_as_channels_are_worth(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     save_file(resolve("wrn_10_1", 7).build().state_dict(), "published.safetensors")

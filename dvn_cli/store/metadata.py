@@ -336,6 +336,7 @@ class CheckpointMetadata(DividedBackbone):
         training: how they were trained; None in a fresh partition.
         preprocessing: how images were prepared for the weights that it started from; None where those were random.
         earlier: the divisions that it had before units were added, the first one first.
+        random: of a fresh partition that started from weights, names of the backbone's tensors that these lack.
     """
 
     kind: ClassVar[str] = "checkpoint"
@@ -343,6 +344,7 @@ class CheckpointMetadata(DividedBackbone):
     training: TrainingRecord | None = None
     preprocessing: Preprocessing | None = None
     earlier: tuple[DividedBackbone, ...] = omitted(())
+    random: tuple[str, ...] | None = omitted(None)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -65,14 +65,14 @@ def build(
     method = METHODS[recipe.method]
     division = earlier.division if isinstance(earlier, StateMetadata) else earlier
     if recipe.partition is not None:
-        partition, tensors = _opened(recipe, data, base)
-        is_loaded, load = True, None
+        partition, tensors, random = _opened(recipe, data, base)
+        is_loaded, load = not random, None
     else:
-        partition, tensors, is_loaded = _divided(recipe, data, base, note, division)
-        load = functools.partial(_backbone, recipe, base=base)
+        partition, tensors, random = _divided(recipe, data, base, note, division)
+        is_loaded, load = not random, functools.partial(_backbone, recipe, base=base)
     weights = prepared_for(recipe, base, partition.spec.in_chans)
     tasks = _tasks(recipe, data, partition, base, note)
-    has_weights = weights is not None or (recipe.backbone is not None and recipe.backbone.has_weights)
+    has_weights = weights is not None or random is not None
     compensates = recipe.compensate and has_weights and method.levels != "top"
     if compensates:
         partition = compensation.with_private_biases(partition)
@@ -150,8 +150,8 @@ def prepared_for(recipe: Recipe, base: Path, in_chans: int) -> Preprocessing | N
 
 def _divided(
     recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note, division: DividedBackbone | None
-) -> tuple[Partition, dict[str, Tensor], bool]:
-    """The divided backbone, its tensors by their names in the file, and whether it has its weights' classifier."""
+) -> tuple[Partition, dict[str, Tensor], list[str] | None]:
+    """The divided backbone, its tensors by their names in the file, and which of them its weights lack; None: all."""
     assert recipe.backbone is not None
     assert recipe.units is not None
     smallest = min((d.input_size for d in data), key=lambda size: size[0] * size[1])
@@ -173,7 +173,7 @@ def _divided(
     else:
         images = _scoring(data, spec, recipe.seed) if recipe.backbone.has_weights else []
         partition = partition_backbone(spec, recipe.units, rule, module, images)
-    return partition, _templates(partition, module), not lacking
+    return partition, _templates(partition, module), lacking if recipe.backbone.has_weights else None
 
 
 def _backbone(recipe: Recipe, spec: BackboneSpec, base: Path, note: Note = silent) -> tuple[nn.Module, list[str]]:
@@ -210,7 +210,10 @@ def _open(file: str, base: Path) -> DeepVirtualNetwork:
     return opened
 
 
-def _opened(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Partition, dict[str, Tensor]]:
+def _opened(
+    recipe: Recipe, data: Sequence[TaskData], base: Path
+) -> tuple[Partition, dict[str, Tensor], list[str] | None]:
+    """As `_divided`, of a partition."""
     assert recipe.partition is not None
     if METHODS[recipe.method].hidden:
         raise InputError(f"method {recipe.method} has layers that '{recipe.partition}' lacks: give backbone and units")
@@ -224,7 +227,8 @@ def _opened(recipe: Recipe, data: Sequence[TaskData], base: Path) -> tuple[Parti
                 f"task '{task.name}' has {len(images.classes)} classes, the partition's classifier {most}: "
                 f"partition with --num-classes {max(len(d.classes) for d in data)}"
             )
-    return opened.partition, {n: t for n, t in opened.file_tensors().items() if n.startswith("shared/")}
+    shared = {name: tensor for name, tensor in opened.file_tensors().items() if name.startswith("shared/")}
+    return opened.partition, shared, opened.random
 
 
 def _continued(
@@ -235,7 +239,8 @@ def _continued(
     opened, method = _open(recipe.continues, base), METHODS[recipe.method]
     if opened.training_record is None:
         raise InputError(f"'{recipe.continues}' has not been trained yet: give it as partition")
-    trained = opened.training_record.recipe.get("method", "dvn")
+    first = opened.training_record.recipe
+    trained = first.get("method", "dvn")
     if trained != recipe.method:
         raise InputError(f"'{recipe.continues}' was trained with method={trained}: continue with the same")
     if recipe.add_units:
@@ -259,8 +264,10 @@ def _continued(
     if most > partition.spec.num_classes:
         partition.check_backbone(partition.kept)
         partition = partition.rebuilt(replace(partition.spec, num_classes=most))
-    torch.manual_seed(recipe.seed)
-    tensors = {**_templates(partition, partition.spec.build()), **opened.file_tensors()}
+    module, _ = build_backbone(
+        partition.spec, seed=recipe.seed, zero_init_last=(first.get("backbone") or {}).get("zero_init_last") or False
+    )
+    tensors = {**_templates(partition, module), **opened.file_tensors()}
     network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=opened.preprocessing, earlier=opened.earlier)
     network.make_private(owners(method, partition))
     network.check()

@@ -1,6 +1,6 @@
 """How much each channel matters: by its weights alone, by what it does on images, or by what logits make of that."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -72,6 +72,20 @@ def by_images(labeller: Labeller, images: Images) -> np.ndarray:
         norms = squares.reshape(len(squares), groups, -1).sum(2).T.reshape(-1)
         np.add.at(score, roots[channels.numpy()], (reading.variance * norms).cpu().numpy())
     return score
+
+
+def with_classifier(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Returns a backbone's tensors with random ones for weights of its classifier, by their names, that are all zero.
+
+    Logits of such a one, with which some backbones start, say nothing of any channel.
+    """
+    random = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(tensor.shape, generator=random).to(tensor)
+        if name in names and tensor.ndim > 1 and not tensor.any()
+        else tensor
+        for name, tensor in state.items()
+    }
 
 
 DRAWS = 4

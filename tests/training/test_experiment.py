@@ -316,6 +316,15 @@ def test_zero_init_last(tmp_path: Path) -> None:
     assert all((weights[name] == 1).all() for name in weights.keys() - zero)
 
 
+def test_a_task_that_is_added_starts_as_the_others_did(tmp_path: Path) -> None:
+    path = first(tmp_path / "first", "epochs=1", "levels=[1]", "backbone.zero_init_last=true")
+    session = added(tmp_path / "second", path, "learning=sequential")
+    tensors = session.run.network.file_tensors()
+    new = {n: tensor for n, tensor in tensors.items() if n.startswith("task/2/") and n.endswith(".bn2.weight")}
+    assert new
+    assert not any(tensor.any() for tensor in new.values())
+
+
 def test_blocks_that_do_not_know_how(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"the blocks of test_convnext have no zero_init_last\(\)"):
         small.session(tmp_path, "backbone={name: test_convnext, in_chans: 1, zero_init_last: true, input_size: 32}")

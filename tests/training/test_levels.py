@@ -15,6 +15,7 @@ from dvn_cli.cli import main
 from dvn_cli.data import batches
 from dvn_cli.dividing import divide
 from dvn_cli.evaluation.measure import evaluate_all
+from dvn_cli.loading import load
 from dvn_cli.network import DeepVirtualNetwork
 from dvn_cli.training import building
 from dvn_cli.training.classifiers import PENALTY
@@ -192,6 +193,25 @@ def test_a_run_goes_on_with_the_channels_that_it_had(
     assert small.history(resumed.run) == small.history(whole.run)
     longer = small.session(tmp_path, "epochs=3", resume=True, **keys)
     assert longer.run.network.partition.assignment == whole.run.network.partition.assignment
+
+
+def test_a_partition_says_what_its_weights_lack(weights: Path, tmp_path: Path) -> None:
+    """Without a word on how images are prepared, too: its classifier of other classes is fitted, not kept."""
+    made: dict[str, Any] = {"in_chans": 1, "input_size": 8, "weights": weights}
+    divide("wrn_10_1", 2, num_classes=7, **made).save(tmp_path / "other.safetensors")
+    divide("wrn_10_1", 2, num_classes=10, **made).save(tmp_path / "same.safetensors")
+    for file, fits in (("other", "all"), ("same", "low")):
+        keys: dict[str, Any] = {"backbone": None, "units": None, "partition": f"{file}.safetensors"}
+        if file == "other":
+            keys["tasks"] = [{"name": "all", "data": small.data(classes="0-6")}]
+        notes: list[str] = []
+        network = small.session(tmp_path, note=notes.append, **keys).run.network
+        fitted = [note for note in notes if "fitted to features of its training images" in note]
+        assert fitted == [f"task '{fits}': its classifier starts fitted to features of its training images"]
+        assert "making up for what levels lack: running statistics and biases, on training images" in notes
+        assert network.random is None
+    recorded = [load(tmp_path / f"{file}.safetensors").random for file in ("other", "same")]
+    assert recorded == [["fc.weight", "fc.bias"], []]
 
 
 def test_a_compensated_partition_to_start_from(weights: Path, tmp_path: Path) -> None:
