@@ -128,12 +128,21 @@ def _spread(root: bool, with_mean: bool) -> Callable[..., Any]:
         dims = _dims(input, given.get("dim"))
         mean, spread, count = _moments(input, mask, dims)
         correction = given.get("correction", 1 if given.get("unbiased", True) else 0)
-        spread = spread * count / (count - correction)
+        spread = spread * count / (count - correction).clamp(min=1)
         results = [spread.sqrt() if root else spread, mean]
         results = results if given.get("keepdim", False) else [r.squeeze(dims) for r in results]
         return tuple(results) if with_mean else results[0]
 
     return function
+
+
+def _sub(mode: KeptStatistics, f: Any, input: Any, other: Any, **more: Any) -> Tensor:
+    """Of a statistic over some dimension too: what is left out stays zero, so that the next statistic leaves it out."""
+    result = f(input, other, **more)
+    if not isinstance(input, Tensor) or not isinstance(other, Tensor) or input.shape != result.shape:
+        return result
+    mask = mode.mask(input) if input.ndim == other.ndim and input.shape != other.shape else None
+    return result if mask is None else result * mask
 
 
 def _softmax(mode: KeptStatistics, f: Any, input: Tensor, dim: Any = None, *args: Any, **kwargs: Any) -> Tensor:
@@ -237,6 +246,7 @@ FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys((torch.std, Tensor.std), _spread(root=True, with_mean=False)),
     torch.var_mean: _spread(root=False, with_mean=True),
     torch.std_mean: _spread(root=True, with_mean=True),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _sub),
     **dict.fromkeys((torch.softmax, Tensor.softmax, F.softmax, F.log_softmax), _softmax),
     **dict.fromkeys((torch.amax, Tensor.amax, torch.max, Tensor.max, torch.amin, Tensor.amin), _extremum),
     **dict.fromkeys((F.layer_norm, torch.layer_norm), _layer_norm),

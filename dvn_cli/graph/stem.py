@@ -38,7 +38,8 @@ class StemLayer:
         while ok and not (before.op == "placeholder" and str(before.target) == traced.input):
             ok = _keeps_pixels(before)
             before = before.all_input_nodes[0] if ok else before
-        if not ok or not name:
+        padding = arguments.get("padding")
+        if not ok or not name or padding == "same":  # for which torch allows no stride
             return cls("", [], [], [], [])
         kernel = shape_of(traced.sources[str(arguments["weight"].target)])[2:]
         size = shape_of(arguments["input"].meta["val"])[2:]
@@ -46,7 +47,7 @@ class StemLayer:
             name,
             [d * (k - 1) + 1 for d, k in zip(arguments["dilation"], kernel, strict=True)],
             list(arguments["stride"]),
-            list(arguments["padding"]),
+            [0] * len(kernel) if padding == "valid" else list(arguments["padding"]),
             [there - own for there, own in zip(size, input_size, strict=True)],
         )
 

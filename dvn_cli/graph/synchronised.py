@@ -38,8 +38,8 @@ def batch_norm(
     images: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
-    running_mean: Tensor,
-    running_var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     training: bool,
     momentum: float,
     eps: float,
@@ -52,9 +52,10 @@ def batch_norm(
     mean = _Sum.apply(values.sum(dims)) / count
     centred = values - mean.view(shape)
     var = _Sum.apply(centred.square().sum(dims)) / count
-    with torch.no_grad():
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
+    if running_mean is not None and running_var is not None:
+        with torch.no_grad():
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_((var * (count / (count - 1))).to(running_var.dtype), momentum)
     scale = torch.rsqrt(var + eps) if weight is None else weight * torch.rsqrt(var + eps)
     normed = centred * scale.view(shape)
     return (normed if bias is None else normed + bias.view(shape)).to(images.dtype)

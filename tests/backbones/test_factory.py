@@ -1,5 +1,6 @@
 """Backbones of one's own, by `package.module:factory`."""
 
+import contextlib
 import importlib
 import json
 import sys
@@ -164,6 +165,41 @@ def test_networks_are_not_trained_on_with_other_code(
     assert err.endswith("not the backbone that was divided: its code has changed since, and computes something else\n")
     assert err.count("dvn: ") == 1
     assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+
+
+@pytest.mark.parametrize(("padding", "only"), [("same", True), ("valid", False)])
+def test_padding_in_words(padding: str, only: bool) -> None:
+    """Of a stem, whose stride follows the size of the images."""
+    Path(f"padded_{padding}.py").write_text(
+        "from torch import nn\n"
+        "def make(num_classes, in_chans=3):\n"
+        f"    stem = nn.Conv2d(in_chans, 8, 3, padding='{padding}'), nn.ReLU()\n"
+        "    return nn.Sequential(*stem, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, num_classes))\n"
+    )
+    partition = dvn_cli.divide(f"padded_{padding}:make", 2, num_classes=4, input_size=8).partition
+    partition.check_images((8, 8))
+    with pytest.raises(InputError, match="takes images of 8x8 only") if only else contextlib.nullcontext():
+        partition.check_images((14, 14))
+
+
+def test_norms_by_hand_are_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    """As in ConvNeXt's own code: what is left out of a mean is left out of the next one, of what differs from it."""
+    Path("by_hand.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Norm(nn.Module):\n"
+        "    def __init__(self, channels):\n"
+        "        super().__init__()\n"
+        "        self.weight = nn.Parameter(torch.ones(channels))\n"
+        "    def forward(self, x):\n"
+        "        x = x - x.mean(1, keepdim=True)\n"
+        "        return self.weight[:, None, None] * x / (x.pow(2).mean(1, keepdim=True) + 1e-6).sqrt()\n"
+        "def make(num_classes, in_chans=3):\n"
+        "    layers = nn.Conv2d(in_chans, 8, 2, 2), Norm(8), nn.Conv2d(8, 16, 2, 2), nn.GELU(), Norm(16)\n"
+        "    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))\n"
+    )
+    assert dvn("partition", "by_hand:make", "--units", 2, "--num-classes", 4, "--input-size", 8, "--check") == 0
+    assert "networks differ" not in capsys.readouterr().err
 
 
 def test_they_are_with_code_that_says_the_same_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,10 +20,22 @@ def _reduced(labeller: Labeller, call: Call) -> Labels | list[Labels]:
 
 enter(
     *("mean", "sum", "amax", "amin", "all", "any", "linalg_vector_norm", "norm", "logsumexp"),
-    *("var", "std", "var_mean", "std_mean", "argmax"),
+    *("var", "std", "var_mean", "std_mean"),
     label=_reduced,
     rewrite=as_it_is,
 )
+
+
+def _place(labeller: Labeller, call: Call) -> Labels | list[Labels]:
+    """A place is that of the whole only where nothing along the dimensions is dropped."""
+    dims = call.dims()
+    for dim, vector in labeller.separate(call.labels("self"), avoid=dims).items():
+        if dim in dims:
+            labeller.pin(vector)
+    return _reduced(labeller, call)
+
+
+enter("argmax", label=_place, rewrite=as_it_is)
 
 
 def _extreme(labeller: Labeller, call: Call) -> Labels | list[Labels]:
