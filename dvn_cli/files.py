@@ -102,6 +102,9 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+            if fcntl:  # as long as it is locked
+                os.replace(temporary, path)
+        if not fcntl:  # a system that renames no open file
             os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
