@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from dvn_cli.device import memory_format
+from dvn_cli.training.levels import networks_of_step
 from dvn_cli.training.loop import Run
 from dvn_cli.training.rehearsal import images_of_step, pace, peak_memory
 
@@ -34,7 +35,7 @@ class Speed:
         apart: the same of each network on its own, with the labels, summed; None where some learn from a teacher alone.
         ratio: median over the rounds of the one over the other.
         peak_memory_bytes: on CUDA of the device, else of this process; None where the system does not tell.
-        flops: operations of a step: two for each multiply-accumulate forward, four backward.
+        flops: operations of a step, in the mean: two for each multiply-accumulate forward, four backward.
         achieved: `flops` a second in the median step.
         device: operations a second in the product of two large matrices of the run's precision.
     """
@@ -70,11 +71,16 @@ def speed(run: Run, warm: int, timed: int) -> Speed:
         DvnError: a loss is not a number.
     """
     images, passes = images_of_step(run), run.recipe.accumulate
-    networks, device = run.stage.trained, run.device
-    in_batch = {task: min(run.batch_sizes[task], len(run.train[task])) for task in run.stage.tasks}
-    of_new = in_batch[run.stage.tasks[-1]]  # on these, those that are held learn to agree with what they said before
-    flops = sum(6 * run.network.macs(*network) * in_batch.get(network.task, of_new) * passes for network in networks)
+    stage, device = run.stage, run.device
+    in_batch = {task: min(run.batch_sizes[task], len(run.train[task])) for task in stage.tasks}
+    of_new = in_batch[stage.tasks[-1]]  # on these, those that are held learn to agree with what they said before
     taken = pace(run, warm, timed)
+    by_step = [networks_of_step(stage, run.recipe, 1.0, warm + number) for number in range(1, len(taken) + 1)]
+    networks = by_step[-1]
+    of_network = {
+        each: 6 * run.network.macs(*each) * in_batch.get(each.task, of_new) * passes for each in stage.trained
+    }
+    flops = round(statistics.mean(sum(of_network[each] for each in of_step) for of_step in by_step))
     seconds = sorted(each for each, _ in taken)
     median, peak = statistics.median(seconds), peak_memory(run)
 
@@ -88,7 +94,7 @@ def speed(run: Run, warm: int, timed: int) -> Speed:
     alone = {} if run.stage.distilled else {each: run.network.virtual_network(*each) for each in networks}
 
     def jointly() -> None:
-        run.step(batches)
+        run.step(batches, networks)
         run.step.clear()
 
     def apart() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from dvn_cli.data.spec import locate
 from dvn_cli.errors import InputError
 from dvn_cli.loading import load
-from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork
+from dvn_cli.network import DeepVirtualNetwork, VirtualNetwork, on_float32
 from dvn_cli.store.metadata import Task, TaskLevel
 from dvn_cli.training.losses import as_seen_by
 from dvn_cli.training.methods import Stage
@@ -32,7 +32,8 @@ class FileTeacher(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns logits (batch, classes) for images (batch, channels, height, width), normalised for the task."""
-        return self.network(as_seen_by(images, self.task, self.network.task)).index_select(1, self.columns)
+        logits = on_float32(self.network)(as_seen_by(images, self.task, self.network.task))
+        return logits.index_select(1, self.columns)
 
 
 Teacher = TaskLevel | FileTeacher | None

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from dvn_cli import cli
 from dvn_cli.data import TaskData
 from dvn_cli.training.experiment import measure_speed
+from dvn_cli.training.step import Step
 
 
 def test_waiting_and_operations_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -53,6 +54,20 @@ def test_networks_that_are_held_take_the_images_of_the_new_task(tmp_path: Path) 
     recipe["tasks"] = [{"name": "new", "data": small.data(classes="5-9"), "batch_size": 64}]  # more than there are
     speed, run = measure_speed(recipe, num_warm_iter=1, num_bench_iter=1)
     assert speed.flops == 32 * 6 * sum(run.network.macs(*network) for network in run.network)
+
+
+def test_levels_that_are_drawn_are_those_that_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three of each task in a step, the middle one another from step to step."""
+    taken: list[tuple[Any, ...]] = []
+    call = Step.__call__
+    monkeypatch.setattr(Step, "__call__", lambda self, given, these: (taken.append(these), call(self, given, these))[1])
+    keys = ["units=4", "levels_per_step=sandwich", "epochs=4"]
+    speed, run = measure_speed(small.content(), overrides=keys, num_warm_iter=2, num_bench_iter=6)
+    assert speed.networks == 6
+    timed, rest = taken[2:8], taken[8:]
+    assert len({*timed}) == 2
+    assert speed.flops == round(sum(16 * 6 * run.network.macs(*each) for these in timed for each in these) / 6)
+    assert {*rest} == {timed[-1]}
 
 
 def test_command(tmp_path: Path) -> None:

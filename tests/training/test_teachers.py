@@ -1,5 +1,6 @@
 """Who teaches, and which levels a step trains."""
 
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch.nn.functional as F
 
 import dvn_cli
 from dvn_cli.errors import InputError
+from dvn_cli.export import Form
 from dvn_cli.store.metadata import TaskLevel
 from dvn_cli.training.levels import networks_of_step
 from dvn_cli.training.losses import as_seen_by, distillation
@@ -55,6 +57,13 @@ def test_a_network_of_a_file_teaches(
     run.run(small.nothing, small.nothing)
     for name, tensor in both.file_tensors().items():
         assert torch.equal(tensor, dvn_cli.load(taught / "both.safetensors").file_tensors()[name])
+
+
+def test_a_slice_in_half_precision_teaches(taught: Path, tmp_path: Path) -> None:
+    half = tmp_path / "half.safetensors"
+    dvn_cli.slice(taught / "both.safetensors", task="all", level=2, output=half, form=Form(dtype="bf16"))
+    session = small.trained(tmp_path, f"teacher={half}", "epochs=1")
+    assert all(math.isfinite(loss) for losses in session.run.history[0]["loss"] for loss in losses)
 
 
 def test_classes_are_found_by_their_names(taught: Path) -> None:
