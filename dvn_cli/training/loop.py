@@ -354,10 +354,9 @@ class Run:
                 given = {task: next(of_task) for task, of_task in batches.items()}
                 self.waited += time.perf_counter() - asked
                 step(given, networks)
-            some_stop = self._meet(networks)
+            self.stop.hear(self._meet(networks))
             if number % check_every == 0 or number == steps:
-                self._check(step.totals, step.networks, number)
-                self.stop.agreed = bool(some_stop)
+                self.check_losses(number)
             self.freezing.mask_gradients()
             if recipe.optimizer.clip_grad is not None:
                 torch.nn.utils.clip_grad_norm_(step.parameters, recipe.optimizer.clip_grad)
@@ -409,10 +408,11 @@ class Run:
         tasks = enumerate(self.network.tasks, 1)
         return [[values.get(TaskLevel(task, level)) for level in range(1, len(of.levels) + 1)] for task, of in tasks]
 
-    def _check(self, totals: Tensor, networks: Sequence[TaskLevel], step: int) -> None:
-        finite = torch.isfinite(totals).tolist()
+    def check_losses(self, step: int) -> None:
+        """Raises DvnError where a loss of the epoch so far is not a number."""
+        finite = torch.isfinite(self.step.totals).tolist()
         if not all(finite):
-            task, level = networks[finite.index(False)]
+            task, level = self.step.networks[finite.index(False)]
             name = self.network.tasks[task - 1].name
             raise self._diverged(f"the loss of task '{name}', level {level}, is not a number", step)
 

@@ -191,6 +191,7 @@ class Session:
             is_due = every.steps is not None and step % every.steps == 0
             is_due = is_due or (every.minutes is not None and time.monotonic() - saved >= 60 * every.minutes)
             if is_due or stop.is_due:
+                run.check_losses(step)
                 save(run)
             stop.check()
 
@@ -217,7 +218,7 @@ class Session:
 
     def _note_left_out(self) -> None:
         """Says and records which images cannot be read, where others than before are found."""
-        line = left_out(pool for data in self.run.data.values() for pool in data.pools)
+        line = left_out(problem for data in self.run.data.values() for problem in data.bad)
         if line is not None and line != self.left_out:
             self.left_out = line
             self.note(f"warning: {line}")

@@ -109,8 +109,12 @@ class Step:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(self.device)
         totals, before = self.totals.clone(), [parameter.grad for parameter in self.parameters]
         self.clear()
-        try:
-            with torch.cuda.graph(graph):
+        own = torch.cuda.Stream(self.device)  # torch's own is of the device that a process captured on first
+        try:  # other threads, such as one that pins images, may allocate meanwhile
+            with (
+                torch.cuda.device(self.device),
+                torch.cuda.graph(graph, stream=own, capture_error_mode="thread_local"),
+            ):
                 self._run(given, networks)
         except RuntimeError as error:  # such as a backbone that asks the device for something in between
             torch.cuda.set_stream(stream)  # a capture that fails to end leaves its own stream as the current one

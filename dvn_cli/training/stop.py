@@ -7,6 +7,8 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+from torch import Tensor
+
 from dvn_cli import processes
 
 
@@ -21,6 +23,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.agreed = False
+        self._asked: Tensor | None = None
         self._handlers: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "Stop":
@@ -40,6 +43,16 @@ class Stop:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._give_back()
+
+    def hear(self, asked: Tensor) -> None:
+        """Takes after a step what processes have told each other: (1,), more than 0 where one of them is to stop.
+
+        On CUDA it is looked at a step later, when the device has it, so that nothing waits.
+        """
+        earlier, self._asked = self._asked, asked
+        if processes.count() > 1:
+            known = earlier if asked.is_cuda else asked
+            self.agreed = known is not None and bool(known)
 
     @property
     def is_due(self) -> bool:
