@@ -328,11 +328,10 @@ class Partition:
             train: which of its two graphs.
         """
         key = (size, origin.units, origin.classes, origin.input_size, train)
-        with ONE_AT_A_TIME:
-            if key not in self._right:
-                with torch.inference_mode(False), torch.enable_grad():
-                    self._right[key] = self._is_right_at(size, origin, train)
-            return self._right[key]
+        if key not in self._right:
+            with ONE_AT_A_TIME, torch.inference_mode(False), torch.enable_grad():
+                self._right[key] = self._is_right_at(size, origin, train)
+        return self._right[key]
 
     def _is_right_at(self, size: tuple[int, int], origin: Origin, train: bool) -> bool:
         try:
@@ -369,10 +368,16 @@ def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition
     size = (int(images.shape[-2]), int(images.shape[-1]))
     own = dims(origin.input_size)
     partition = origin.partition if partition is None else partition
-    if torch.compiler.is_compiling() and (size, *astuple(origin)[1:], train) not in partition._right:
-        raise InputError(
+    if (size, *astuple(origin)[1:], train) not in partition._right:
+        traced = InputError(
             f"the network is made for images of {own}: export it for these, or call it once with {dims(size)}"
         )
+        if torch.compiler.is_dynamo_compiling():
+            raise traced
+        with ONE_AT_A_TIME:  # or torch would say that it compiles where another thread has it trace
+            if torch.compiler.is_compiling():
+                raise traced
+            partition.is_right_at(size, origin, train)
     if not partition.is_right_at(size, origin, train):
         raise InputError(
             f"the network is made for images of {own}, and its graph is not right for those of {dims(size)}: resize "

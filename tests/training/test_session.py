@@ -1,5 +1,6 @@
 """A run from its recipe to its files: the same again, and the same after it was interrupted."""
 
+import contextlib
 import errno
 import itertools
 import json
@@ -516,7 +517,9 @@ def test_a_failed_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(loop, "Step", Eager)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
-    monkeypatch.setattr(torch.cuda, "graph", lambda _: BrokenCapture(session.run.step, streams))
+    monkeypatch.setattr(torch.cuda, "graph", lambda _, **how: BrokenCapture(session.run.step, streams))
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: streams[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
     session.run._begin()
