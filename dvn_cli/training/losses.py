@@ -36,7 +36,8 @@ def as_seen_by(images: Tensor, source: Task, target: Task) -> Tensor:
         return images
 
     def channels(values: tuple[float, ...]) -> Tensor:
-        return images.new_tensor(values).view(1, -1, 1, 1)
+        of_each = [images.new_full((), value) for value in values]  # no copy from the host, in a CUDA graph too
+        return torch.stack(of_each).view(1, -1, 1, 1)
 
     pixels = images * channels(source.std) + channels(source.mean)
     if source.input_size != target.input_size:

@@ -66,6 +66,7 @@ class Step:
         self.networks = stage.trained
         self.totals = torch.zeros(len(self.networks), device=self.device)
         self._eager_left = WARM if self.device.type == "cuda" else -1  # below zero: always
+        self._launched = set[tuple[TaskLevel, ...]]()
         self._captured: dict[tuple[TaskLevel, ...], Captured] = {}
         self.capture_error: str | None = None
 
@@ -80,10 +81,11 @@ class Step:
         given = self._prepared(batches)
         if networks in self._captured:
             self._captured[networks].replay(self.parameters, given.tensors)
-        elif self._eager_left == 0:
+        elif self._eager_left == 0 and networks in self._launched:
             self._capture(given.copy(), networks)
-        else:
-            self._eager_left -= 1
+        else:  # first as it is, in which what it needs is compiled and brought to the device
+            self._eager_left -= self._eager_left > 0
+            self._launched.add(networks)
             with self._beside():
                 self._run(given, networks)
 

@@ -502,6 +502,34 @@ class BrokenCapture:
         del self.step._run
 
 
+def test_levels_are_launched_before_they_are_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each set of them, where steps draw some."""
+    told: list[tuple[str, Any]] = []
+    run = Step._run
+
+    class Eager(Step):
+        def __init__(self, *words: Any) -> None:
+            super().__init__(*words)
+            self._eager_left = 1  # as on CUDA
+
+        def _capture(self, given: Any, networks: Any) -> None:
+            told.append(("captured", networks))
+            run(self, given, networks)
+
+        def _run(self, given: Any, networks: Any) -> None:
+            told.append(("launched", networks))
+            run(self, given, networks)
+
+    monkeypatch.setattr(loop, "Step", Eager)
+    small.trained(tmp_path, "units=4", "levels_per_step=sandwich", "epochs=4")
+    sets = {networks for _, networks in told}
+    assert len(sets) == 2
+    for each in sets:
+        of_set = [what for what, networks in told if networks == each]
+        assert of_set[0] == "launched"
+        assert {*of_set[1:]} == {"captured"}
+
+
 def test_a_failed_capture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said once, recorded, and changes nothing: stages included, of which each tries anew."""
     words = ("learning=sequential", "tasks.*.data.augment=none")
