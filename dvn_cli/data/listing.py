@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -104,11 +104,33 @@ def stratified_order(strata: np.ndarray, seed: int) -> np.ndarray:
     """
     shuffled = np.random.RandomState(seed).permutation(len(strata))
     of_shuffled = strata[shuffled]
+    by_stratum = np.argsort(of_shuffled, kind="stable")
+    _, first, of_image, counts = np.unique(
+        of_shuffled[by_stratum], return_index=True, return_inverse=True, return_counts=True
+    )
     place = np.empty(len(strata))
-    for stratum in np.unique(strata):
-        members = np.flatnonzero(of_shuffled == stratum)
-        place[members] = (np.arange(len(members)) + 0.5) / len(members)
+    place[by_stratum] = (np.arange(len(strata)) - first[of_image] + 0.5) / counts[of_image]
     return shuffled[np.argsort(place, kind="stable")]
+
+
+def strata_of(labels: Iterable[np.ndarray], count: int) -> np.ndarray:
+    """Returns what random choices are balanced over, int64 (N,), where nothing says which labels are of classes.
+
+    That is the one of the fewest values, if that has at most half as many as there are images, and together with it
+    the next ones as long as there are 20 images to a stratum in the mean: ids and texts tell nothing.
+
+    Args:
+        labels: Each int64 (N,), from 0.
+        count: N.
+    """
+    found, enough = np.zeros(count, dtype=np.int64), 2
+    for codes in sorted(labels, key=lambda codes: int(codes.max(initial=0))):
+        if codes.any():
+            both = np.unique(np.stack([found, codes]), axis=1, return_inverse=True)[1].reshape(-1)
+            if enough * (int(both.max()) + 1) > count:
+                break
+            found, enough = both.astype(np.int64), 20
+    return found
 
 
 def first_present(names: Sequence[str], present: Sequence[str], has_no: str) -> str:

@@ -17,7 +17,7 @@ import torch
 
 from dvn_cli.data.decode import Item
 from dvn_cli.data.folders import files_below
-from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present
+from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present, strata_of
 from dvn_cli.errors import DvnError, InputError, did_you_mean
 from dvn_cli.files import check_regular
 
@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL.Image import Image
+
+SHORT = 64
+"""Characters of values that may be of classes: longer ones are texts, and not all read."""
 
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps what it converted to parquet itself
 
@@ -356,18 +359,17 @@ def _encoded(
 
 def _strata(request: Request, files: tuple[Path, ...], columns: Sequence[Column]) -> np.ndarray:
     """What choices of images are balanced over, int64 (N,): the same for tasks by any of the columns, so that all of
-    them hold out the same images. All columns of named classes count, or one that may be of classes, `label` if it is.
+    them hold out the same images. All columns of named classes count; without such, as many as `strata_of` takes.
     """
     named = [column.name for column in columns if column.kind_of_feature == "ClassLabel"]
     if named:
         by_column = np.stack([_encoded(request, files, name, nulls=True)[1] for name in named])
         return np.unique(by_column, axis=1, return_inverse=True)[1].reshape(-1)
-    possible = [column.name for column in columns if _holds_labels(column.type)]
-    for name in sorted(possible, key=lambda name: name != "label"):
-        values, codes = _encoded(request, files, name, nulls=True)
-        if 2 * len(values) <= len(codes):  # others are ids, or texts
-            return codes
-    return np.zeros(_groups(files)[0][-1], dtype=np.int64)
+    encoded = []
+    for name in (column.name for column in columns if _holds_labels(column.type)):
+        if all(len(str(value)) <= SHORT for value in _encoded(request, files[:1], name, nulls=True)[0]):
+            encoded.append(_encoded(request, files, name, nulls=True)[1])
+    return strata_of(encoded, int(_groups(files)[0][-1]))
 
 
 def _class_names(file: Path, name: str) -> list[str] | None:

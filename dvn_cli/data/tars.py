@@ -20,7 +20,7 @@ import torch
 from dvn_cli.data import decode
 from dvn_cli.data.decode import Item
 from dvn_cli.data.folders import a_fifth, files_below
-from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present
+from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present, strata_of
 from dvn_cli.data.spec import braces
 from dvn_cli.errors import InputError
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 LONGEST_LABEL = 1024
 """Bytes of a file that names a class."""
+
+SHORT = 64
+"""Bytes of one that is read although it may be no label."""
 
 
 class Member(NamedTuple):
@@ -49,8 +52,7 @@ def read(request: Request, part: Part) -> Listing | None:
     """Lists one split of a folder of tars, of some, or of one.
 
     A tar's split is the first word of its path below the folder that names one (`imagenet-train-0001.tar`,
-    `train/0001.tar`); without such words, a fifth of each class (of `.cls`, whichever the
-    label is, where there are such) is to test on.
+    `train/0001.tar`); without such words, a fifth of each class is to test on.
 
     Raises:
         InputError: No such folder, tar or split, a tar that is compressed or damaged, or a sample without a label.
@@ -97,7 +99,7 @@ def tar_files(root: Path) -> list[Path]:
 
 def _listing(request: Request, split: str, tars: list[Path], train: list[Path], part: Part) -> Listing:
     """The samples of a split, whose classes are those of train too: integers in ascending order, or names."""
-    images, values, balanced, left_out = _samples(request, tuple(tars))
+    images, values, labels_of, left_out = _samples(request, tuple(tars))
     known = {*values, *(values if train == tars else _samples(request, tuple(train))[1])}
     names = sorted(known, key=lambda name: (0, int(name), "") if name.isdecimal() else (1, 0, name))
     place = {name: label for label, name in enumerate(names)}
@@ -108,19 +110,21 @@ def _listing(request: Request, split: str, tars: list[Path], train: list[Path], 
             yield Item(f"{part} image {member.name} of {member.tar}", functools.partial(_open, member))
 
     labels = torch.tensor([place[value] for value in values], dtype=torch.int64)
-    strata = torch.from_numpy(np.unique(balanced, return_inverse=True)[1].reshape(-1).astype(np.int64))
+    strata = torch.from_numpy(strata_of(labels_of, len(labels)))
     return Listing(
         split, labels, tuple(names), strata=strata, key=(request.image, *tars), items=items, left_out=left_out
     )
 
 
 @functools.lru_cache(maxsize=4)
-def _samples(request: Request, tars: tuple[Path, ...]) -> tuple[list[Member], list[str], list[str], Counter[str]]:
-    """Of each sample the image, the text of its label and that of the label which choices are balanced over, the same
-    for tasks of other labels; and what lies in the tars and is not read.
+def _samples(
+    request: Request, tars: tuple[Path, ...]
+) -> tuple[list[Member], list[str], list[np.ndarray], Counter[str]]:
+    """Of each sample the image and the text of its label; of all that may be labels which value each sample has, int64
+    (N,), the same for tasks of other labels; and what lies in the tars and is not read.
     """
-    images, values, balanced, left_out = list[Member](), list[str](), list[str](), Counter[str]()
-    balancing = ""
+    images, values, left_out = list[Member](), list[str](), Counter[str]()
+    known: dict[str, tuple[dict[str, int], list[int]]] = {}
     suffix = f".{request.label or 'cls'}".lower()  # as names in the tars are compared
     wanted = decode.suffixes() if request.image is None else {f".{request.image}".lower()}
     for tar in tars:
@@ -130,7 +134,8 @@ def _samples(request: Request, tars: tuple[Path, ...]) -> tuple[list[Member], li
             key, dot, rest = name.partition(".")
             samples.setdefault(f"{folder}/{key}", {})[(dot + rest).lower()] = member
         if not images:
-            balancing = _balancing([members for members in samples.values() if not wanted.isdisjoint(members)])
+            with_image = [members for members in samples.values() if not wanted.isdisjoint(members)]
+            known = {end: ({}, []) for end in _may_be_labels(with_image)}
         for members in samples.values():
             of_image = [end for end in members if end in wanted]
             left_out.update(end or "without suffix" for end in members if end not in (suffix, *of_image))
@@ -145,16 +150,17 @@ def _samples(request: Request, tars: tuple[Path, ...]) -> tuple[list[Member], li
                 raise InputError(f"{tar} has {image.name}, and no {suffix} file that names its class: see label")
             images.append(image)
             values.append(_label(members[suffix]))
-            balanced.append(values[-1] if balancing == suffix else _text(members.get(balancing)))
-    return images, values, balanced, left_out
+            for end, (place, codes) in known.items():
+                text = values[-1] if end == suffix else _text(members.get(end))
+                codes.append(place.setdefault(text, len(place)))
+    return images, values, [np.array(codes, dtype=np.int64) for _, codes in known.values()], left_out
 
 
-def _balancing(samples: Sequence[Mapping[str, Member]]) -> str:
-    """The suffix of a label that all of some samples have: `.cls`, or the first in the alphabet."""
+def _may_be_labels(samples: Sequence[Mapping[str, Member]]) -> list[str]:
+    """Suffixes of short files that all of some samples have."""
     images = decode.suffixes()
-    labels = [{end for end, of in each.items() if of.size <= LONGEST_LABEL and end not in images} for each in samples]
-    common = set.intersection(*labels) if labels else set[str]()
-    return ".cls" if ".cls" in common else min(common, default="")
+    of_each = [{end for end, of in each.items() if of.size <= SHORT and end not in images} for each in samples]
+    return sorted(set.intersection(*of_each)) if of_each else []
 
 
 def _members(tar: Path) -> list[Member]:
