@@ -46,7 +46,7 @@ class Pool:
         self._items = listing.items
         self._used = np.zeros(len(listing.labels), dtype=bool)
         self._images: Tensor | None = None
-        self._must_stream = False
+        self._must_stream = self._looked_for_white = False
         # One range of values for all images: a dark one is no measure.
         self._white = functools.cache(self._white_of)
 
@@ -86,7 +86,10 @@ class Pool:
         return decode.white_of(self._items(np.flatnonzero(self._used)), mode, skip=skip)
 
     def find_white(self) -> None:
-        """Finds what is white where the first image is of floats or 32-bit integers, before processes are forked."""
+        """Finds, once, what is white where the first image is of floats or 32-bit integers, before processes fork."""
+        if self._looked_for_white:
+            return
+        self._looked_for_white = True
         for item in self._items(np.flatnonzero(self._used)[:1]):
             with contextlib.suppress(InputError):  # which is said when the images are read
                 mode = decode.upright(item).mode
@@ -137,7 +140,7 @@ class Pool:
             out[count] = image
             count += 1
         if count == 0:
-            raise InputError(f"none of the images of {self.request} can be read: {next(iter(self.bad))}")
+            raise none_readable(self.request, self.bad)
         return torch.from_numpy(out[:count])
 
     def rows(self, indices: np.ndarray) -> np.ndarray:
@@ -157,7 +160,7 @@ class Pool:
                 return height, width
             except InputError as error:
                 self.leave_out([error])
-        raise InputError(f"none of the images of {self.request} can be read: {next(iter(self.bad))}")
+        raise none_readable(self.request, self.bad)
 
     @property
     def workers(self) -> int:
@@ -230,6 +233,11 @@ def too_large(pools: Iterable[Pool], free: int | None) -> InputError:
         f"{largest_first[0]}{others} take {memory.in_words(total)}{there_are}: set {stream}a smaller size, fewer "
         "train_images or test_images, or fewer classes"
     )
+
+
+def none_readable(request: Request, problems: Iterable[str]) -> InputError:
+    """What is said where no image that is wanted can be read."""
+    return InputError(f"none of the images of {request} can be read: {next(iter(problems))}")
 
 
 def different_sizes(request: Request, size: tuple[int, ...], other: tuple[int, ...]) -> InputError:

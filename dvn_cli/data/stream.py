@@ -1,8 +1,12 @@
 """Batches of images that are read by worker processes while others are used."""
 
+import atexit
+import functools
 import signal
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dvn_cli.data.augment import ResizedCrop
-from dvn_cli.data.pool import Pool, different_sizes
+from dvn_cli.data.pool import Pool, different_sizes, none_readable
 from dvn_cli.errors import DvnError, InputError
 
 Read = tuple[Tensor, Tensor, list[str]]  # images uint8 (B, C, H, W), which of the split they are, what is wrong
@@ -99,13 +103,15 @@ def stream(
                     worker_init_fn=_outlive_sigterm,
                 )
             )
-        for worker in getattr(results, "_workers", ()):  # at its exit, Python waits for those that it has sent SIGTERM
-            worker._popen.terminate = worker._popen.kill
+        if workers:
+            _end_with_process(results)
         for result in results:
             if isinstance(result, InputError):
                 raise result
             images, positions, problems = result
             pool.leave_out(problems)
+            if seed is not None and not len(images):
+                raise none_readable(pool.request, problems)
             if len(images):
                 yield images.to(device, non_blocking=True), positions.to(indices.device, non_blocking=True)
     except RuntimeError as error:
@@ -115,6 +121,23 @@ def stream(
             f"a process that reads images of {pool.request} was ended by the system, as for want of memory: set fewer "
             "workers or a smaller batch_size"
         ) from error
+
+
+_open = weakref.WeakSet[Any]()
+"""Iterators that have workers: what was raised keeps its frames, and so these, until the process ends."""
+
+
+def _end_with_process(results: Any) -> None:
+    """Ends workers before Python, at its exit, sends them SIGTERM and waits; those that are stuck are killed then."""
+    _open.add(results)
+    _register()
+    for worker in results._workers:
+        worker._popen.terminate = worker._popen.kill
+
+
+@functools.cache
+def _register() -> None:
+    atexit.register(lambda: [each._shutdown_workers() for each in list(_open)])
 
 
 def _outlive_sigterm(_: int) -> None:

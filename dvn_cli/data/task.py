@@ -17,7 +17,7 @@ from dvn_cli.data.augment import Mixing, ResizedCrop
 from dvn_cli.data.batches import Split, batches
 from dvn_cli.data.classes import Selection, corresponding, few, resolved, select
 from dvn_cli.data.listing import VALIDATION_SPLITS, Listing, Part, Request, in_words, stratified_order
-from dvn_cli.data.pool import RESIDENT, Pool, left_out, settle
+from dvn_cli.data.pool import RESIDENT, Pool, left_out, none_readable, settle
 from dvn_cli.data.spec import DataSpec
 from dvn_cli.errors import InputError
 
@@ -334,7 +334,7 @@ class Chosen:
         images, rows = self.pool.images, torch.from_numpy(self.pool.rows(self.indices))
         labels, rows = self.labels[rows >= 0], rows[rows >= 0]
         if not len(rows):
-            raise InputError(f"none of the {len(self.labels)} images of a split of {self.pool.request} can be read")
+            raise none_readable(self.pool.request, bad)
         return Split(images, labels, None if len(rows) == len(images) else rows, bad=bad)
 
 

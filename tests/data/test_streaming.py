@@ -181,6 +181,7 @@ def test_white_is_looked_for_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(decode, "white_of", noting)
     data.train.pool._white.cache_clear()
+    data.train.pool._looked_for_white = False
     passes(data, size=2, count=3)
     assert [path.name.split("-")[0] for path in tmp_path.iterdir() if path.is_file()] == [str(os.getpid())]
 
@@ -198,6 +199,9 @@ def test_images_none_of_which_can_be_read_end_it(damaged):
     for load in ("memory", "stream"):
         with pytest.raises(InputError, match=r"none of the images of .* can be read: train image "):
             passes(load_task(spec(damaged, on_bad_image="skip", load=load, size=None)))
+    given = {"validation": 0, "mean": [0.5] * 3, "std": [0.5] * 3, "load": "stream"}
+    with pytest.raises(InputError, match=r"none of the images of .* can be read: train image "):
+        passes(load_task(spec(damaged, on_bad_image="skip", **given)))
 
 
 def test_a_split_of_which_none_can_be_read_is_said(photographs, tmp_path):
@@ -211,7 +215,7 @@ def test_a_split_of_which_none_can_be_read_is_said(photographs, tmp_path):
             pixels = torch.from_numpy(np.asarray(image.convert("RGB").resize((16, 16), Image.Resampling.BILINEAR)))
         if torch.equal(pixels.permute(2, 0, 1), kept.validation.images[0]):
             path.write_bytes(b"")
-    with pytest.raises(InputError, match=r"^none of the 1 images of a split of .*/folder can be read$"):
+    with pytest.raises(InputError, match=r"^none of the images of .*/folder can be read: train image "):
         load_task(spec(tmp_path, **keys))
 
 
@@ -244,7 +248,7 @@ def test_a_process_that_fails_between_two_batches_ends(photographs):
     """Python keeps what was raised, the frames with it and so the workers, which it waits for at its exit."""
     code = (
         "from dvn_cli.data import DataSpec, load_task; import torch, sys\n"
-        "keys = dict(source='folder', path=sys.argv[1], size=16, load='stream', workers=1)\n"
+        "keys = dict(source='folder', path=sys.argv[1], size=16, load='stream', workers=2)\n"
         "batches = load_task(DataSpec(**keys)).train_batches(4, torch.Generator())\n"
         "next(batches)\n"
         "raise ValueError('in the script')"
@@ -253,6 +257,7 @@ def test_a_process_that_fails_between_two_batches_ends(photographs):
         [sys.executable, "-c", code, str(photographs / "folder")], capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stderr.splitlines()[-1]) == (1, "ValueError: in the script")
+    assert done.stderr.count("Traceback") == 1
 
 
 def test_small_sets_are_kept_and_larger_ones_streamed(photographs, monkeypatch):
