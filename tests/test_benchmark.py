@@ -322,7 +322,7 @@ def test_against_a_baseline(
     assert code == 1
     assert err.splitlines() == [
         "task 'a', level 2 is not in the baseline",
-        "no network of format pt2 is measured: what the baseline has of it is not compared",
+        "format pt2 was not asked for: what the baseline has of it is not compared",
         "dvn: task 'a', level 1: params 11 -> 10, macs 6 -> 7 (2 of 2 networks are not the baseline's)",
     ]
     assert [line.split() for line in out.splitlines()[-2:]] == [
@@ -354,7 +354,7 @@ def test_what_is_asked_for_is_compared_with_a_baseline_of_all(
         assert err == ("" if "--all" in arguments else unasked.format("a" if "b" in arguments else "b"))
         return [(row["name"], row["level"]) for row in json.loads(out)["baseline"]]
 
-    unasked = "no network of task '{}' is measured: what the baseline has of it is not compared\n"
+    unasked = "task '{}' was not asked for: what the baseline has of it is not compared\n"
     monkeypatch.setattr(benchmark, "bench", bench)
     assert typed("--all", "--results-file", "all.json")[0] == 0
     assert compared("--all") == [("a", 1), ("a", 2), ("b", 1), ("b", 2)]

@@ -126,7 +126,7 @@ def bench_command(
         if before is not None:
             # Of a checkpoint one task is measured unless all are asked for; with slices all of the baseline is.
             asked_for_all = every or any(result.kind == "slice" for result in results)
-            compared, lines = costs.compare(before, document, asked_for_all, level)
+            compared, lines = costs.compare(before, document, asked_for_all, level, names or [None])
             for line in lines:
                 typer.echo(line, err=True)
             document["baseline"] = [one.to_dict() for one in compared]

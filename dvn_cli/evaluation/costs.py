@@ -1,7 +1,7 @@
 """Whether networks cost what they did: parameters, bytes and MACs exactly, latency where it is of the same machine."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -113,7 +113,11 @@ def _no_document(path: str | os.PathLike[str], error: Exception) -> InputError:
 
 
 def compare(
-    before: Costs, document: Mapping[str, Any], every: bool = True, level: int | None = None
+    before: Costs,
+    document: Mapping[str, Any],
+    every: bool = True,
+    level: int | None = None,
+    formats: Collection[str | None] = (None,),
 ) -> tuple[list[Comparison], list[str]]:
     """Compares the networks of a baseline with those of a document of now, by their tasks, levels and formats.
 
@@ -122,9 +126,9 @@ def compare(
     Args:
         before: the baseline.
         document: of what was measured.
-        every: all tasks of the baseline are asked for, not only those of which networks were measured. Of its formats
-            those that were measured are.
+        every: all tasks of the baseline are asked for, not only those of which networks were measured.
         level: the only one asked for.
+        formats: those asked for; None is that of networks as dvn runs them.
 
     Returns:
         A comparison for each network of the baseline that is asked for, and in lines what is not compared.
@@ -134,7 +138,6 @@ def compare(
     by_file = any(len({network.key() for network in each.results}) < len(each.results) for each in (before, now))
     found = {network.key(by_file): network for network in now.results}
     names = {network.name for network in (before if every else now).results}
-    formats = {network.format for network in now.results}
     comparisons = []
     for network in before.results:
         if network.name not in names or network.format not in formats or level not in (None, network.level):
@@ -146,10 +149,10 @@ def compare(
     known = {network.key(by_file) for network in before.results}
     lines = [f"{each.where(by_file)} is not in the baseline" for each in now.results if each.key(by_file) not in known]
     unasked = [f"task '{each.name}'" for each in before.results if each.name not in names]
-    unasked += [f"format {each.format}" for each in before.results if each.format not in formats | {None}]
+    others = [each.format for each in before.results if each.format not in formats]
+    unasked += ["networks without --formats" if each is None else f"format {each}" for each in others]
     lines += [
-        f"no network of {what} is measured: what the baseline has of it is not compared"
-        for what in dict.fromkeys(unasked)
+        f"{what} was not asked for: what the baseline has of it is not compared" for what in dict.fromkeys(unasked)
     ]
     return comparisons, lines
 
