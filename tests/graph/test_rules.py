@@ -184,6 +184,7 @@ CASES = {
     "glu": Between(lambda x: F.glu(x, 1), 4),
     "cumulative": Between(lambda x: x.cumsum(1)),
     "place of the largest": Between(lambda x: x * x.argmax(1, keepdim=True)),
+    "place of the smallest": Between(lambda x: x * x.min(1, keepdim=True)[1]),
     "maximum": Between(lambda x: x.max(1, keepdim=True)[0] - x),
     "roll": Between(lambda x: x.roll((1, 2), (1, 2))),
     "floor division": Between(lambda x: torch.where((x // 2).gt(0).all((2, 3), keepdim=True), x, -x)),
@@ -202,12 +203,8 @@ CASES = {
 }
 
 UNEVEN = "generated kernel", "generated depthwise kernel", "grouped queries", "heads along the batch"  # in 3 units too
-WHOLE = {
-    "cumulative",
-    "generated kernel",
-    "index changed in place",
-    "place of the largest",
-}  # every channel goes with every other
+PLACES = {"place of the largest", "place of the smallest"}
+WHOLE = {"cumulative", "generated kernel", "index changed in place"} | PLACES  # every channel goes with every other
 
 
 @pytest.mark.parametrize(("name", "units"), [*((name, 2) for name in CASES), *((name, 3) for name in UNEVEN)])

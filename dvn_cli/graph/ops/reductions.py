@@ -39,8 +39,11 @@ enter("argmax", label=_place, rewrite=as_it_is)
 
 
 def _extreme(labeller: Labeller, call: Call) -> Labels | list[Labels]:
-    """Of two tensors, or of the elements of one."""
-    return pointwise(labeller, call.tensors(), call.shape) if "other" in call.args else _reduced(labeller, call)
+    """Of two tensors, or of the elements of one, with their places."""
+    if "other" in call.args:
+        return pointwise(labeller, call.tensors(), call.shape)
+    places = call.has_several_outputs and any(user.args[1] == 1 for user in call.node.users)
+    return (_place if places else _reduced)(labeller, call)
 
 
 enter("max", "min", label=_extreme, rewrite=as_it_is)
