@@ -369,14 +369,11 @@ def check_size(images: Tensor, origin: Origin, train: bool, partition: Partition
     own = dims(origin.input_size)
     partition = origin.partition if partition is None else partition
     if (size, *astuple(origin)[1:], train) not in partition._right:
-        traced = InputError(
-            f"the network is made for images of {own}: export it for these, or call it once with {dims(size)}"
-        )
-        if torch.compiler.is_dynamo_compiling():
-            raise traced
         with ONE_AT_A_TIME:  # or torch would say that it compiles where another thread has it trace
             if torch.compiler.is_compiling():
-                raise traced
+                raise InputError(
+                    f"the network is made for images of {own}: export it for these, or call it once with {dims(size)}"
+                )
             partition.is_right_at(size, origin, train)
     if not partition.is_right_at(size, origin, train):
         raise InputError(

@@ -239,8 +239,8 @@ def _continued(
     opened, method = _open(recipe.continues, base), METHODS[recipe.method]
     if opened.training_record is None:
         raise InputError(f"'{recipe.continues}' has not been trained yet: give it as partition")
-    first = opened.training_record.recipe
-    trained = first.get("method", "dvn")
+    started = opened.training_record.recipe
+    trained = started.get("method", "dvn")
     if trained != recipe.method:
         raise InputError(f"'{recipe.continues}' was trained with method={trained}: continue with the same")
     if recipe.add_units:
@@ -264,9 +264,9 @@ def _continued(
     if most > partition.spec.num_classes:
         partition.check_backbone(partition.kept)
         partition = partition.rebuilt(replace(partition.spec, num_classes=most))
-    module, _ = build_backbone(
-        partition.spec, seed=recipe.seed, zero_init_last=(first.get("backbone") or {}).get("zero_init_last") or False
-    )
+    backbone = started.get("backbone") or {}
+    zeroed = bool(backbone.get("zero_init_last")) and not backbone.get("pretrained") and not backbone.get("weights")
+    module, _ = build_backbone(partition.spec, seed=recipe.seed, zero_init_last=zeroed)
     tensors = {**_templates(partition, module), **opened.file_tensors()}
     network = DeepVirtualNetwork(partition, tasks, tensors, preprocessing=opened.preprocessing, earlier=opened.earlier)
     network.make_private(owners(method, partition))

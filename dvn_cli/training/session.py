@@ -158,6 +158,7 @@ class Session:
 
         def save(run: Run) -> None:
             nonlocal saved
+            saved = time.monotonic()
             if processes.rank():
                 return
             metadata = StateMetadata(

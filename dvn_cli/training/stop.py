@@ -7,6 +7,7 @@ import signal
 import threading
 from types import FrameType, TracebackType
 
+import torch
 from torch import Tensor
 
 from dvn_cli import processes
@@ -23,7 +24,7 @@ class Stop:
     def __init__(self) -> None:
         self.signal: int | None = None
         self.agreed = False
-        self._asked: Tensor | None = None
+        self._told: tuple[Tensor, torch.cuda.Event] | None = None
         self._handlers: dict[int, signal._HANDLER] = {}
 
     def __enter__(self) -> "Stop":
@@ -47,12 +48,21 @@ class Stop:
     def hear(self, asked: Tensor) -> None:
         """Takes after a step what processes have told each other: (1,), more than 0 where one of them is to stop.
 
-        On CUDA it is looked at a step later, when the device has it, so that nothing waits.
+        On CUDA it is looked at a step later, when the device has long told it, so that the device has work meanwhile.
         """
-        earlier, self._asked = self._asked, asked
-        if processes.count() > 1:
-            known = earlier if asked.is_cuda else asked
-            self.agreed = known is not None and bool(known)
+        if processes.count() == 1:
+            return
+        if not asked.is_cuda:
+            self.agreed = bool(asked)
+            return
+        if self._told is not None:
+            (told, is_there), self._told = self._told, None
+            is_there.synchronize()
+            self.agreed = bool(told)
+        with torch.cuda.device(asked.device):
+            copied = torch.empty(1, pin_memory=True).copy_(asked, non_blocking=True)
+            (event := torch.cuda.Event()).record()
+        self._told = copied, event
 
     @property
     def is_due(self) -> bool:

@@ -77,11 +77,12 @@ def by_images(labeller: Labeller, images: Images) -> np.ndarray:
 def with_classifier(state: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Returns a backbone's tensors with random ones for weights of its classifier, by their names, that are all zero.
 
-    Logits of such a one, with which some backbones start, say nothing of any channel.
+    Logits of such a one, with which some backbones start, say nothing of any channel. They are small, so that other
+    layers that read the same channels count as they did.
     """
     random = torch.Generator().manual_seed(0)
     return {
-        name: torch.randn(tensor.shape, generator=random).to(tensor)
+        name: 1e-3 * torch.randn(tensor.shape, generator=random).to(tensor)
         if name in names and tensor.ndim > 1 and not tensor.any()
         else tensor
         for name, tensor in state.items()
