@@ -113,6 +113,15 @@ def stratified_order(strata: np.ndarray, seed: int) -> np.ndarray:
     return shuffled[np.argsort(place, kind="stable")]
 
 
+SHORT = 64
+"""Characters of what may name a class where nothing says so: longer ones are texts."""
+
+
+def together(labels: Sequence[np.ndarray]) -> np.ndarray:
+    """Returns which combination of several labels, each int64 (N,), each image has: int64 (N,), from 0."""
+    return np.unique(np.stack(labels), axis=1, return_inverse=True)[1].reshape(-1)
+
+
 def strata_of(labels: Iterable[np.ndarray], count: int) -> np.ndarray:
     """Returns what random choices are balanced over, int64 (N,), where nothing says which labels are of classes.
 
@@ -126,10 +135,10 @@ def strata_of(labels: Iterable[np.ndarray], count: int) -> np.ndarray:
     found, enough = np.zeros(count, dtype=np.int64), 2
     for codes in sorted(labels, key=lambda codes: int(codes.max(initial=0))):
         if codes.any():
-            both = np.unique(np.stack([found, codes]), axis=1, return_inverse=True)[1].reshape(-1)
+            both = together([found, codes])
             if enough * (int(both.max()) + 1) > count:
                 break
-            found, enough = both.astype(np.int64), 20
+            found, enough = both, 20
     return found
 
 

@@ -17,7 +17,17 @@ import torch
 
 from dvn_cli.data.decode import Item
 from dvn_cli.data.folders import files_below
-from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present, strata_of
+from dvn_cli.data.listing import (
+    SHORT,
+    TEST_SPLITS,
+    TRAIN_SPLITS,
+    Listing,
+    Part,
+    Request,
+    first_present,
+    strata_of,
+    together,
+)
 from dvn_cli.errors import DvnError, InputError, did_you_mean
 from dvn_cli.files import check_regular
 
@@ -25,9 +35,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from PIL.Image import Image
-
-SHORT = 64
-"""Characters of values that may be of classes: longer ones are texts, and not all read."""
 
 _CONVERTED = "refs/convert/parquet"  # where the hub keeps what it converted to parquet itself
 
@@ -363,10 +370,10 @@ def _strata(request: Request, files: tuple[Path, ...], columns: Sequence[Column]
     """
     named = [column.name for column in columns if column.kind_of_feature == "ClassLabel"]
     if named:
-        by_column = np.stack([_encoded(request, files, name, nulls=True)[1] for name in named])
-        return np.unique(by_column, axis=1, return_inverse=True)[1].reshape(-1)
+        return together([_encoded(request, files, name, nulls=True)[1] for name in named])
     encoded = []
     for name in (column.name for column in columns if _holds_labels(column.type)):
+        # of texts the first file alone is read
         if all(len(str(value)) <= SHORT for value in _encoded(request, files[:1], name, nulls=True)[0]):
             encoded.append(_encoded(request, files, name, nulls=True)[1])
     return strata_of(encoded, int(_groups(files)[0][-1]))

@@ -20,7 +20,7 @@ import torch
 from dvn_cli.data import decode
 from dvn_cli.data.decode import Item
 from dvn_cli.data.folders import a_fifth, files_below
-from dvn_cli.data.listing import TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present, strata_of
+from dvn_cli.data.listing import SHORT, TEST_SPLITS, TRAIN_SPLITS, Listing, Part, Request, first_present, strata_of
 from dvn_cli.data.spec import braces
 from dvn_cli.errors import InputError
 
@@ -29,9 +29,6 @@ if TYPE_CHECKING:
 
 LONGEST_LABEL = 1024
 """Bytes of a file that names a class."""
-
-SHORT = 64
-"""Bytes of one that is read although it may be no label."""
 
 
 class Member(NamedTuple):

@@ -175,7 +175,6 @@ class Session:
             )
             with self._resumable():
                 write(self.files.state, to_data(run.state()), metadata)
-            saved = time.monotonic()
 
         def epoch_ended(run: Run) -> None:
             self._note_capture()
