@@ -143,7 +143,7 @@ def divide(
     if images:
         partition = compensation.with_private_biases(partition)
     network = DeepVirtualNetwork.from_backbone(partition, module, tasks, copy=False, preprocessing=for_weights)
-    network.random = random if pretrained or weights is not None else None
+    network.random = tuple(random) if pretrained or weights is not None else None
     for number in range(1, units + 1):  # networks of as many units are alike
         progress(f"narrowing to {number} of {units} units")
         network.check([TaskLevel(1, number), TaskLevel(number, 1)])

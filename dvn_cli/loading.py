@@ -43,7 +43,7 @@ def from_file(header: AnyHeader) -> DeepVirtualNetwork | VirtualNetwork:
     if isinstance(metadata, CheckpointMetadata):
         known = metadata.training, metadata.preprocessing, metadata.earlier
         network = DeepVirtualNetwork(partition, metadata.tasks, tensors, *known).eval()
-        network.random = None if metadata.random is None else list(metadata.random)
+        network.random = metadata.random
         return network
     task = metadata.task
     origin = partition.origin(metadata.kept, len(task.classes), task.input_size)

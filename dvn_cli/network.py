@@ -239,7 +239,7 @@ class DeepVirtualNetwork(nn.Module):
         """`tensors` are by their names in the file, such as `shared/conv1.weight`."""
         super().__init__()
         self.preprocessing, self.earlier = preprocessing, earlier
-        self.random: list[str] | None = None
+        self.random: tuple[str, ...] | None = None
         self.partition, self.tasks, self.training_record = partition, list(tasks), training_record
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._plans: dict[tuple[int, int, bool], tuple[Callable[..., Any], list[tuple[nn.Module, str, Cut]]]] = {}
@@ -436,7 +436,7 @@ class DeepVirtualNetwork(nn.Module):
             training=self.training_record,
             preprocessing=self.preprocessing,
             earlier=self.earlier,
-            random=None if self.random is None else tuple(self.random),
+            random=self.random,
         )
 
     def header(self, path: str | os.PathLike[str]) -> Header[CheckpointMetadata]:

@@ -149,7 +149,7 @@ def partition_command(
             "std": network.tasks[0].std,
             "preprocessing": network.preprocessing and asdict(network.preprocessing),
             "notes": said,
-            "random": network.random or [],
+            "random": list(network.random or ()),
             "check": None if checked is None else checked.to_dict(),
             **summary.to_dict(),
         }

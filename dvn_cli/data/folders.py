@@ -122,7 +122,7 @@ def _flat_folder(root: Path, part: Part) -> Listing:
 
 
 def a_fifth(whole: Listing, part: Part, key: Hashable) -> Listing:
-    """Returns a fifth of each class of images without splits, to test on, or the rest, to train on."""
+    """Returns a fifth of images without splits, balanced over their strata, to test on, or the rest, to train on."""
     order = stratified_order(whole.strata.numpy(), seed=0)
     count = round(FLAT_TEST_SHARE * len(order))
     chosen = np.sort(order[:count] if part == "test" else order[count:])

@@ -49,7 +49,7 @@ def read(request: Request, part: Part) -> Listing | None:
     """Lists one split of a folder of tars, of some, or of one.
 
     A tar's split is the first word of its path below the folder that names one (`imagenet-train-0001.tar`,
-    `train/0001.tar`); without such words, a fifth of each class is to test on.
+    `train/0001.tar`); without such words, a fifth is to test on, balanced over all that may be labels.
 
     Raises:
         InputError: No such folder, tar or split, a tar that is compressed or damaged, or a sample without a label.

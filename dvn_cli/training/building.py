@@ -150,8 +150,8 @@ def prepared_for(recipe: Recipe, base: Path, in_chans: int) -> Preprocessing | N
 
 def _divided(
     recipe: Recipe, data: Sequence[TaskData], base: Path, note: Note, division: DividedBackbone | None
-) -> tuple[Partition, dict[str, Tensor], list[str] | None]:
-    """The divided backbone, its tensors by their names in the file, and which of them its weights lack; None: all."""
+) -> tuple[Partition, dict[str, Tensor], Sequence[str] | None]:
+    """The divided backbone, its tensors by their names in the file, and which its weights lack, where it has any."""
     assert recipe.backbone is not None
     assert recipe.units is not None
     smallest = min((d.input_size for d in data), key=lambda size: size[0] * size[1])
@@ -212,7 +212,7 @@ def _open(file: str, base: Path) -> DeepVirtualNetwork:
 
 def _opened(
     recipe: Recipe, data: Sequence[TaskData], base: Path
-) -> tuple[Partition, dict[str, Tensor], list[str] | None]:
+) -> tuple[Partition, dict[str, Tensor], Sequence[str] | None]:
     """As `_divided`, of a partition."""
     assert recipe.partition is not None
     if METHODS[recipe.method].hidden:

@@ -211,7 +211,7 @@ def test_a_partition_says_what_its_weights_lack(weights: Path, tmp_path: Path) -
         assert "making up for what levels lack: running statistics and biases, on training images" in notes
         assert network.random is None
     recorded = [load(tmp_path / f"{file}.safetensors").random for file in ("other", "same")]
-    assert recorded == [["fc.weight", "fc.bias"], []]
+    assert recorded == [("fc.weight", "fc.bias"), ()]
 
 
 def test_a_compensated_partition_to_start_from(weights: Path, tmp_path: Path) -> None:
